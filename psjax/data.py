@@ -1,0 +1,284 @@
+"""Images in memory, and batches of them as index arrays: whole, by label, in tiles, stratified.
+
+A data set stays on the device as uint8; a batch is a row of indices into it, made once on the host,
+so that a whole epoch is one `jax.lax.scan`. An index past the end is an empty slot, of weight 0.
+"""
+
+import difflib
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Dataset(NamedTuple):
+    """Images and labels of one split.
+
+    Attributes:
+      name: of the set.
+      images: `[N, height, width, channels]`, uint8.
+      labels: `[N]`, int32 in `[0, num_classes)`.
+      num_classes: C.
+      scale: what one unit of uint8 is worth, so that `images * scale` lies in [0, 1].
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    scale: float
+
+
+_TFDS = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "svhn_cropped")
+
+
+def load(name: str = "digits", split: str = "train", data_dir: str | None = None) -> Dataset:
+    """One split of a data set, in the set's own order.
+
+    Args:
+      name: `digits` (scikit-learn's 1797 real 8x8 images, no network; 1437 and 360 of them by a
+        fixed permutation) or any image classification set of TensorFlow Datasets.
+      split: `train` or `test`.
+      data_dir: where TFDS keeps its sets; None: `TFDS_DATA_DIR`, else TFDS's own default.
+
+    Raises:
+      ValueError: unknown set or split.
+      FileNotFoundError: a TFDS set that is not prepared, with the command that prepares it.
+      ImportError: scikit-learn or tensorflow-datasets is not installed.
+    """
+    if split not in ("train", "test"):
+        msg = f"load({name!r}, split={split!r}): write 'train' or 'test'."
+        raise ValueError(msg)
+    return _load_digits(split) if name == "digits" else _load_tfds(name, split, data_dir)
+
+
+def _needs(package, name):
+    msg = f"load({name!r}) needs {package}: pip install 'psjax[experiments]'."
+    return ImportError(msg)
+
+
+def _load_digits(split):
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise _needs("scikit-learn", "digits") from error
+    images, labels = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[:1437] if split == "train" else order[1437:]
+    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    return Dataset("digits", images[order], labels[order].astype(np.int32), 10, 1 / 16)
+
+
+def _load_tfds(name, split, data_dir):
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise _needs("tensorflow-datasets", name) from error
+    known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+    if name not in known:
+        near = difflib.get_close_matches(name, ["digits", *_TFDS], n=1)
+        near = near or difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"load({name!r}): no such data set in TensorFlow Datasets.{hint}"
+        raise ValueError(msg)
+    builder = tfds.builder(name, data_dir=data_dir)
+    features = builder.info.features
+    if features is None or not {"image", "label"} <= set(features):
+        msg = f"load({name!r}): not an image classification set (it has no 'image' and 'label')."
+        raise ValueError(msg)
+    try:
+        source: Any = builder.as_data_source(split=split)
+        records = source.__getitems__(range(len(source)))  # 5 times faster than one by one
+    except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
+        msg = (
+            f"load({name!r}, split={split!r}): not prepared as array_record in "
+            f"{builder.data_dir}. With network and TensorFlow, once: python -c \"import "
+            f"tensorflow_datasets as tfds; tfds.builder('{name}', data_dir={data_dir!r}, "
+            "file_format='array_record').download_and_prepare()\"; or set TFDS_DATA_DIR to where "
+            "it is."
+        )
+        raise FileNotFoundError(msg) from error
+    images = np.stack([record["image"] for record in records])
+    labels = np.asarray([record["label"] for record in records], np.int32)
+    return Dataset(name, images, labels, features["label"].num_classes, 1 / 255)
+
+
+def check_labels(labels, num_classes: int) -> np.ndarray:
+    """The labels as int32, checked on the host: inside `jit` nothing can raise.
+
+    Raises:
+      TypeError: labels that are not integers.
+      ValueError: empty, of rank other than 1, or outside `[0, num_classes)`.
+    """
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        msg = f"check_labels(labels): labels are {labels.dtype}; write integers in [0, {num_classes})."
+        raise TypeError(msg)
+    if labels.ndim != 1 or not labels.size:
+        msg = f"check_labels(labels): labels have shape {labels.shape}; write a non-empty [N]."
+        raise ValueError(msg)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if bad.size:
+        msg = (
+            f"check_labels(labels, num_classes={num_classes}): label {labels[bad[0]]} of sample "
+            f"{bad[0]} is outside [0, {num_classes})."
+        )
+        raise ValueError(msg)
+    return labels.astype(np.int32)
+
+
+class Batches(NamedTuple):
+    """Index batches of one epoch.
+
+    Attributes:
+      indices: `[steps, ...]`, int32 positions in the data set; N, past the end, for empty slots.
+      weights: `[steps, ...]`, float32: 1/L for each sample of a batch of L, 0 for empty slots.
+      labels: what the rows of `indices[s]` hold: None for flat batches, `[C]` or `[steps, tiles]`,
+        int32, for batches by label; C, past the end, for an empty tile.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+    labels: np.ndarray | None = None
+
+    @property
+    def padding_factor(self) -> float:
+        """Slots per sample, at least 1: what empty slots cost."""
+        return float(self.weights.size / np.count_nonzero(self.weights))
+
+
+def _flat(labels, batch_size, order):
+    """The epoch's samples as `[steps, batch_size]`, -1 where the last batch has none."""
+    order = np.arange(len(labels)) if order is None else np.asarray(order)
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= len(order):
+        msg = f"batches(batch_size={batch_size}): write an integer from 1 to {len(order)}."
+        raise ValueError(msg)
+    steps = math.ceil(len(order) / batch_size)
+    flat = np.full(steps * batch_size, -1)
+    flat[: len(order)] = order
+    return flat.reshape(steps, batch_size)
+
+
+def _weights(filled):
+    """1/L where a slot is filled, L counted over everything but the first axis."""
+    sizes = filled.sum(axis=tuple(range(1, filled.ndim)), keepdims=True)
+    return (filled / sizes).astype(np.float32)
+
+
+def batches(labels, batch_size: int, order=None) -> Batches:
+    """Flat batches, `indices [steps, batch_size]`; the last one may be short, nothing is dropped.
+
+    Args:
+      labels: `[N]`.
+      batch_size: L.
+      order: `[M]`, the epoch's samples in order; None: the data set's own.
+    """
+    flat = _flat(labels, batch_size, order)
+    return Batches(np.where(flat < 0, len(labels), flat).astype(np.int32), _weights(flat >= 0))
+
+
+def most_of_a_label(labels, num_classes: int, batch_size: int, order=None) -> int:
+    """The largest count of one label in one batch of the epoch: the slots that drop nothing."""
+    labels = check_labels(labels, num_classes)
+    counts = [np.bincount(labels[b[b >= 0]]).max() for b in _flat(labels, batch_size, order)]
+    return int(max(counts))
+
+
+def batches_by_label(
+    labels, num_classes: int, batch_size: int, order=None, slots: int | None = None
+) -> Batches:
+    """Batches sorted by label, `indices [steps, C, slots]`: row k holds the samples labelled k.
+
+    The samples of step s are those of `batches(...)`; nothing is dropped, and a label that a batch
+    lacks has only empty slots.
+
+    Args:
+      labels: `[N]`, integers in `[0, num_classes)`.
+      num_classes: C.
+      batch_size: L.
+      order: `[M]`, the epoch's samples in order; None: the data set's own.
+      slots: samples of one label that a batch has room for; None: `most_of_a_label`. Give the
+        largest over all epochs where the order changes, for a constant shape.
+
+    Raises:
+      ValueError: bad labels or sizes, or fewer slots than a batch needs.
+    """
+    labels = check_labels(labels, num_classes)
+    flat = _flat(labels, batch_size, order)
+    needed = most_of_a_label(labels, num_classes, batch_size, order)
+    slots = needed if slots is None else slots
+    if slots < needed:
+        msg = (
+            f"batches_by_label(slots={slots}): a batch has {needed} samples of one label; write "
+            f"slots={needed} or more, for nothing may be dropped."
+        )
+        raise ValueError(msg)
+    indices = np.full((len(flat), num_classes, slots), len(labels), np.int32)
+    for step, batch in enumerate(flat):
+        batch = batch[batch >= 0]
+        for label in range(num_classes):
+            own = batch[labels[batch] == label]
+            indices[step, label, : len(own)] = own
+    filled = indices < len(labels)
+    return Batches(indices, _weights(filled), np.arange(num_classes, dtype=np.int32))
+
+
+def tiles_by_label(
+    labels, num_classes: int, batch_size: int, tile: int, order=None, tiles: int | None = None
+) -> Batches:
+    """Batches cut into tiles of `tile` samples of one label each, `indices [steps, tiles, tile]`.
+
+    The work follows the true counts: a label with 13 samples has four tiles of 4, one with none has
+    none. `labels[s, t]` says which label tile t of step s holds.
+
+    Args:
+      labels, num_classes, batch_size, order: as in `batches_by_label`.
+      tile: samples a tile.
+      tiles: tiles a batch; None: as many as the fullest batch of the epoch needs.
+
+    Raises:
+      ValueError: bad labels or sizes, or fewer tiles than a batch needs.
+    """
+    labels = check_labels(labels, num_classes)
+    if not isinstance(tile, int) or tile < 1:
+        msg = f"tiles_by_label(tile={tile}): write a positive integer."
+        raise ValueError(msg)
+    cut = []
+    for batch in _flat(labels, batch_size, order):
+        batch = batch[batch >= 0]
+        by_label = [(label, batch[labels[batch] == label]) for label in range(num_classes)]
+        parts = [(c, own[i : i + tile]) for c, own in by_label for i in range(0, len(own), tile)]
+        cut.append(parts)
+    needed = max(map(len, cut))
+    tiles = needed if tiles is None else tiles
+    if tiles < needed:
+        msg = f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
+        raise ValueError(msg)
+    indices = np.full((len(cut), tiles, tile), len(labels), np.int32)
+    tile_labels = np.full((len(cut), tiles), num_classes, np.int32)
+    for step, parts in enumerate(cut):
+        for t, (label, own) in enumerate(parts):
+            indices[step, t, : len(own)] = own
+            tile_labels[step, t] = label
+    return Batches(indices, _weights(indices < len(labels)), tile_labels)
+
+
+def stratified_order(labels, num_classes: int, batch_size: int, seed: int) -> np.ndarray:
+    """A random order in which every batch has each label in its share of the data, to one sample.
+
+    The samples of each label are shuffled and dealt out evenly over the epoch, so batches by label
+    need hardly a slot more than samples. Every sample comes once.
+
+    Returns:
+      `[N]`, int64, for the argument `order`.
+    """
+    labels = check_labels(labels, num_classes)
+    _flat(labels, batch_size, None)
+    rng = np.random.default_rng(seed)
+    place = np.empty(len(labels))
+    for label in range(num_classes):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        place[own] = (np.arange(len(own)) + rng.uniform()) / max(len(own), 1)
+    order = np.argsort(place, kind="stable")
+    # Within a batch the places give away the label; nothing that follows may depend on it.
+    return np.concatenate([rng.permutation(b[b >= 0]) for b in _flat(order, batch_size, order)])

@@ -1,0 +1,313 @@
+"""Layers whose class groups are axes of their own, so that one gather takes a sub-network.
+
+Every kernel of a grouped layer has the group axis first, `[groups, ..., features]`, annotated
+with `flax.linen.with_partitioning`; `flax.linen.get_partition_spec` therefore returns the `axes`
+tree that `psjax.select` wants. A sub-network of `m` groups is the same module with `groups=m`.
+
+The layers are those of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
+partitioned neural network training*, G-2023-36, section 5.2; `features` counts the outputs of
+**one** group, where the paper counts all groups together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = None):
+    r"""Convolution ('VALID', stride 1) and, folded into it, average pooling.
+
+    A convolution followed by the mean over `pool x pool` windows is one convolution with the mean
+    of the shifted kernels and stride `pool`: a 5x5 kernel and 2x2 pooling are a 6x6 kernel with
+    stride 2, 36 products an output where the plain form has 100. The result is that of
+    `avg_pool(conv(x) + bias)` (pooling windows that do not fit are dropped, as in Flax's 'VALID').
+
+    Args:
+      x: images `[batch, height, width, in]`.
+      kernel: `[kernel_height, kernel_width, in, out]`, of the dtype of `x`.
+      bias: `[out]`, or None.
+      pool: side of the pooling window, 1 for none.
+      implementation: `"native"` calls XLA's convolution; `"patches"` cuts the image into patches
+        by slices and multiplies once by a matrix, which inside a `lax.scan` on the CPU is 5 to 18
+        times faster. None: patches on the CPU, native elsewhere, decided when XLA compiles.
+
+    Returns:
+      `[batch, (height - kernel_height + 1) // pool, (width - kernel_width + 1) // pool, out]`.
+
+    Raises:
+      ValueError: if the shapes do not fit or no output is left.
+    """
+    _check_conv(x, kernel, pool, implementation)
+    kernel = _fold_pooling(kernel, pool)
+    if implementation is None:
+        y = jax.lax.platform_dependent(x, kernel, cpu=_patches(pool), default=_native(pool))
+    else:
+        y = {"native": _native, "patches": _patches}[implementation](pool)(x, kernel)
+    return y if bias is None else y + bias
+
+
+def _check_conv(x, kernel, pool, implementation):
+    call = f"conv(x={jnp.shape(x)}, kernel={jnp.shape(kernel)}, pool={pool})"
+    if implementation not in (None, "native", "patches"):
+        msg = f"{call}: implementation={implementation!r}; write 'native', 'patches' or None."
+        raise ValueError(msg)
+    if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4 or x.shape[3] != kernel.shape[2]:
+        msg = f"{call}: x is [batch, height, width, in] and kernel [height, width, in, out]."
+        raise ValueError(msg)
+    if pool < 1 or any((n - k + 1) // pool < 1 for n, k in zip(x.shape[1:3], kernel.shape[:2])):
+        msg = f"{call}: nothing is left of the image; write a smaller kernel or pooling window."
+        raise ValueError(msg)
+
+
+def _fold_pooling(kernel, pool):
+    """Mean of the `pool**2` shifted kernels, `[k + pool - 1, k + pool - 1, in, out]`."""
+    if pool == 1:
+        return kernel
+    shifts = [(i, j) for i in range(pool) for j in range(pool)]
+    pads = [((i, pool - 1 - i), (j, pool - 1 - j), (0, 0), (0, 0)) for i, j in shifts]
+    return sum(jnp.pad(kernel, pad) for pad in pads) / pool**2
+
+
+def _outputs(x, kernel, stride):
+    return [(n - k) // stride + 1 for n, k in zip(x.shape[1:3], kernel.shape[:2])]
+
+
+def _native(stride):
+    def apply(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "VALID", dimension_numbers=dims
+        )
+
+    return apply
+
+
+def _patches(stride):
+    def apply(x, kernel):
+        rows, cols = _outputs(x, kernel, stride)
+        # Zero rows make the kernel a multiple of the stride; then stride x stride pixels become
+        # channels of one pixel, and the convolution has stride 1.
+        kh, kw = (math.ceil(k / stride) for k in kernel.shape[:2])
+        grow = [(0, n * stride - k) for n, k in zip((kh, kw), kernel.shape[:2])]
+        kernel = jnp.pad(kernel, [*grow, (0, 0), (0, 0)])
+        height, width = (rows + kh - 1) * stride, (cols + kw - 1) * stride
+        x = x[:, :height, :width]
+        x = jnp.pad(x, [(0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)])
+        batch, _, _, channels = x.shape
+        x = x.reshape(batch, height // stride, stride, width // stride, stride, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // stride, width // stride, -1)
+        parts = [x[:, i : i + rows, j : j + cols] for i in range(kh) for j in range(kw)]
+        matrix = kernel.reshape(kh, stride, kw, stride, channels, -1).transpose(0, 2, 1, 3, 4, 5)
+        return jnp.concatenate(parts, axis=-1) @ matrix.reshape(-1, kernel.shape[-1])
+
+    return apply
+
+
+@jax.custom_jvp
+def sigmoid(x):
+    """The logistic function, whose derivative XLA's CPU backend computes once.
+
+    `jax.nn.sigmoid` has the same value. Its cotangent, `g * (y * (1 - y))`, is fused into every
+    consumer and so computed again in each, the patch sums before it included; as `t - t * y` with
+    `t = g * y` it is materialised, and a PSNet's step at batch 20 takes half the time.
+    """
+    return jax.nn.sigmoid(x)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    y = sigmoid(*primals)
+    (g,) = tangents
+    return y, g * y - (g * y) * y
+
+
+def split_groups(x, num_groups: int):
+    """Divide the last axis among groups: `[..., features]` to `[..., num_groups, features/group]`.
+
+    Raises:
+      ValueError: if `num_groups` does not divide the last axis (section 5.2: it must).
+    """
+    features = x.shape[-1]
+    if num_groups < 1 or features % num_groups:
+        msg = (
+            f"split_groups(x, num_groups={num_groups}): the last axis of x has {features} features,"
+            f" which {num_groups} groups cannot share evenly; write a multiple of {num_groups}."
+        )
+        raise ValueError(msg)
+    return x.reshape(*x.shape[:-1], num_groups, features // num_groups)
+
+
+def _check_groups(layer, x, rank, shape):
+    if jnp.ndim(x) != rank or x.shape[-2] != layer.groups:
+        msg = (
+            f"{type(layer).__name__}(groups={layer.groups}): x has shape {jnp.shape(x)}, but must "
+            f"be {shape} with {layer.groups} groups; split_groups(x, {layer.groups}) divides a "
+            "plain layer's output."
+        )
+        raise ValueError(msg)
+
+
+def _glorot(**axes) -> Callable[..., Any]:
+    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **axes)
+
+
+# The fans of a fan-out layer are those of the whole plain layer that it is; a separable layer's
+# groups are small dense layers, each with its own.
+_plain_init = _glorot()
+_fan_out_init = _glorot(in_axis=-2, out_axis=(0, -1))
+_separable_init = _glorot(batch_axis=(0,))
+
+
+class Conv(nn.Module):
+    """Plain convolution shared by all groups, pooling folded in: `[B, H, W, in] -> [B, h, w, features]`.
+
+    Its parameters are annotated with no axis: every sub-network holds them whole. See `conv`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _plain_init, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv(x, kernel, bias, pool=self.pool, implementation=self.implementation)
+
+
+class Dense(nn.Module):
+    """Plain dense layer shared by all groups: `[..., in] -> [..., features]`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _plain_init, (x.shape[-1], self.features))
+        return x @ kernel + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+class FanOutConv(nn.Module):
+    """Convolution from all inputs to each group: `[B, H, W, in] -> [B, h, w, groups, features]`.
+
+    Kernel `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both
+    annotated with `axis` first. It is a plain convolution of `groups * features` kernels; the
+    paper's PSNet has one as its last convolution.
+    """
+
+    groups: int
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    axis: str = "class"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
+        names = (self.axis, None, None, None, None)
+        kernel = self.param("kernel", nn.with_partitioning(_fan_out_init, names), shape)
+        bias = self.param("bias", _zeros(self.axis), (self.groups, self.features))
+        whole = jnp.moveaxis(kernel, 0, -2).reshape(*shape[1:4], -1)
+        y = conv(x, whole, bias.ravel(), pool=self.pool, implementation=self.implementation)
+        return split_groups(y, self.groups)
+
+
+class SeparableConv(nn.Module):
+    """Convolution from each group to its counterpart: `[B, H, W, groups, in] -> [B, h, w, groups, features]`.
+
+    Kernel `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both
+    annotated with `axis` first.
+    """
+
+    groups: int
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    axis: str = "class"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        _check_groups(self, x, 5, "[batch, height, width, groups, in]")
+        shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
+        names = (self.axis, None, None, None, None)
+        kernel = self.param("kernel", nn.with_partitioning(_separable_init, names), shape)
+        bias = self.param("bias", _zeros(self.axis), (self.groups, self.features))
+        # One convolution a group, unrolled: vmap over kernels is a grouped convolution, whose
+        # gradient is up to 40 times slower on the CPU.
+        parts = [
+            conv(x[..., g, :], kernel[g], pool=self.pool, implementation=self.implementation)
+            for g in range(self.groups)
+        ]
+        return jnp.stack(parts, axis=-2) + bias
+
+
+class FanOutDense(nn.Module):
+    """Dense layer from all inputs to each group: `[B, in] -> [B, groups, features]`.
+
+    Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first.
+    It is a plain dense layer of `groups * features` outputs.
+    """
+
+    groups: int
+    features: int
+    axis: str = "class"
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.groups, x.shape[-1], self.features)
+        names = (self.axis, None, None)
+        kernel = self.param("kernel", nn.with_partitioning(_fan_out_init, names), shape)
+        bias = self.param("bias", _zeros(self.axis), (self.groups, self.features))
+        whole = jnp.moveaxis(kernel, 0, 1).reshape(x.shape[-1], -1)
+        return split_groups(x @ whole, self.groups) + bias
+
+
+class SeparableDense(nn.Module):
+    """Dense layer from each group to its counterpart: `[B, groups, in] -> [B, groups, features]`.
+
+    Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first:
+    `groups` times fewer weights than a dense layer (section 5.2, figure 2).
+    """
+
+    groups: int
+    features: int
+    axis: str = "class"
+
+    @nn.compact
+    def __call__(self, x):
+        _check_groups(self, x, 3, "[batch, groups, in]")
+        shape = (self.groups, x.shape[-1], self.features)
+        names = (self.axis, None, None)
+        kernel = self.param("kernel", nn.with_partitioning(_separable_init, names), shape)
+        bias = self.param("bias", _zeros(self.axis), (self.groups, self.features))
+        return jnp.einsum("bgi,gio->bgo", x, kernel) + bias
+
+
+def _zeros(axis):
+    return nn.with_partitioning(nn.initializers.zeros, (axis, None))
+
+
+def flatten_groups(x):
+    """`[batch, height, width, groups, features] -> [batch, groups, height * width * features]`."""
+    x = jnp.moveaxis(x, -2, 1)
+    return x.reshape(*x.shape[:2], -1)
+
+
+__all__: Sequence[str] = (
+    "Conv",
+    "Dense",
+    "FanOutConv",
+    "FanOutDense",
+    "SeparableConv",
+    "SeparableDense",
+    "conv",
+    "flatten_groups",
+    "sigmoid",
+    "split_groups",
+)
