@@ -1,0 +1,19 @@
+"""Training neural networks in independent pieces: gather, map, scatter."""
+
+from psjax import data as data
+from psjax import losses as losses
+from psjax import models as models
+from psjax import nn as nn
+from psjax import structure as structure
+from psjax._execute import pmap as pmap
+from psjax._execute import shard as shard
+from psjax._selection import Selection as Selection
+from psjax._selection import ordered_pairs as ordered_pairs
+from psjax._selection import replicas as replicas
+from psjax._selection import select as select
+from psjax._selection import unordered_pairs as unordered_pairs
+from psjax._separable import element_value_and_grad as element_value_and_grad
+from psjax._separable import partially_separable as partially_separable
+from psjax._separable import value_and_grad as value_and_grad
+
+__version__ = "0.1.0"

@@ -1,0 +1,338 @@
+r"""Partially-separable functions: map over the elements, scatter what comes back.
+
+$f(w) = \sum_e \hat f_e(U_e w)$ and $\nabla f(w) = \sum_e U_e^\top \nabla \hat f_e(U_e w)$: (3) and (4)
+of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
+network training*, G-2023-36, after A. Griewank and Ph. L. Toint, *Partitioned variable metric updates
+for large structured optimization problems*, 1982.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
+
+from psjax._selection import _check_like, _gather_leaf, _map, _scatter_leaf, _selected
+
+_ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
+
+
+def value_and_grad(
+    element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
+) -> Callable[..., tuple[jax.Array, Any]]:
+    r"""Value and gradient of $f(w) = \sum_e \hat f(U_e w, \dots)$, element by element.
+
+    $\nabla f(w) = \sum_e U_e^\top \nabla \hat f(U_e w)$: (4) of G-2023-36 (see the module).
+
+    Args:
+      element_fn: $\hat f$; `element_fn(element_params, *args)` returns a floating scalar. Leaves
+        of `element_params` are the selected rows, `[m, ...]`. Elements are *added*: what is a mean
+        over samples divides by the size of the whole batch.
+      in_axes: what an element sees of each further argument, one for all or a tuple of one each:
+        `None`, the whole; a `PartitionSpec` such as `P("label")`, the rows that the selection's
+        indices of that name pick, as for parameters; 0, row e of leaves `[E, ...]`.
+      chunk_size: elements evaluated at once. Gather and scatter happen inside the loop, so memory
+        grows with the chunk and not with E. None: 1 on the CPU, where it is fastest, all elsewhere.
+
+    Returns:
+      A function `(params, selection, *args) -> (value, grads)`: a scalar and a tree like `params`.
+      They are the sums over **this device's** elements: inside `pmap` or `shard_map`,
+      `jax.lax.psum` them, as in any data-parallel step.
+
+    Raises:
+      ValueError, TypeError: at the call, for an `element_fn` that does not return a floating
+        scalar, parameters of other shapes, an index name that nothing uses, too few samples.
+
+    Example:
+      >>> import jax.numpy as jnp, psjax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> w = jnp.array([1., 2., 3., 4.])
+      >>> s = psjax.select(P("i"), {"i": [[0, 1], [1, 2], [2, 3]]}, like=w)
+      >>> psjax.value_and_grad(lambda u: u[0] * u[1])(w, s)
+      (Array(20., dtype=float32), Array([2., 4., 6., 3.], dtype=float32))
+    """
+    _check_chunk_size("value_and_grad", chunk_size)
+
+    def fn(params, selection, *args):
+        evaluate = _Elements("value_and_grad", element_fn, in_axes, chunk_size, selection)
+        value, (grads,) = evaluate.sum(params, args, argnums=(0,))
+        return value, grads
+
+    return fn
+
+
+def element_value_and_grad(
+    element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
+) -> Callable[..., tuple[jax.Array, Any]]:
+    r"""Value and gradient of every element, not summed: $\hat f_e(U_e w)$ and its own gradient.
+
+    For statistics over elements, and for methods that scatter by themselves:
+    `selection.scatter_add(grads, params)` is the whole gradient.
+
+    Args:
+      element_fn, in_axes, chunk_size: as in `value_and_grad`.
+
+    Returns:
+      A function `(params, selection, *args) -> (values [E], grads)` with leaves of `grads`
+      `[E, ...]`, shaped as `selection.gather(params)`; zero for elements that are not valid.
+    """
+    _check_chunk_size("element_value_and_grad", chunk_size)
+
+    def fn(params, selection, *args):
+        evaluate = _Elements("element_value_and_grad", element_fn, in_axes, chunk_size, selection)
+        return evaluate.stack(params, args)
+
+    return fn
+
+
+def partially_separable(
+    element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
+) -> Callable[..., jax.Array]:
+    r"""The scalar function $f(w) = \sum_e \hat f(U_e w, \dots)$, for JAX's own transformations.
+
+    `jax.grad` of it costs what `value_and_grad` does; `jax.jvp`, `jax.hessian`, Hessian-vector
+    products in every order, `vmap`, `scan`, `jax.checkpoint`, and gradients with respect to the
+    other arguments work. Its tangent is the inner product of the scattered element gradients with
+    the tangents, never a derivative through a `vmap` over the elements: that would be up to 400
+    times slower for convolutions on the CPU.
+
+    Inside `jax.shard_map` it has JAX's own semantics: with `check_vma=True` the gradient with
+    respect to replicated parameters is already summed over devices; with `check_vma=False`, and
+    in `pmap`, it is this device's, and the caller psums it.
+
+    Args:
+      element_fn, in_axes, chunk_size: as in `value_and_grad`.
+
+    Returns:
+      A function `(params, selection, *args) -> value`, the sum over this device's elements.
+    """
+    _check_chunk_size("partially_separable", chunk_size)
+
+    def evaluate(selection):
+        return _Elements("partially_separable", element_fn, in_axes, chunk_size, selection)
+
+    @jax.custom_jvp
+    def fn(params, selection, args):
+        return evaluate(selection).sum(params, args, argnums=())[0]
+
+    def jvp(primals, tangents):
+        params, selection, args = primals
+        operands = (params, *args)
+        operand_tangents = (tangents[0], *tangents[2])
+        moved = tuple(
+            i
+            for i, t in enumerate(operand_tangents)
+            if any(type(leaf) is not SymbolicZero for leaf in jax.tree.leaves(t))
+        )
+        value, grads = evaluate(selection).sum(params, args, argnums=moved)
+        tangent = jnp.zeros_like(value)
+        for i, grad in zip(moved, grads):
+            leaves = zip(jax.tree.leaves(grad), jax.tree.leaves(operand_tangents[i]), strict=True)
+            for g, t in leaves:
+                if type(t) is not SymbolicZero:
+                    tangent = tangent + jnp.vdot(g, t).astype(value.dtype)
+        del operands
+        return value, tangent
+
+    fn.defjvp(jvp, symbolic_zeros=True)
+    return lambda params, selection, *args: fn(params, selection, args)
+
+
+class _Elements:
+    """The elements of one call: gather, evaluate, scatter, a chunk at a time.
+
+    Operand 0 is the parameters, operand i the i-th argument; all are gathered and scattered by the
+    same two functions, with the specs of the parameters or of `in_axes`.
+    """
+
+    def __init__(self, call, element_fn, in_axes, chunk_size, selection):
+        if selection.valid.ndim != 1:
+            msg = (
+                f"{call}: the selection has leaves of shape {selection.valid.shape}; inside a "
+                "mapped function take this device's part, [E], first."
+            )
+            raise ValueError(msg)
+        self.call, self.element_fn, self.in_axes = call, element_fn, in_axes
+        self.selection = selection
+        self.num_elements = selection.num_elements
+        if chunk_size is None:
+            chunk_size = 1 if jax.default_backend() == "cpu" else self.num_elements
+        # As few chunks as the size allows, then as even as they can be: less padding.
+        self.num_chunks = -(-self.num_elements // chunk_size)
+        self.chunk = -(-self.num_elements // self.num_chunks)
+
+    # ------------------------------------------------------------------------- the three callers
+
+    def sum(self, params, args, argnums):
+        """Sum of values, and of gradients of the operands in `argnums`, as trees like them."""
+        operands, specs = self._operands(params, args)
+        value_type = self._value_type(operands, specs)
+        totals = tuple(jax.tree.map(jnp.zeros_like, operands[i]) for i in argnums)
+        init = self._varying((jnp.zeros((), value_type.dtype), totals), operands)
+        operands = self._varying(operands, operands)
+
+        def body(carry, xs):
+            indices, valid = xs
+            value, totals = carry
+            values, grads = self._chunk(operands, specs, indices, valid, argnums)
+            value = value + jnp.sum(jnp.where(valid, values, 0))
+            add = lambda s, t, g: _scatter_leaf(t, g, s, indices, valid)  # noqa: E731
+            totals = tuple(
+                _map(add, specs[i], total, grad) for i, total, grad in zip(argnums, totals, grads)
+            )
+            return (value, totals), None
+
+        return self._loop(body, init)[0]
+
+    def stack(self, params, args):
+        """Values `[E]` and gradients `[E, ...]` of the parameters."""
+        operands, specs = self._operands(params, args)
+        self._value_type(operands, specs)
+        operands = self._varying(operands, operands)
+
+        def body(carry, xs):
+            indices, valid = xs
+            values, (grads,) = self._chunk(operands, specs, indices, valid, (0,))
+            clean = lambda y: jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - valid.ndim)), y, 0)  # noqa: E731, E501
+            return carry, jax.tree.map(clean, (values, grads))
+
+        stacked = self._loop(body, None)[1]
+        if self.chunk > 1:
+            stacked = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), stacked)
+        return jax.tree.map(lambda y: y[: self.num_elements], stacked)
+
+    # ------------------------------------------------------------------------------------- parts
+
+    def _chunk(self, operands, specs, indices, valid, argnums):
+        """Values and gradients of the elements of a chunk, `[chunk]`, or of one element, `[]`."""
+        lead = valid.ndim
+        gather = lambda s, x: _gather_leaf(x, s, indices, lead)  # noqa: E731
+        seen = [_map(gather, spec, x) for spec, x in zip(specs, operands)]
+        fn = self.element_fn
+        if argnums:
+            fn = jax.value_and_grad(fn, argnums)
+        else:
+            fn = lambda *seen: (self.element_fn(*seen), ())  # noqa: E731
+        if lead:
+            # Shared leaves are not repeated: the map passes them whole to every element.
+            mapped = [
+                _map(lambda s, x: 0 if _selected(s, indices) else None, spec, x)
+                for spec, x in zip(specs, operands)
+            ]
+            fn = jax.vmap(fn, in_axes=tuple(mapped))
+            if not any(m == 0 for m in jax.tree.leaves(mapped)):  # replicas of one whole
+                each = fn.__wrapped__(*seen)
+                return jax.tree.map(lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape)), each)
+        return fn(*seen)
+
+    def _loop(self, body, init):
+        """Scan over the chunks; one chunk, no scan."""
+        indices = dict(self.selection.indices)
+        indices[_ELEMENT] = jnp.arange(self.num_elements, dtype=jnp.int32)
+        sizes = {**self.selection.sizes, _ELEMENT: self.num_elements}
+        pad = self.num_chunks * self.chunk - self.num_elements
+
+        def cut(x, fill):
+            x = jnp.asarray(x)
+            x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+            return x if self.chunk == 1 else x.reshape(-1, self.chunk, *x.shape[1:])
+
+        xs = {name: cut(x, sizes[name]) for name, x in indices.items()}, cut(
+            self.selection.valid, False
+        )
+        if self.num_chunks == 1:
+            carry, out = body(init, jax.tree.map(lambda x: x[0], xs))
+            return carry, jax.tree.map(lambda y: y[None], out)
+        return jax.lax.scan(body, init, xs)
+
+    def _operands(self, params, args):
+        """Trees of arrays and their flat specs: parameters first, then the arguments."""
+        _check_like(self.call, self.selection, params)
+        in_axes = self.in_axes
+        if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
+            in_axes = (in_axes,) * len(args)
+        if len(in_axes) != len(args):
+            msg = f"{self.call}: in_axes has {len(in_axes)} entries for {len(args)} arguments."
+            raise ValueError(msg)
+        specs = [self.selection.specs]
+        for i, (spec, arg) in enumerate(zip(in_axes, args)):
+            if isinstance(spec, int) and spec == 0:
+                spec = P(_ELEMENT)
+            if spec is not None and not isinstance(spec, P):
+                msg = (
+                    f"{self.call}: in_axes[{i}] is {spec!r}; write None, 0 or a PartitionSpec of "
+                    "axis names of the selection."
+                )
+                raise ValueError(msg)
+            spec = P() if spec is None else spec
+            self._check_argument(i, spec, arg)
+            specs.append((spec,) * len(jax.tree.leaves(arg)))
+        used = {name for spec in specs for s in spec for name in s or ()}
+        unused = sorted(set(self.selection.indices) - used)
+        if unused:
+            msg = (
+                f"{self.call}: the selection has indices of {unused}, which neither a parameter nor "
+                f"in_axes={self.in_axes} names; every element would see the whole."
+            )
+            raise ValueError(msg)
+        return tuple(jax.tree.map(jnp.asarray, x) for x in (params, *args)), specs
+
+    def _check_argument(self, i, spec, arg):
+        sizes = {**self.selection.sizes, _ELEMENT: self.num_elements}
+        for path, x in jax.tree_util.tree_leaves_with_path(arg):
+            for d, name in enumerate(spec):
+                if name is None:
+                    continue
+                where = f"argument {i}{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}"
+                if name not in self.selection.indices and name != _ELEMENT:
+                    msg = f"{self.call}: in_axes names {name!r}, of which the selection has no index."
+                    raise ValueError(msg)
+                if d >= jnp.ndim(x) or jnp.shape(x)[d] != sizes[name]:
+                    msg = f"{self.call}: {where}; dimension {d} must be {name!r}, of size {sizes[name]}."
+                    raise ValueError(msg)
+
+    def _value_type(self, operands, specs):
+        """Shape and dtype of an element's value, without computing it."""
+        sizes = {**self.selection.indices, _ELEMENT: jnp.zeros((self.num_elements,), jnp.int32)}
+        one = {name: jnp.zeros(x.shape[1:], jnp.int32) for name, x in sizes.items()}
+        gather = lambda s, x: _gather_leaf(x, s, one, 0)  # noqa: E731
+        value = jax.eval_shape(
+            lambda *ops: self.element_fn(*[_map(gather, s, x) for s, x in zip(specs, ops)]), *operands
+        )
+        if not hasattr(value, "shape") or value.shape != ():
+            got = jax.tree.map(lambda v: f"{v.dtype}{list(v.shape)}", value)
+            msg = (
+                f"{self.call}: element_fn must return a scalar, got {got}. Sum inside it; if it is "
+                "a mean, divide by the size of the whole batch, because elements are added."
+            )
+            raise ValueError(msg)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            msg = f"{self.call}: element_fn must return a floating scalar, got {value.dtype}."
+            raise TypeError(msg)
+        return value
+
+    def _varying(self, tree, operands):
+        """Make every leaf vary over the mapped axes that the selection or any operand varies over.
+
+        Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is
+        summed over devices by JAX; the contract is this device's sum. Shared leaves must therefore
+        vary before they are differentiated, and the loop's carry from its start. A `where` with a
+        varying mask does it, and XLA removes it.
+        """
+        everything = jax.tree.leaves((self.selection, operands))
+        axes = lambda x: getattr(jax.typeof(x), "vma", frozenset())  # noqa: E731
+        mask, seen = jnp.asarray(True), frozenset()
+        for x in everything:
+            if axes(x) - seen and jnp.size(x):
+                mask, seen = mask | (jnp.ravel(x)[0] == 0), seen | axes(x)
+        if not seen:
+            return tree
+        return jax.tree.map(lambda x: jnp.where(mask, x, x) if seen - axes(x) else x, tree)
+
+
+def _check_chunk_size(call, chunk_size):
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        msg = f"{call}(chunk_size={chunk_size}): write a positive integer, or None."
+        raise ValueError(msg)
