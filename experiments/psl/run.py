@@ -1,0 +1,147 @@
+"""The loop around the compiled epoch: run folder, progress bar, CSV, checkpoints, exact resume."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments._checkpoint import Checkpoints
+from experiments.psl import training
+
+COLUMNS = ("epoch", "seed", "train_loss", "test_accuracy", "max_margin", "median_grad_norm", "max_grad_norm")
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or Inf."""
+
+
+def train(
+    config: training.Config,
+    folder: str | os.PathLike,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 5,
+    data_dir: str | None = None,
+    report=lambda line: print(line, file=sys.stderr, flush=True),
+) -> list[dict]:
+    """Train as `config` says, in a run folder; returns the metrics, a row an epoch and seed.
+
+    The folder gets `config.json`, `metrics.csv` (rewritten whole after every epoch) and
+    `checkpoints/`. A training that was interrupted at any moment and resumed ends with the same
+    parameters, bit for bit, as one that was not: every epoch follows from the state and (seed,
+    epoch) alone.
+
+    Args:
+      config: the training.
+      folder: the run folder.
+      resume: continue from the newest good checkpoint in `folder`; without one, from the start.
+      checkpoint_every: epochs between checkpoints; there is always one at the end.
+      data_dir: where TFDS keeps its sets.
+      report: told, a line at a time, what a person should know.
+
+    Raises:
+      FileExistsError: the folder exists and `resume` is False.
+      ValueError: the folder holds a run of another configuration.
+      NotFiniteError: NaN or Inf in the loss; the last good checkpoint stays.
+      OSError: a checkpoint cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    _open_folder(config, folder, resume)
+    program = training.build(config, data_dir)
+    if config.compute != "fused":
+        report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state, rows, start = program.state, [], 0
+    restored = checkpoints.restore(state, report) if resume else None
+    if restored is not None:
+        start, state = restored
+        rows = [row for row in read_rows(folder / "metrics.csv") if row["epoch"] <= start]
+        report(f"continuing after epoch {start}.")
+    seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
+    with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
+        for epoch in range(start + 1, config.epochs + 1):
+            state, metrics = program.epoch(state, program.batches(epoch - 1), program.train)
+            metrics = jax.tree.map(np.asarray, metrics)
+            _check_finite(metrics, seeds, epoch, checkpoints)
+            accuracy = np.asarray(program.accuracy(state["params"], program.test))
+            for s, seed in enumerate(seeds):
+                values = (
+                    metrics["loss"][s].mean(),
+                    accuracy[s],
+                    metrics["max_margin"][s].max(),
+                    np.median(metrics["grad_norm"][s]),
+                    metrics["grad_norm"][s].max(),
+                )
+                rows.append(dict(zip(COLUMNS, (epoch, int(seed), *map(float, values)), strict=True)))
+            if epoch % checkpoint_every == 0 or epoch == config.epochs:
+                checkpoints.save(epoch, state)
+            write_rows(folder / "metrics.csv", rows)
+            bar.set_postfix(loss=f"{metrics['loss'].mean():.4f}", accuracy=f"{accuracy.mean():.4f}")
+            bar.update()
+    return rows
+
+
+def _open_folder(config, folder, resume):
+    path = folder / "config.json"
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+    elif not resume:
+        msg = f"run folder {folder} exists; write --resume to continue it, or another --out."
+        raise FileExistsError(msg)
+    elif path.exists():
+        # A longer training is the same training; anything else is another one.
+        old, new = json.loads(path.read_text()), dataclasses.asdict(config)
+        differ = [k for k in new if k != "epochs" and old.get(k) != new[k]]
+        if differ:
+            changes = ", ".join(f"{k} {old.get(k)} there, {new[k]} here" for k in differ)
+            msg = f"run folder {folder} holds another training ({changes}); write another --out."
+            raise ValueError(msg)
+    _replace(path, text)
+
+
+def _check_finite(metrics, seeds, epoch, checkpoints):
+    bad = np.argwhere(~np.isfinite(metrics["loss"]))
+    if not len(bad):
+        return
+    s, step = bad[np.argmin(bad[:, 1])]
+    margins = metrics["max_margin"][s, : step + 1]
+    finite = margins[np.isfinite(margins)]
+    largest = finite.max() if finite.size else math.nan
+    last = checkpoints.steps()
+    msg = (
+        f"loss {metrics['loss'][s, step]} at step {step + 1} of epoch {epoch}, seed {seeds[s]}; the "
+        f"largest margin of the epoch until then was {largest:.4g}. The last good checkpoint is "
+        f"that of epoch {last[-1] if last else 0}; try a lower --learning-rate, --clip or "
+        "--margin-bound."
+    )
+    raise NotFiniteError(msg)
+
+
+def _replace(path, text):
+    """Write a file whole or not at all."""
+    aside = path.with_suffix(path.suffix + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
+    lines = [",".join(rows[0]) if rows else ",".join(COLUMNS)]
+    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
+    _replace(path, "\n".join(lines) + "\n")
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """Rows of a metrics CSV, numbers as numbers."""
+    with open(path, newline="") as file:
+        return [
+            {k: int(v) if k in ("epoch", "seed") else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]

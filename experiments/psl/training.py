@@ -1,0 +1,460 @@
+"""Training a classifier with a partially-separable loss: the epoch as one compiled program.
+
+What `train`, `reproduce` and `drops` have in common. A researcher's own script needs the ten lines of
+`loss_and_grad_fn` and `epoch_fn`; the rest is data, seeds and devices.
+"""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+import psjax
+
+LOSSES = ("nll", "one-vs-all", "psl", "psl-squared", "psl-bounded", "one-vs-each", "squared-hinge")
+COMPUTE = ("fused", "elements", "pairs", "blocks")
+DEVICES = ("one", "pmap", "shard_map")
+ORDERS = ("dataset", "shuffled", "stratified")
+OPTIMIZERS = ("adam", "adamw", "sgd", "momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training."""
+
+    dataset: str = "digits"
+    """digits, or a TFDS image classification set such as mnist, fashion_mnist, cifar10, cifar100."""
+    model: str = "psnet"
+    """psnet or lenet."""
+    preset: str | None = None
+    """Size of the model: digits, mnist, mnist-53780, cifar10. Default: the one for the data set."""
+    loss: str = "psl"
+    """nll, one-vs-all, psl (6b), psl-squared (the authors' runs), psl-bounded, one-vs-each, squared-hinge."""
+    compute: str = "elements"
+    """fused (whole network), elements (C*C-C of them), pairs (h_kj and h_jk together), blocks (of --block-size classes)."""
+    block_size: int = 4
+    """Classes a block, with --compute blocks: cyclic blocks cover every pair once."""
+    tile: int | None = None
+    """With --compute elements: cut each label's samples into tiles of this many, so that work follows the true counts. Default: one row of slots a label."""
+    devices: str = "one"
+    """one, pmap or shard_map, over all devices there are."""
+    batch_size: int = 100
+    epochs: int = 60
+    seeds: int = 1
+    """Trainings with different initial weights (and order, unless --order dataset), in one program."""
+    first_seed: int = 0
+    optimizer: str = "adam"
+    """adam, adamw, sgd or momentum (0.9)."""
+    learning_rate: float = 3e-3
+    b2: float = 0.999
+    """Decay of Adam's second moment."""
+    clip: float | None = None
+    """Clip the gradient's global norm to this."""
+    margin_bound: float | None = None
+    """Beyond it the exponential losses go on as their tangent. Default: 40 (float32), out of reach; 4 for psl-bounded."""
+    order: str = "shuffled"
+    """dataset (the set's own, never reshuffled: the authors' way), shuffled or stratified, anew every epoch."""
+
+    def __post_init__(self):
+        for name, choices in (
+            ("model", ("psnet", "lenet")),
+            ("loss", LOSSES),
+            ("compute", COMPUTE),
+            ("devices", DEVICES),
+            ("order", ORDERS),
+            ("optimizer", OPTIMIZERS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                msg = f"--{name} {value}: write one of {', '.join(choices)}.{hint}"
+                raise ValueError(msg)
+        for name in ("epochs", "seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                msg = f"--{name.replace('_', '-')} {getattr(self, name)}: write 1 or more."
+                raise ValueError(msg)
+        if self.compute != "fused" and self.loss in ("nll", "one-vs-all"):
+            msg = f"--loss {self.loss} --compute {self.compute}: it has no pair elements; write --compute fused."
+            raise ValueError(msg)
+        if self.compute == "fused" and self.devices != "one":
+            msg = f"--compute fused --devices {self.devices}: the fused loss is one element; write --devices one."
+            raise ValueError(msg)
+        if self.tile is not None and self.compute != "elements":
+            msg = f"--tile {self.tile} --compute {self.compute}: write --compute elements."
+            raise ValueError(msg)
+        if self.loss not in ("nll", "one-vs-all"):
+            psjax.losses.margin_function(self.loss, self.margin_bound)
+
+
+# ------------------------------------------------------------------------------------------- pieces
+
+
+def make_model(config: Config, num_classes: int):
+    preset = config.preset
+    if preset is None:
+        known = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar10"}
+        preset = known.get(config.dataset, "mnist")
+        if num_classes != 10:
+            net = getattr(psjax.models, config.model)(preset)
+            return net.clone(num_classes=num_classes)
+    return getattr(psjax.models, config.model)(preset, num_classes)
+
+
+def init(net, key, image_shape):
+    """Parameters and their axes."""
+    variables = net.init(key, jnp.zeros((1, *image_shape)))
+    return nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    make = {
+        "adam": functools.partial(optax.adam, b2=config.b2),
+        "adamw": functools.partial(optax.adamw, b2=config.b2),
+        "sgd": optax.sgd,
+        "momentum": functools.partial(optax.sgd, momentum=0.9),
+    }[config.optimizer]
+    optimizer = make(config.learning_rate)
+    if config.clip is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+
+
+def sample_loss(config: Config):
+    """`(scores [B, C], labels [B]) -> [B]`."""
+    if config.loss == "nll":
+        return psjax.losses.nll_with_integer_labels
+    if config.loss == "one-vs-all":
+        return psjax.losses.one_vs_all_with_integer_labels
+    margin_fn = psjax.losses.margin_function(config.loss, config.margin_bound)
+    return functools.partial(psjax.losses.psl_with_integer_labels, margin_fn=margin_fn)
+
+
+def cyclic_blocks(num_classes: int, block_size: int):
+    """Cyclic blocks of classes and, for each, the ordered pairs it computes.
+
+    Block b holds the classes {b + d mod C : d in D} where the differences of D cover all of
+    Z_C; pair (k, j) goes to the first difference of D that equals j - k.
+
+    Returns:
+      Classes `[C, block_size]` and pairs `[C, block_size, block_size]`, float.
+
+    Raises:
+      ValueError: no set of `block_size` classes covers all differences.
+    """
+    candidates = (
+        (0, *rest) for rest in itertools.combinations(range(1, num_classes), block_size - 1)
+    )
+    for base in candidates:
+        if len({(b - a) % num_classes for a in base for b in base}) == num_classes:
+            break
+    else:
+        msg = (
+            f"cyclic_blocks({num_classes}, {block_size}): no {block_size} classes have all "
+            f"{num_classes} differences; write a larger block."
+        )
+        raise ValueError(msg)
+    pairs, seen = np.zeros((block_size, block_size), np.float32), set()
+    for i, j in itertools.permutations(range(block_size), 2):
+        difference = (base[j] - base[i]) % num_classes
+        if difference not in seen:
+            pairs[i, j] = 1
+            seen.add(difference)
+    classes = (np.arange(num_classes)[:, None] + np.asarray(base)) % num_classes
+    return classes, np.broadcast_to(pairs, (num_classes, block_size, block_size))
+
+
+def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
+    """How the loss is computed: `(fn(params, selection, batch) -> value, grads; selection)`.
+
+    A batch has `image` and `weight`, and for the fused form `label`; its leaves are
+    `[B, ...]`, or by label `[C, slots, ...]`, or in tiles `[tiles, tile, ...]`.
+    """
+    if config.compute == "fused":
+        per_sample = sample_loss(config)
+
+        def whole(params, _, batch):
+            def fn(params):
+                losses = per_sample(net.apply({"params": params}, batch["image"]), batch["label"])
+                return jnp.sum(batch["weight"] * losses)
+
+            return jax.value_and_grad(fn)(params)
+
+        return whole, None
+    margin_fn = psjax.losses.margin_function(config.loss, config.margin_bound)
+    if config.compute == "elements":
+        two = net.clone(num_classes=2)
+
+        def h(params, batch):  # element (k, j): two scores, the samples labelled k
+            scores = two.apply({"params": params}, batch["image"])
+            return psjax.losses.pair(scores, batch["weight"], margin_fn)
+
+        rows = "label" if config.tile is None else "tile"
+        pairs = psjax.ordered_pairs(num_classes)
+        selection = psjax.select(
+            axes, {"class": pairs, rows: pairs[:, 0]}, like=like, sizes={rows: num_classes}
+        )
+        return psjax.value_and_grad(h, in_axes=P(rows)), selection
+    if config.compute == "pairs":
+        classes = psjax.unordered_pairs(num_classes)
+        pairs = np.broadcast_to(1 - np.eye(2, dtype=np.float32), (len(classes), 2, 2))
+    else:
+        classes, pairs = cyclic_blocks(num_classes, config.block_size)
+    s = classes.shape[1]
+    small = net.clone(num_classes=s)
+
+    def g(params, batch, pairs):  # a block: s scores, the samples labelled with its classes
+        images = batch["image"]
+        scores = small.apply({"params": params}, images.reshape(-1, *images.shape[2:]))
+        return psjax.losses.block(
+            scores.reshape(*images.shape[:2], s), batch["weight"], pairs, margin_fn
+        )
+
+    selection = psjax.select(axes, {"class": classes, "label": classes}, like=like)
+    inner = psjax.value_and_grad(g, in_axes=(P("label"), P("block")))
+    block = np.arange(len(classes))
+    selection = psjax.select(
+        axes, {"class": classes, "label": classes, "block": block}, like=like
+    )
+    pairs = jnp.asarray(pairs)
+    return lambda params, selection, batch: inner(params, selection, batch, pairs), selection
+
+
+def tile_selection(selection, tile_labels, num_classes: int):
+    """The elements of one batch in tiles: tile t of label k against every other class.
+
+    Args:
+      selection: any selection of the model, for its axes and sizes.
+      tile_labels: `[tiles]`, C where a tile is empty. May be traced: nothing recompiles.
+    """
+    tiles = tile_labels.shape[0]
+    label = jnp.repeat(tile_labels, num_classes - 1)
+    other = jnp.tile(jnp.arange(1, num_classes), tiles)
+    filled = label < num_classes
+    other = jnp.where(filled, (label + other) % num_classes, num_classes)
+    indices = {
+        "class": jnp.stack([label, other], axis=1).astype(jnp.int32),
+        "tile": jnp.repeat(jnp.arange(tiles, dtype=jnp.int32), num_classes - 1),
+    }
+    sizes = tuple((n, tiles if n == "tile" else s) for n, s in selection.axis_sizes)
+    return dataclasses.replace(selection, indices=indices, valid=filled, axis_sizes=sizes)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def epoch_order(config: Config, labels, num_classes: int, seed: int, epoch: int):
+    """The epoch's samples in order, from (seed, epoch) alone."""
+    if config.order == "dataset":
+        return None
+    if config.order == "stratified":
+        mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        return psjax.data.stratified_order(labels, num_classes, config.batch_size, mixed)
+    return np.random.default_rng([seed, epoch]).permutation(len(labels))
+
+
+class EpochBatches:
+    """Index batches of every epoch and seed, of one shape for the whole training."""
+
+    def __init__(self, config: Config, labels, num_classes: int):
+        self.config, self.labels, self.num_classes = config, labels, num_classes
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
+        self.room = None
+        if config.compute != "fused":
+            epochs = range(1) if config.order == "dataset" else range(config.epochs)
+            orders = (self._order(seed, e) for e in epochs for seed in self.seeds)
+            if config.tile is None:
+                most = (
+                    psjax.data.most_of_a_label(labels, num_classes, config.batch_size, order)
+                    for order in orders
+                )
+            else:
+                most = (
+                    psjax.data.tiles_by_label(
+                        labels, num_classes, config.batch_size, config.tile, order
+                    ).labels.shape[1]
+                    for order in orders
+                )
+            self.room = max(most)
+
+    def _order(self, seed, epoch):
+        return epoch_order(self.config, self.labels, self.num_classes, seed, epoch)
+
+    def _one(self, seed, epoch):
+        config, order = self.config, self._order(seed, epoch)
+        if config.compute == "fused":
+            return psjax.data.batches(self.labels, config.batch_size, order)
+        args = (self.labels, self.num_classes, config.batch_size)
+        if config.tile is None:
+            return psjax.data.batches_by_label(*args, order, self.room)
+        return psjax.data.tiles_by_label(*args, config.tile, order, self.room)
+
+    def __call__(self, epoch: int) -> dict[str, np.ndarray]:
+        """`indices`, `weights` and, in tiles, `labels`, each `[seeds, steps, ...]`."""
+        parts = [self._one(seed, epoch) for seed in self.seeds]
+        out = {
+            "indices": np.stack([p.indices for p in parts]),
+            "weights": np.stack([p.weights for p in parts]),
+        }
+        if self.config.tile is not None:
+            out["labels"] = np.stack([p.labels for p in parts])
+        return out
+
+    def padding_factor(self) -> float:
+        return self._one(self.seeds[0], 0).padding_factor
+
+
+# ------------------------------------------------------------------------------------------ program
+
+
+def over_seeds(fn):
+    """Map over the leading axis of the first arguments: one after the other on the CPU, else vmap."""
+    if jax.default_backend() == "cpu":
+        return lambda *args: jax.lax.map(lambda xs: fn(*xs), args)
+    return jax.vmap(fn)
+
+
+def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_classes: int):
+    """`(state, data, batches) -> state, metrics`, one epoch of every seed, jitted.
+
+    `data` has `images` (uint8), `labels`, `scale`; metrics are per step, `[seeds, steps]`: `loss`,
+    `max_margin` (largest c_j - c_y of the batch) and `grad_norm`.
+    """
+
+    def psum(x):
+        return jax.lax.psum(x, "workers") if config.devices != "one" else x
+
+    def step(data, selection, carry, batch):
+        params, opt_state = carry
+        index = batch["indices"]
+        raw = data["images"].at[index].get(mode="fill", fill_value=0)
+        images = raw.astype(jnp.float32) * data["scale"]
+        labels = data["labels"].at[index].get(mode="fill", fill_value=0)
+        own = {"image": images, "weight": batch["weights"], "label": labels}
+        if config.compute != "fused":
+            del own["label"]
+        if config.tile is not None:
+            selection = tile_selection(selection, batch["labels"], num_classes)
+            if config.devices != "one":  # this device's share of the elements
+                shares = selection.split(jax.device_count())
+                mine = jax.lax.axis_index("workers")
+                selection = jax.tree.map(lambda x: x[mine], shares)
+        loss, grads = psum(loss_and_grad(params, selection, own))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        # Largest margin: in the fused form XLA shares this forward pass with the loss's.
+        flat = images.reshape(-1, *images.shape[-3:])
+        scores = net.apply({"params": params}, flat)
+        correct = jax.nn.one_hot(labels.ravel(), num_classes, dtype=bool)
+        scored = jnp.sum(jnp.where(correct, scores, 0), -1, keepdims=True)
+        real = (batch["weights"].ravel() > 0)[:, None] & ~correct
+        metrics = {
+            "loss": loss,
+            "max_margin": jnp.max(jnp.where(real, scores - scored, -jnp.inf)),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def one_seed(state, batches, data, selection):
+        carry = (state["params"], state["opt_state"])
+        run = functools.partial(step, data, selection)
+        (params, opt_state), metrics = jax.lax.scan(run, carry, batches)
+        return {"params": params, "opt_state": opt_state}, metrics
+
+    def epoch(state, batches, data, selection):
+        return over_seeds(lambda s, b: one_seed(s, b, data, selection))(state, batches)
+
+    if config.devices == "one":
+        jitted = jax.jit(epoch, donate_argnums=0)
+        return lambda state, batches, data: jitted(state, batches, data, selection)
+    parts = selection if config.tile is not None else selection.split(jax.device_count())
+    share = None if config.tile is not None else 0
+    if config.devices == "pmap":
+        mapped = jax.pmap(
+            epoch, axis_name="workers", in_axes=(None, None, None, share), out_axes=None
+        )
+        return lambda state, batches, data: mapped(state, batches, data, parts)
+    mesh = jax.make_mesh((jax.device_count(),), ("workers",), (jax.sharding.AxisType.Auto,))
+    own = (lambda s: s) if share is None else (lambda s: jax.tree.map(lambda x: x[0], s))
+    spec = P() if share is None else P("workers")
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda state, batches, data, parts: epoch(state, batches, data, own(parts)),
+            mesh=mesh,
+            in_specs=(P(), P(), P(), spec),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+    return lambda state, batches, data: sharded(state, batches, data, parts)
+
+
+def accuracy_fn(net, batch_size: int = 1000):
+    """`(params [seeds, ...], data) -> accuracy [seeds]`, jitted."""
+
+    def one(params, data):
+        n = data["labels"].shape[0]
+        size = min(batch_size, n)
+        index = jnp.arange(-(-n // size) * size).reshape(-1, size)
+
+        def correct(i):
+            raw = data["images"].at[i].get(mode="fill", fill_value=0)
+            scores = net.apply({"params": params}, raw.astype(jnp.float32) * data["scale"])
+            labels = data["labels"].at[i].get(mode="fill", fill_value=-1)
+            return jnp.sum(jnp.argmax(scores, -1) == labels)
+
+        return jnp.sum(jax.lax.map(correct, index)) / n
+
+    return jax.jit(lambda params, data: over_seeds(lambda p: one(p, data))(params))
+
+
+def on_device(dataset: psjax.data.Dataset) -> dict[str, Any]:
+    return {
+        "images": jnp.asarray(dataset.images),
+        "labels": jnp.asarray(dataset.labels),
+        "scale": jnp.float32(dataset.scale),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything a training loop calls."""
+
+    net: Any
+    state: dict[str, Any]
+    epoch: Any
+    accuracy: Any
+    batches: EpochBatches
+    train: dict[str, Any]
+    test: dict[str, Any]
+
+
+def build(config: Config, data_dir: str | None = None) -> Program:
+    """Load the data, make the model and the compiled functions of a training."""
+    train = psjax.data.load(config.dataset, "train", data_dir)
+    test = psjax.data.load(config.dataset, "test", data_dir)
+    net = make_model(config, train.num_classes)
+    optimizer = make_optimizer(config)
+    shape = train.images.shape[1:]
+    _, axes = init(net, jax.random.key(0), shape)
+
+    def start(seed):
+        params, _ = init(net, jax.random.key(seed), shape)
+        return {"params": params, "opt_state": optimizer.init(params)}
+
+    seeds = jnp.arange(config.first_seed, config.first_seed + config.seeds)
+    state = jax.jit(lambda seeds: jax.lax.map(start, seeds))(seeds)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
+    loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
+    epoch = epoch_fn(config, net, optimizer, loss_and_grad, selection, train.num_classes)
+    batches = EpochBatches(config, train.labels, train.num_classes)
+    return Program(
+        net, state, epoch, accuracy_fn(net), batches, on_device(train), on_device(test)
+    )

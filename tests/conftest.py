@@ -1,0 +1,31 @@
+"""Eight virtual CPU devices, before JAX looks at them; data where it is."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+_here = pathlib.Path(__file__).resolve().parent.parent
+_shared = _here.parent / "shared" / "tensorflow_datasets"
+if "TFDS_DATA_DIR" not in os.environ and _shared.is_dir():
+    os.environ["TFDS_DATA_DIR"] = str(_shared)
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict():
+    """No silent promotion of dtypes or ranks: for tests of the core, which does neither."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
