@@ -1,4 +1,4 @@
-"""Checkpoints of a training state in a run folder, by orbax: save, and restore the newest good one."""
+"""Checkpoints of a training state in a run folder, by orbax: save, restore the newest good one."""
 
 import os
 import pathlib

@@ -1,11 +1,16 @@
 """The same gradient function over many devices: split the elements, map, psum."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
+
+from psjax._selection import _divide_rows
+from psjax._separable import _each_in_axes
 
 
 def shard(fn: Callable[..., Any], mesh: jax.sharding.Mesh, in_axes: Any = None):
@@ -22,25 +27,27 @@ def shard(fn: Callable[..., Any], mesh: jax.sharding.Mesh, in_axes: Any = None):
       in_axes: those of `fn`, where an argument is mapped with 0; its rows go with their elements.
 
     Raises:
-      ValueError: a mesh of several axes.
+      ValueError: a mesh of several axes; at the call, an argument with `in_axes=0` whose rows are
+        not the elements.
     """
     if len(mesh.axis_names) != 1:
         msg = f"shard(fn, mesh): the mesh has axes {mesh.axis_names}; write a mesh of one axis."
         raise ValueError(msg)
     (axis,) = mesh.axis_names
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)  # of axes of type Auto, which P() needs
 
     def sharded(params, selection, *args):
-        by_device = _split_args(args, in_axes, mesh.size)
-        mapped = [P(axis) if rows else P() for rows in _mapped(args, in_axes)]
+        rows = _mapped("shard", in_axes, args)
+        specs = [P(axis) if row else P() for row in rows]
 
         def body(params, selection, *args):
             own = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-            args = [own(a) if spec == P(axis) else a for a, spec in zip(args, mapped)]
+            args = [own(arg) if row else arg for arg, row in zip(args, rows)]
             return jax.lax.psum(fn(params, own(selection), *args), axis)
 
-        return jax.shard_map(
-            body, mesh=mesh, in_specs=(P(), P(axis), *mapped), out_specs=P()
-        )(params, selection.split(mesh.size), *by_device)
+        by_device = _split_args("shard", args, rows, mesh.size, selection.num_elements)
+        spread = jax.shard_map(body, mesh=mesh, in_specs=(P(), P(axis), *specs), out_specs=P())
+        return spread(params, selection.split(mesh.size), *by_device)
 
     return sharded
 
@@ -61,31 +68,37 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
     compiled = {}
 
     def pmapped(params, selection, *args):
-        mapped = tuple(_mapped(args, in_axes))
-        if mapped not in compiled:
-            axes = (None, 0, *(0 if rows else None for rows in mapped))
+        rows = tuple(_mapped("pmap", in_axes, args))
+        if rows not in compiled:
+            axes = (None, 0, *(0 if row else None for row in rows))
             body = lambda *operands: jax.lax.psum(fn(*operands), "psjax")  # noqa: E731
-            compiled[mapped] = jax.pmap(
+            compiled[rows] = jax.pmap(
                 body, axis_name="psjax", in_axes=axes, out_axes=None, devices=devices
             )
-        by_device = _split_args(args, in_axes, len(devices))
-        return compiled[mapped](params, selection.split(len(devices)), *by_device)
+        by_device = _split_args("pmap", args, rows, len(devices), selection.num_elements)
+        return compiled[rows](params, selection.split(len(devices)), *by_device)
 
     return pmapped
 
 
-def _mapped(args, in_axes):
+def _mapped(call, in_axes, args):
     """Which arguments go row by row with the elements."""
-    if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
-        in_axes = (in_axes,) * len(args)
-    return [isinstance(axis, int) and axis == 0 for axis in in_axes]
+    return [
+        axes is not None and not isinstance(axes, P) for axes in _each_in_axes(call, in_axes, args)
+    ]
 
 
-def _split_args(args, in_axes, n):
-    def divide(x):
-        each = -(-x.shape[0] // n)
-        x = jnp.pad(x, [(0, n * each - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(n, each, *x.shape[1:])
+def _split_args(call, args, rows, n, num_elements):
+    def divide(i, path, x):
+        if not jnp.ndim(x) or x.shape[0] != num_elements:
+            msg = (
+                f"{call}: argument {i}{keystr(path)} has shape {jnp.shape(x)}; with in_axes=0 its "
+                f"first dimension must be the {num_elements} elements."
+            )
+            raise ValueError(msg)
+        return _divide_rows(x, n)
 
-    rows = _mapped(args, in_axes)
-    return [jax.tree.map(divide, a) if row else a for a, row in zip(args, rows)]
+    return [
+        jax.tree_util.tree_map_with_path(functools.partial(divide, i), a) if row else a
+        for i, (a, row) in enumerate(zip(args, rows))
+    ]

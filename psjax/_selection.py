@@ -16,12 +16,12 @@ _is_spec = lambda x: isinstance(x, P) or x is None  # noqa: E731
 
 
 # ------------------------------------------------------------------------------------------------
-# One leaf, one advanced index. `indices` maps axis names to int arrays `[*lead, m]` (keeps the axis)
-# or `[*lead]` (takes one row and drops it); `lead` is 0 or 1 axes of elements.
+# One leaf, one advanced index. `indices` maps axis names to int arrays `[*lead, m]` (keeps the
+# axis) or `[*lead]` (takes one row and drops it); `lead` is 0 or 1 axes of elements.
 
 
 def _layout(spec, indices, lead):
-    """Dimensions that are indexed, their index arrays as an open mesh, where the kept ones return."""
+    """Dimensions that are indexed, their indices as an open mesh, where the kept ones return."""
     dims = [d for d, name in enumerate(spec or ()) if name in indices]
     kept = [d for d in dims if indices[spec[d]].ndim > lead]
     mesh = []
@@ -51,7 +51,7 @@ def _scatter_leaf(total, y, spec, indices, valid):
     y = jnp.where(valid.reshape(*valid.shape, *[1] * (y.ndim - lead)), y, 0).astype(total.dtype)
     dims, mesh, home = _layout(spec, indices, lead)
     if not dims:
-        return total + jnp.sum(y, axis=tuple(range(lead)))
+        return total + jnp.sum(y, axis=tuple(range(lead)), dtype=total.dtype)
     y = jnp.moveaxis(y, home, range(lead, lead + len(home)))
     moved = jnp.moveaxis(total, dims, range(len(dims))).at[mesh].add(y, mode="drop")
     return jnp.moveaxis(moved, range(len(dims)), dims)
@@ -125,7 +125,7 @@ class Selection:
             y = _gather_leaf(jnp.asarray(x), spec, self.indices, 1)
             if not _selected(spec, self.indices):
                 y = jnp.broadcast_to(y, (self.num_elements, *y.shape))
-            return jnp.where(valid.reshape(-1, *[1] * (y.ndim - 1)), y, 0)
+            return jnp.where(valid.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.zeros_like(y))
 
         return _map(leaf, self.specs, params)
 
@@ -151,7 +151,8 @@ class Selection:
           axis_name: name of a mapped axis (`pmap`, `shard_map`) over which elements are spread.
 
         Returns:
-          A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit.
+          A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit (but
+          -0 and, on the CPU, subnormal numbers come back as 0). A mean of integers is rounded down.
         """
         self._check("scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)
@@ -162,7 +163,9 @@ class Selection:
             total, counts = jax.lax.psum((total, counts), axis_name)
 
         def mean(w, total, count):
-            return jnp.where(count == 0, w, total / jnp.maximum(count, 1)).astype(w.dtype)
+            holders = jnp.maximum(count, 1).astype(total.dtype)
+            whole = jnp.issubdtype(total.dtype, jnp.integer)
+            return jnp.where(count == 0, w, total // holders if whole else total / holders)
 
         return jax.tree.map(mean, params, total, counts)
 
@@ -175,8 +178,8 @@ class Selection:
     def split(self, n: int) -> "Selection":
         """Divide the elements among `n` workers: leaves `[E, ...] -> [n, ceil(E / n), ...]`.
 
-        Elements keep their order; where `n` does not divide E, the last workers get elements that
-        are not valid and hold nothing. For a user's `pmap`, or `psjax.shard`.
+        Elements keep their order; where `n` does not divide E, the last workers get copies of the
+        last element that are not valid and hold nothing. For a user's `pmap`, or `psjax.shard`.
 
         Raises:
           ValueError: if `n` is less than 1, or the selection is split already.
@@ -184,16 +187,11 @@ class Selection:
         if n < 1 or self.valid.ndim != 1:
             msg = f"split({n}): n must be positive and the selection [E], not {self.valid.shape}."
             raise ValueError(msg)
+        divide = lambda x: _divide_rows(x, n)  # noqa: E731
         each = -(-self.num_elements // n)
-
-        def divide(x, fill):
-            pad = [(0, n * each - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-            np_or_jnp = np if isinstance(x, np.ndarray) else jnp
-            x = np_or_jnp.pad(x, pad, constant_values=fill)
-            return x.reshape(n, each, *x.shape[1:])
-
-        indices = {name: divide(x, self.sizes[name]) for name, x in self.indices.items()}
-        return dataclasses.replace(self, indices=indices, valid=divide(self.valid, False))
+        own = np.arange(n * each).reshape(n, each) < self.num_elements
+        indices = jax.tree.map(divide, self.indices)
+        return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own)
 
     def _add(self, total, stacked, valid):
         add = lambda spec, t, y: _scatter_leaf(t, y, spec, self.indices, valid)  # noqa: E731
@@ -220,6 +218,12 @@ class Selection:
             )
             raise ValueError(msg)
         _check_like(f"Selection.{call}", self, params)
+
+
+def _divide_rows(x, n):
+    """`[E, ...] -> [n, ceil(E / n), ...]`, the last row repeated; NumPy's arrays stay so."""
+    places = np.arange(n * -(-x.shape[0] // n)).reshape(n, -1)
+    return x[np.minimum(places, x.shape[0] - 1)]
 
 
 def _selected(spec, indices):
@@ -400,6 +404,9 @@ def _index_array(name, index) -> tuple[np.ndarray, np.ndarray]:
         kinds = sorted({row.dtype.name for row in rows})
         msg = f"select(indices=...): axis {name!r} has indices of {kinds}; write integers."
         raise TypeError(msg)
+    if ragged and max(row.ndim for row in rows) > 1:
+        msg = f"select(indices=...): axis {name!r} has an element with indices of rank 2; write 1."
+        raise ValueError(msg)
     if not ragged:
         if rows[0].ndim not in (1, 2):
             msg = (

@@ -1,9 +1,9 @@
 r"""Partially-separable functions: map over the elements, scatter what comes back.
 
-$f(w) = \sum_e \hat f_e(U_e w)$ and $\nabla f(w) = \sum_e U_e^\top \nabla \hat f_e(U_e w)$: (3) and (4)
-of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
-network training*, G-2023-36, after A. Griewank and Ph. L. Toint, *Partitioned variable metric updates
-for large structured optimization problems*, 1982.
+$f(w) = \sum_e \hat f_e(U_e w)$ and $\nabla f(w) = \sum_e U_e^\top \nabla \hat f_e(U_e w)$: (3) and
+(4) of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
+network training*, G-2023-36, after A. Griewank and Ph. L. Toint, *Partitioned variable metric
+updates for large structured optimization problems*, 1982.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
 
-from psjax._selection import _check_like, _gather_leaf, _map, _scatter_leaf, _selected
+from psjax._selection import _check_like, _gather_leaf, _scatter_leaf, _selected
 
 _ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
 
@@ -57,8 +59,9 @@ def value_and_grad(
 
     def fn(params, selection, *args):
         evaluate = _Elements("value_and_grad", element_fn, in_axes, chunk_size, selection)
-        value, (grads,) = evaluate.sum(params, args, argnums=(0,))
-        return value, grads
+        treedef = jax.tree.structure(params)
+        value, grads = evaluate.sum(params, args, argnums=range(treedef.num_leaves))
+        return value, treedef.unflatten(grads)
 
     return fn
 
@@ -72,7 +75,9 @@ def element_value_and_grad(
     `selection.scatter_add(grads, params)` is the whole gradient.
 
     Args:
-      element_fn, in_axes, chunk_size: as in `value_and_grad`.
+      element_fn: as in `value_and_grad`.
+      in_axes: as there.
+      chunk_size: as there.
 
     Returns:
       A function `(params, selection, *args) -> (values [E], grads)` with leaves of `grads`
@@ -103,10 +108,13 @@ def partially_separable(
     in `pmap`, it is this device's, and the caller psums it.
 
     Args:
-      element_fn, in_axes, chunk_size: as in `value_and_grad`.
+      element_fn: as in `value_and_grad`.
+      in_axes: as there.
+      chunk_size: as there.
 
     Returns:
-      A function `(params, selection, *args) -> value`, the sum over this device's elements.
+      A function `(params, selection, *args) -> value`, the sum over this device's elements. What is
+      differentiated must be one of its arguments: JAX refuses what `element_fn` closes over.
     """
     _check_chunk_size("partially_separable", chunk_size)
 
@@ -119,21 +127,12 @@ def partially_separable(
 
     def jvp(primals, tangents):
         params, selection, args = primals
-        operands = (params, *args)
-        operand_tangents = (tangents[0], *tangents[2])
-        moved = tuple(
-            i
-            for i, t in enumerate(operand_tangents)
-            if any(type(leaf) is not SymbolicZero for leaf in jax.tree.leaves(t))
-        )
+        tangents = jax.tree.leaves((tangents[0], *tangents[2]))
+        moved = [i for i, t in enumerate(tangents) if type(t) is not SymbolicZero]
         value, grads = evaluate(selection).sum(params, args, argnums=moved)
         tangent = jnp.zeros_like(value)
         for i, grad in zip(moved, grads):
-            leaves = zip(jax.tree.leaves(grad), jax.tree.leaves(operand_tangents[i]), strict=True)
-            for g, t in leaves:
-                if type(t) is not SymbolicZero:
-                    tangent = tangent + jnp.vdot(g, t).astype(value.dtype)
-        del operands
+            tangent = tangent + jnp.vdot(grad, tangents[i]).astype(value.dtype)
         return value, tangent
 
     fn.defjvp(jvp, symbolic_zeros=True)
@@ -143,8 +142,8 @@ def partially_separable(
 class _Elements:
     """The elements of one call: gather, evaluate, scatter, a chunk at a time.
 
-    Operand 0 is the parameters, operand i the i-th argument; all are gathered and scattered by the
-    same two functions, with the specs of the parameters or of `in_axes`.
+    Operands are the leaves of the parameters and of the arguments, flat; all are gathered and
+    scattered by the same two functions, with the specs of the parameters or of `in_axes`.
     """
 
     def __init__(self, call, element_fn, in_axes, chunk_size, selection):
@@ -166,118 +165,107 @@ class _Elements:
     # ------------------------------------------------------------------------- the three callers
 
     def sum(self, params, args, argnums):
-        """Sum of values, and of gradients of the operands in `argnums`, as trees like them."""
-        operands, specs = self._operands(params, args)
-        value_type = self._value_type(operands, specs)
-        totals = tuple(jax.tree.map(jnp.zeros_like, operands[i]) for i in argnums)
-        init = self._varying((jnp.zeros((), value_type.dtype), totals), operands)
+        """Sum of values, and of gradients of the operands in `argnums`, a list."""
+        operands, specs, fn = self._operands(params, args)
+        zeros = [jnp.zeros_like(operands[i]) for i in argnums]
+        value_type = self._value_type(fn, operands, specs)
+        init = self._varying((jnp.zeros((), value_type.dtype), zeros), operands)
         operands = self._varying(operands, operands)
 
         def body(carry, xs):
             indices, valid = xs
             value, totals = carry
-            values, grads = self._chunk(operands, specs, indices, valid, argnums)
+            values, grads = self._chunk(fn, operands, specs, indices, valid, argnums)
             value = value + jnp.sum(jnp.where(valid, values, 0))
-            add = lambda s, t, g: _scatter_leaf(t, g, s, indices, valid)  # noqa: E731
-            totals = tuple(
-                _map(add, specs[i], total, grad) for i, total, grad in zip(argnums, totals, grads)
-            )
+            totals = [
+                _scatter_leaf(total, grad, specs[i], indices, valid)
+                for i, total, grad in zip(argnums, totals, grads)
+            ]
             return (value, totals), None
 
         return self._loop(body, init)[0]
 
     def stack(self, params, args):
         """Values `[E]` and gradients `[E, ...]` of the parameters."""
-        operands, specs = self._operands(params, args)
-        self._value_type(operands, specs)
+        operands, specs, fn = self._operands(params, args)
+        self._value_type(fn, operands, specs)
         operands = self._varying(operands, operands)
+        treedef = jax.tree.structure(params)
 
         def body(carry, xs):
             indices, valid = xs
-            values, (grads,) = self._chunk(operands, specs, indices, valid, (0,))
-            clean = lambda y: jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - valid.ndim)), y, 0)  # noqa: E731, E501
-            return carry, jax.tree.map(clean, (values, grads))
+            argnums = range(treedef.num_leaves)
+            stacked = self._chunk(fn, operands, specs, indices, valid, argnums)
+
+            def clean(y):
+                ones = (1,) * (y.ndim - valid.ndim)
+                return jnp.where(valid.reshape(*valid.shape, *ones), y, 0)
+
+            return carry, jax.tree.map(clean, stacked)
 
         stacked = self._loop(body, None)[1]
         if self.chunk > 1:
             stacked = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), stacked)
-        return jax.tree.map(lambda y: y[: self.num_elements], stacked)
+        values, grads = jax.tree.map(lambda y: y[: self.num_elements], stacked)
+        return values, treedef.unflatten(grads)
 
     # ------------------------------------------------------------------------------------- parts
 
-    def _chunk(self, operands, specs, indices, valid, argnums):
+    def _chunk(self, fn, operands, specs, indices, valid, argnums):
         """Values and gradients of the elements of a chunk, `[chunk]`, or of one element, `[]`."""
         lead = valid.ndim
-        gather = lambda s, x: _gather_leaf(x, s, indices, lead)  # noqa: E731
-        seen = [_map(gather, spec, x) for spec, x in zip(specs, operands)]
-        fn = self.element_fn
+        seen = [_gather_leaf(x, spec, indices, lead) for x, spec in zip(operands, specs)]
         if argnums:
-            fn = jax.value_and_grad(fn, argnums)
+            both = jax.value_and_grad(fn, tuple(argnums))
         else:
-            fn = lambda *seen: (self.element_fn(*seen), ())  # noqa: E731
-        if lead:
-            # Shared leaves are not repeated: the map passes them whole to every element.
-            mapped = [
-                _map(lambda s, x: 0 if _selected(s, indices) else None, spec, x)
-                for spec, x in zip(specs, operands)
-            ]
-            fn = jax.vmap(fn, in_axes=tuple(mapped))
-            if not any(m == 0 for m in jax.tree.leaves(mapped)):  # replicas of one whole
-                each = fn.__wrapped__(*seen)
-                return jax.tree.map(lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape)), each)
-        return fn(*seen)
+            both = lambda *seen: (fn(*seen), ())  # noqa: E731
+        if not lead:
+            return both(*seen)
+        # Shared leaves are not repeated: the map passes them whole to every element.
+        mapped = tuple(0 if _selected(spec, indices) else None for spec in specs)
+        if 0 not in mapped:  # replicas of one whole
+            repeat = lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape))  # noqa: E731
+            return jax.tree.map(repeat, both(*seen))
+        return jax.vmap(both, in_axes=mapped)(*seen)
 
     def _loop(self, body, init):
         """Scan over the chunks; one chunk, no scan."""
-        indices = dict(self.selection.indices)
-        indices[_ELEMENT] = jnp.arange(self.num_elements, dtype=jnp.int32)
-        sizes = {**self.selection.sizes, _ELEMENT: self.num_elements}
-        pad = self.num_chunks * self.chunk - self.num_elements
-
-        def cut(x, fill):
-            x = jnp.asarray(x)
-            x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-            return x if self.chunk == 1 else x.reshape(-1, self.chunk, *x.shape[1:])
-
-        xs = {name: cut(x, sizes[name]) for name, x in indices.items()}, cut(
-            self.selection.valid, False
-        )
+        # Padding repeats the last element, masked: one of zeros could make NaN, and a NaN gets past
+        # a mask in second derivatives.
+        places = np.arange(self.num_chunks * self.chunk)
+        rows = np.minimum(places, self.num_elements - 1)
+        shape = (self.num_chunks, *([self.chunk] if self.chunk > 1 else []))
+        cut = lambda x: jnp.asarray(x)[rows.reshape(shape)]  # noqa: E731
+        valid = cut(self.selection.valid) & (places < self.num_elements).reshape(shape)
+        xs = jax.tree.map(cut, self._indices()), valid
         if self.num_chunks == 1:
             carry, out = body(init, jax.tree.map(lambda x: x[0], xs))
             return carry, jax.tree.map(lambda y: y[None], out)
         return jax.lax.scan(body, init, xs)
 
     def _operands(self, params, args):
-        """Trees of arrays and their flat specs: parameters first, then the arguments."""
+        """Flat arrays and their specs, parameters first; `element_fn` as a function of them."""
         _check_like(self.call, self.selection, params)
-        in_axes = self.in_axes
-        if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
-            in_axes = (in_axes,) * len(args)
-        if len(in_axes) != len(args):
-            msg = f"{self.call}: in_axes has {len(in_axes)} entries for {len(args)} arguments."
-            raise ValueError(msg)
-        specs = [self.selection.specs]
-        for i, (spec, arg) in enumerate(zip(in_axes, args)):
-            if isinstance(spec, int) and spec == 0:
-                spec = P(_ELEMENT)
-            if spec is not None and not isinstance(spec, P):
-                msg = (
-                    f"{self.call}: in_axes[{i}] is {spec!r}; write None, 0 or a PartitionSpec of "
-                    "axis names of the selection."
-                )
-                raise ValueError(msg)
-            spec = P() if spec is None else spec
+        in_axes = _each_in_axes(self.call, self.in_axes, args)
+        specs = list(self.selection.specs)
+        for i, (axes, arg) in enumerate(zip(in_axes, args)):
+            spec = P() if axes is None else P(_ELEMENT) if axes == 0 else axes
             self._check_argument(i, spec, arg)
-            specs.append((spec,) * len(jax.tree.leaves(arg)))
-        used = {name for spec in specs for s in spec for name in s or ()}
+            specs += [spec] * len(jax.tree.leaves(arg))
+        used = {name for spec in specs for name in spec or ()}
         unused = sorted(set(self.selection.indices) - used)
         if unused:
             msg = (
-                f"{self.call}: the selection has indices of {unused}, which neither a parameter nor "
-                f"in_axes={self.in_axes} names; every element would see the whole."
+                f"{self.call}: the selection has indices of {unused}, which neither a parameter "
+                f"nor in_axes={self.in_axes} names; every element would see the whole."
             )
             raise ValueError(msg)
-        return tuple(jax.tree.map(jnp.asarray, x) for x in (params, *args)), specs
+        operands, treedef = jax.tree.flatten((params, *args))
+        fn = lambda *leaves: self.element_fn(*treedef.unflatten(leaves))  # noqa: E731
+        return [jnp.asarray(x) for x in operands], specs, fn
+
+    def _indices(self):
+        return {**self.selection.indices, _ELEMENT: np.arange(self.num_elements, dtype=np.int32)}
 
     def _check_argument(self, i, spec, arg):
         sizes = {**self.selection.sizes, _ELEMENT: self.num_elements}
@@ -285,21 +273,24 @@ class _Elements:
             for d, name in enumerate(spec):
                 if name is None:
                     continue
-                where = f"argument {i}{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}"
+                where = f"argument {i}{keystr(path)} has shape {jnp.shape(x)}"
                 if name not in self.selection.indices and name != _ELEMENT:
-                    msg = f"{self.call}: in_axes names {name!r}, of which the selection has no index."
+                    msg = (
+                        f"{self.call}: in_axes names {name!r}, of which the selection has no index."
+                    )
                     raise ValueError(msg)
                 if d >= jnp.ndim(x) or jnp.shape(x)[d] != sizes[name]:
-                    msg = f"{self.call}: {where}; dimension {d} must be {name!r}, of size {sizes[name]}."
+                    msg = (
+                        f"{self.call}: {where}; dimension {d} must be {name!r}, of size "
+                        f"{sizes[name]}."
+                    )
                     raise ValueError(msg)
 
-    def _value_type(self, operands, specs):
+    def _value_type(self, fn, operands, specs):
         """Shape and dtype of an element's value, without computing it."""
-        sizes = {**self.selection.indices, _ELEMENT: jnp.zeros((self.num_elements,), jnp.int32)}
-        one = {name: jnp.zeros(x.shape[1:], jnp.int32) for name, x in sizes.items()}
-        gather = lambda s, x: _gather_leaf(x, s, one, 0)  # noqa: E731
+        indices = {name: jnp.zeros(x.shape[1:], jnp.int32) for name, x in self._indices().items()}
         value = jax.eval_shape(
-            lambda *ops: self.element_fn(*[_map(gather, s, x) for s, x in zip(specs, ops)]), *operands
+            lambda *xs: fn(*[_gather_leaf(x, s, indices, 0) for x, s in zip(xs, specs)]), *operands
         )
         if not hasattr(value, "shape") or value.shape != ():
             got = jax.tree.map(lambda v: f"{v.dtype}{list(v.shape)}", value)
@@ -321,15 +312,33 @@ class _Elements:
         vary before they are differentiated, and the loop's carry from its start. A `where` with a
         varying mask does it, and XLA removes it.
         """
-        everything = jax.tree.leaves((self.selection, operands))
-        axes = lambda x: getattr(jax.typeof(x), "vma", frozenset())  # noqa: E731
-        mask, seen = jnp.asarray(True), frozenset()
-        for x in everything:
-            if axes(x) - seen and jnp.size(x):
-                mask, seen = mask | (jnp.ravel(x)[0] == 0), seen | axes(x)
-        if not seen:
-            return tree
-        return jax.tree.map(lambda x: jnp.where(mask, x, x) if seen - axes(x) else x, tree)
+        mask = jnp.asarray(True)
+        for x in jax.tree.leaves((self.selection, operands)):
+            if jnp.size(x):
+                x = jax.random.key_data(x) if _is_key(x) else x
+                mask = mask | jnp.ravel(x)[0].astype(bool)
+        return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
+
+
+def _is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _each_in_axes(call, in_axes, args):
+    """`in_axes` as a tuple, one of None, 0 or a `PartitionSpec` for each argument."""
+    if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
+        in_axes = (in_axes,) * len(args)
+    if len(in_axes) != len(args):
+        msg = f"{call}: in_axes has {len(in_axes)} entries for {len(args)} arguments."
+        raise ValueError(msg)
+    for i, axes in enumerate(in_axes):
+        if not (axes is None or isinstance(axes, P) or (type(axes) is int and axes == 0)):
+            msg = (
+                f"{call}: in_axes[{i}] is {axes!r}; write None, 0 or a PartitionSpec of axis names "
+                "of the selection."
+            )
+            raise ValueError(msg)
+    return in_axes
 
 
 def _check_chunk_size(call, chunk_size):

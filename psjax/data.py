@@ -53,15 +53,14 @@ def load(name: str = "digits", split: str = "train", data_dir: str | None = None
 
 
 def _needs(package, name):
-    msg = f"load({name!r}) needs {package}: pip install 'psjax[experiments]'."
-    return ImportError(msg)
+    return f"load({name!r}) needs {package}: pip install 'psjax[experiments]'."
 
 
 def _load_digits(split):
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise _needs("scikit-learn", "digits") from error
+        raise ImportError(_needs("scikit-learn", "digits")) from error
     images, labels = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[:1437] if split == "train" else order[1437:]
@@ -73,7 +72,7 @@ def _load_tfds(name, split, data_dir):
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise _needs("tensorflow-datasets", name) from error
+        raise ImportError(_needs("tensorflow-datasets", name)) from error
     known = ["digits", *tfds.list_builders(with_community_datasets=False)]
     if name not in known:
         near = difflib.get_close_matches(name, ["digits", *_TFDS], n=1)
@@ -92,7 +91,7 @@ def _load_tfds(name, split, data_dir):
     except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
         msg = (
             f"load({name!r}, split={split!r}): not prepared as array_record in "
-            f"{builder.data_dir}. With network and TensorFlow, once: python -c \"import "
+            f'{builder.data_dir}. With network and TensorFlow, once: python -c "import '
             f"tensorflow_datasets as tfds; tfds.builder('{name}', data_dir={data_dir!r}, "
             "file_format='array_record').download_and_prepare()\"; or set TFDS_DATA_DIR to where "
             "it is."
@@ -112,7 +111,10 @@ def check_labels(labels, num_classes: int) -> np.ndarray:
     """
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
-        msg = f"check_labels(labels): labels are {labels.dtype}; write integers in [0, {num_classes})."
+        msg = (
+            f"check_labels(labels): labels are {labels.dtype}; write integers in "
+            f"[0, {num_classes})."
+        )
         raise TypeError(msg)
     if labels.ndim != 1 or not labels.size:
         msg = f"check_labels(labels): labels have shape {labels.shape}; write a non-empty [N]."
@@ -232,7 +234,10 @@ def tiles_by_label(
     none. `labels[s, t]` says which label tile t of step s holds.
 
     Args:
-      labels, num_classes, batch_size, order: as in `batches_by_label`.
+      labels: `[N]`, integers in `[0, num_classes)`.
+      num_classes: C.
+      batch_size: L.
+      order: `[M]`, the epoch's samples in order; None: the data set's own.
       tile: samples a tile.
       tiles: tiles a batch; None: as many as the fullest batch of the epoch needs.
 
@@ -252,7 +257,9 @@ def tiles_by_label(
     needed = max(map(len, cut))
     tiles = needed if tiles is None else tiles
     if tiles < needed:
-        msg = f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
+        msg = (
+            f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
+        )
         raise ValueError(msg)
     indices = np.full((len(cut), tiles, tile), len(labels), np.int32)
     tile_labels = np.full((len(cut), tiles), num_classes, np.int32)

@@ -1,7 +1,7 @@
 r"""Partially-separable losses: functions of the margins between pairs of scores.
 
 Let $c_j$ be the score of class $j$, $y$ the label and $\varphi$ a *margin function*. The loss of a
-sample is $\sum_{j \ne y} \varphi(c_j - c_y)$; summed over a batch of $L$ samples, with weight $1/L$,
+sample is $\sum_{j \ne y} \varphi(c_j - c_y)$; over a batch of $L$ samples, with weight $1/L$,
 
 $$\mathcal L = \sum_k \sum_{j \ne k} h_{kj}, \qquad
   h_{kj} = \frac1L \sum_l \delta(y_l = k)\, \varphi(c_j(x_l) - c_k(x_l)),$$
@@ -57,7 +57,7 @@ def bounded_exponential(z, bound: float = 4.0):
 
 
 def softplus(z):
-    r"""$\log(1 + e^z)$: the one-vs-each loss (Titsias, 2016, arXiv:1609.07410), gradients in [0, 1]."""
+    r"""$\log(1 + e^z)$: one-vs-each (Titsias, 2016, arXiv:1609.07410), gradients in [0, 1]."""
     return jax.nn.softplus(z)
 
 
@@ -107,7 +107,9 @@ def nll_with_integer_labels(scores, labels):
 
 
 def one_vs_all_with_integer_labels(scores, labels):
-    r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: fully separable, C elements of one score.
+    r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: C elements of one score each.
+
+    Fully separable: no element shares a class's weights with another.
 
     Args and errors as `psl_with_integer_labels`.
     """
@@ -167,8 +169,9 @@ def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
     s = jnp.shape(pairs)[0]
     if jnp.shape(scores) != (*jnp.shape(weight), s) or jnp.shape(weight)[0] != s:
         msg = (
-            f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight {jnp.shape(weight)}, "
-            f"pairs {jnp.shape(pairs)}; write scores [s, slots, s], weight [s, slots], pairs [s, s]."
+            f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight "
+            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [s, slots, s], weight "
+            "[s, slots], pairs [s, s]."
         )
         raise ValueError(msg)
     own = jnp.diagonal(scores, axis1=0, axis2=2).T[..., None]  # [s, slots, 1]
@@ -199,10 +202,10 @@ def _check(call, scores, labels):
 
 
 def margin_function(name: str, bound: float | None = None) -> MarginFn:
-    """Margin function of a named loss, `psl`, `psl-squared`, `psl-bounded`, `one-vs-each`, `squared-hinge`.
+    """Margin function of a named loss.
 
     Args:
-      name: of the loss.
+      name: `psl`, `psl-squared`, `psl-bounded`, `one-vs-each` or `squared-hinge`.
       bound: $B$ of the exponentials; None for their own.
 
     Raises:

@@ -1,8 +1,9 @@
 r"""LeNet and PSNet with the papers' presets.
 
 P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural network
-training*, G-2023-36, sections 5 and 7. Both networks in the form the authors ran: sigmoid after every
-layer but the last; convolution, bias, average pooling, sigmoid; Xavier-uniform kernels, zero biases.
+training*, G-2023-36, sections 5 and 7. Both networks in the form the authors ran: sigmoid after
+every layer but the last; convolution, bias, average pooling, sigmoid; Xavier-uniform kernels, zero
+biases.
 
 Both are Flax modules whose parameters carry the `class` axis. The sub-network behind a set of `m`
 scores is the same module with `m` classes, `model.clone(num_classes=m)`, applied to the gathered

@@ -163,9 +163,10 @@ _separable_init = _glorot(batch_axis=(0,))
 
 
 class Conv(nn.Module):
-    """Plain convolution shared by all groups, pooling folded in: `[B, H, W, in] -> [B, h, w, features]`.
+    """Plain convolution shared by all groups, pooling folded in.
 
-    Its parameters are annotated with no axis: every sub-network holds them whole. See `conv`.
+    `[B, H, W, in] -> [B, h, w, features]`. Its parameters are annotated with no
+    axis: every sub-network holds them whole. See `conv`.
     """
 
     features: int
@@ -218,10 +219,11 @@ class FanOutConv(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """Convolution from each group to its counterpart: `[B, H, W, groups, in] -> [B, h, w, groups, features]`.
+    """Convolution from each group to its counterpart.
 
-    Kernel `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both
-    annotated with `axis` first.
+    `[B, H, W, groups, in] -> [B, h, w, groups, features]`. Kernel
+    `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both annotated
+    with `axis` first.
     """
 
     groups: int

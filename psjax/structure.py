@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._selection import Selection, select
+from psjax._selection import Selection, _axis_sizes, select
 
 
 class WeightCounts(NamedTuple):
@@ -59,8 +59,9 @@ def count(axes: Any, like: Any, axis: str = "class") -> WeightCounts:
       axis: name of the class axis, of two classes at least.
 
     Raises:
-      ValueError: from `psjax.select`, for axes that do not fit.
+      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has.
     """
+    _check_axis("count", axes, like, axis)
     n = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(like))
     one = int(num_weights(select(axes, {axis: [[0]]}, like=like), like)[0])
     two = int(num_weights(select(axes, {axis: [[0, 1]]}, like=like), like)[0])
@@ -73,7 +74,11 @@ def dependence(axes: Any, params: Any, axis: str = "class") -> Any:
     Returns:
       A tree like `params`, int32: the class whose score alone sees the weight, or -1 for a weight
       that every score sees.
+
+    Raises:
+      ValueError: as `count`.
     """
+    _check_axis("dependence", axes, params, axis)
     selection = select(axes, {axis: [[0]]}, like=params)
     num_classes = selection.sizes[axis]
     selection = select(axes, {axis: np.arange(num_classes)[:, None]}, like=params)
@@ -86,3 +91,10 @@ def dependence(axes: Any, params: Any, axis: str = "class") -> Any:
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), params)
     owner, holders = selection.scatter_add(own, like), selection.counts(like)
     return jax.tree.map(lambda o, h: jnp.where(h == 1, o, -1), owner, holders)
+
+
+def _check_axis(call, axes, like, axis):
+    sizes = _axis_sizes(axes, like)[2]
+    if axis not in sizes:
+        msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."
+        raise ValueError(msg)

@@ -1,13 +1,14 @@
 """Figures 6 and 7 of the paper: LeNet and PSNet, NLL and PSL, MNIST and CIFAR10, batch 20 and 100.
 
-P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural network
-training*, G-2023-36, section 7, as the authors ran it (their scripts say what the text leaves open):
-sigmoid networks with average pooling, Xavier-uniform weights, Adam 1e-3 whose state is kept, the
-training set in its own order and never reshuffled, 50 epochs, and PSL as the *squared* exponential.
+P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
+network training*, G-2023-36, section 7, as the authors ran it (their scripts say what
+the text leaves open): sigmoid networks with average pooling, Xavier-uniform weights, Adam 1e-3
+whose state is kept, the training set in its own order and never reshuffled, 50 epochs, and PSL as
+the *squared* exponential.
 
-    python -m experiments.psl.reproduce                    # all 16 settings, about 2.5 hours on 2 cores
+    python -m experiments.psl.reproduce              # all 16 settings, about 2.5 hours on 2 cores
     python -m experiments.psl.reproduce --only LeNet_PSL-CIFAR10-20 --seeds 10
-    python -m experiments.psl.reproduce --plot             # figures and table from what was measured
+    python -m experiments.psl.reproduce --plot       # figures and table from what was measured
 
 Every setting continues where it was interrupted. The rows go to `experiments/psl/results/`.
 """

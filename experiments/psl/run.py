@@ -15,7 +15,15 @@ from tqdm import tqdm
 from experiments._checkpoint import Checkpoints
 from experiments.psl import training
 
-COLUMNS = ("epoch", "seed", "train_loss", "test_accuracy", "max_margin", "median_grad_norm", "max_grad_norm")
+COLUMNS = (
+    "epoch",
+    "seed",
+    "train_loss",
+    "test_accuracy",
+    "max_margin",
+    "median_grad_norm",
+    "max_grad_norm",
+)
 
 
 class NotFiniteError(RuntimeError):
@@ -79,7 +87,9 @@ def train(
                     np.median(metrics["grad_norm"][s]),
                     metrics["grad_norm"][s].max(),
                 )
-                rows.append(dict(zip(COLUMNS, (epoch, int(seed), *map(float, values)), strict=True)))
+                rows.append(
+                    dict(zip(COLUMNS, (epoch, int(seed), *map(float, values)), strict=True))
+                )
             if epoch % checkpoint_every == 0 or epoch == config.epochs:
                 checkpoints.save(epoch, state)
             write_rows(folder / "metrics.csv", rows)
@@ -94,7 +104,9 @@ def _open_folder(config, folder, resume):
     if not folder.exists():
         folder.mkdir(parents=True)
     elif not resume:
-        msg = f"run folder {folder} exists; write --resume to continue it, or another --out."
+        msg = (
+            f"run folder {folder} exists; write --resume {folder} to continue it, or another --out."
+        )
         raise FileExistsError(msg)
     elif path.exists():
         # A longer training is the same training; anything else is another one.
@@ -117,9 +129,9 @@ def _check_finite(metrics, seeds, epoch, checkpoints):
     largest = finite.max() if finite.size else math.nan
     last = checkpoints.steps()
     msg = (
-        f"loss {metrics['loss'][s, step]} at step {step + 1} of epoch {epoch}, seed {seeds[s]}; the "
-        f"largest margin of the epoch until then was {largest:.4g}. The last good checkpoint is "
-        f"that of epoch {last[-1] if last else 0}; try a lower --learning-rate, --clip or "
+        f"loss {metrics['loss'][s, step]} at step {step + 1} of epoch {epoch}, seed {seeds[s]}; "
+        f"the largest margin of the epoch until then was {largest:.4g}. The last good checkpoint "
+        f"is that of epoch {last[-1] if last else 0}; try a lower --learning-rate, --clip or "
         "--margin-bound."
     )
     raise NotFiniteError(msg)
@@ -134,7 +146,10 @@ def _replace(path, text):
 
 def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
     lines = [",".join(rows[0]) if rows else ",".join(COLUMNS)]
-    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
+    lines += [
+        ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values())
+        for row in rows
+    ]
     _replace(path, "\n".join(lines) + "\n")
 
 

@@ -1,0 +1,471 @@
+"""What a training step with a partially-separable loss costs, as ratios from one run.
+
+PSNet `mnist` (46740 weights), Adam, float32. Each program is a jitted `lax.scan` over training
+steps that take their uint8 images from the device and scale them. The programs take turns; a figure
+is the ratio of two medians, with the quartiles of the ratio round by round beside it.
+
+    python -m experiments.benchmarks.psl
+    python -m experiments.benchmarks.psl --batch-sizes 100 --repeats 3 --skip-torch
+
+Balanced batches have equally many samples of each class, so that sorting by label costs nothing. If
+MNIST is there, its own batches follow: by label, with as many slots as the epoch's fullest batch
+needs, and in tiles of 4.
+"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+import psjax
+from experiments.benchmarks import _timing
+from experiments.psl import training
+
+C = 10  # classes
+TILE = 4
+BLOCK = 4
+NAMES = {
+    "fused": "fused",
+    "elements": "90 elements",
+    "tiles": "90 elements in tiles of 4",
+    "pairs": "45 merged pairs",
+    "blocks": "10 cyclic blocks of 4 classes",
+}
+# At most this many times the fused step, on balanced batches of 100.
+GOALS = {"elements": 6.0, "pairs": 5.0, "blocks": 2.6}
+
+
+@dataclasses.dataclass
+class Args:
+    """Time training steps of a PSNet against one another."""
+
+    batch_sizes: tuple[int, ...] = (100, 20)
+    """Samples a step; multiples of 10. The goals are set for 100."""
+    repeats: int = 9
+    """Rounds; the figures are medians over them."""
+    loss: str = "psl-squared"
+    """Partially-separable loss: psl-squared (the authors' runs) or psl."""
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "psl.csv"
+    """Where the table goes, as CSV."""
+    skip_torch: bool = False
+    """Leave out the comparison with PyTorch, which needs torch."""
+    data: str | None = None
+    """Where TFDS keeps MNIST; default: TFDS_DATA_DIR, else TFDS's own."""
+
+    def __post_init__(self):
+        for size in self.batch_sizes:
+            if size < C or size % C:
+                msg = f"--batch-sizes {size}: write multiples of {C}, for balanced batches."
+                raise ValueError(msg)
+        if self.repeats < 1:
+            msg = f"--repeats {self.repeats}: write 1 or more."
+            raise ValueError(msg)
+
+
+# ------------------------------------------------------------------------------------------- floor
+
+
+def flops(compute: str) -> int:
+    """Floating-point operations a sample and step, counted by hand on the network as computed.
+
+    A 5x5 convolution and 2x2 pooling are one 6x6 convolution of stride 2. Two operations a product:
+
+        trunk, once an evaluation     12*12 outputs, 6*6*1 inputs,  40 kernels
+        fan-out, once a class          4*4  outputs, 6*6*40 inputs,  3 kernels
+        separable layers, a class     48*24 + 24*15 + 15*1
+
+    The backward pass repeats the products once for the weights and once for the inputs; the trunk's
+    inputs are the images and need none. How often a sample meets the trunk, and how many classes'
+    groups: an element (k, j) evaluates the trunk and 2 groups on the samples of k, so 9 and 18; a
+    cyclic block of s classes all its groups on the samples of all its classes, so s and s*s.
+    """
+    trunk = 2 * 144 * 36 * 40
+    group = 2 * (16 * 36 * 40 * 3 + 48 * 24 + 24 * 15 + 15)
+    times, groups = {
+        "fused": (1, C),
+        "elements": (C - 1, 2 * (C - 1)),
+        "tiles": (C - 1, 2 * (C - 1)),
+        "pairs": (C - 1, 2 * (C - 1)),
+        "blocks": (BLOCK, BLOCK**2),
+    }[compute]
+    return 2 * times * trunk + 3 * groups * group
+
+
+def matmul_rate(repeats: int = 9, n: int = 2048) -> float:
+    """Float32 operations a second of this machine, in a product of two 2048 x 2048 matrices."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n), np.float32))
+    product = jax.jit(jnp.matmul)
+    call = lambda: jax.block_until_ready(product(a, a))
+    return 2 * n**3 / float(np.median(_timing.take_turns({"": call}, repeats)[""]))
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def balanced(batch_size: int) -> psjax.data.Dataset:
+    """Noise for images, and labels such that every batch has each class equally often."""
+    n = 100 * batch_size
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 28, 28, 1), np.uint8)
+    labels = rng.permuted(np.tile(np.arange(C, dtype=np.int32), (n // C, 1)), axis=1).ravel()
+    return psjax.data.Dataset("balanced", images, labels, C, 1 / 255)
+
+
+def index_batches(compute: str, dataset: psjax.data.Dataset, batch_size: int) -> psjax.data.Batches:
+    """An epoch in the set's own order, in the form that a way of computing needs."""
+    if compute == "fused":
+        return psjax.data.batches(dataset.labels, batch_size)
+    if compute == "tiles":
+        return psjax.data.tiles_by_label(dataset.labels, C, batch_size, TILE)
+    return psjax.data.batches_by_label(dataset.labels, C, batch_size)
+
+
+def some_steps(batches: psjax.data.Batches, steps: int, tiles: bool) -> dict[str, jax.Array]:
+    """The epoch's batches again and again, `[steps, ...]`; never its last, which may be short."""
+    rows = np.arange(steps) % (len(batches.indices) - 1)
+    parts = {"indices": batches.indices[rows], "weights": batches.weights[rows]}
+    if tiles:
+        parts["labels"] = batches.labels[rows]
+    return {name: jnp.asarray(x) for name, x in parts.items()}
+
+
+def steps_a_call(compute: str, batches: psjax.data.Batches) -> int:
+    """So many that a call takes half a second at 100 GFLOP/s."""
+    return round(0.5 * 1e11 / (flops(compute) * np.prod(batches.indices.shape[1:])))
+
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+def init(net):
+    """Parameters and their axes."""
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    return nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+
+
+def make_steps(loss_and_grad, optimizer):
+    """`(state, batches, data, selection) -> state, losses`: a scan over steps, state donated."""
+
+    def steps(state, batches, data, selection):
+        def step(state, batch):
+            params, opt_state = state
+            index = batch["indices"]
+            raw = data["images"].at[index].get(mode="fill", fill_value=0)
+            own = {"image": raw.astype(jnp.float32) * data["scale"], "weight": batch["weights"]}
+            if selection is None:
+                own["label"] = data["labels"].at[index].get(mode="fill", fill_value=0)
+            here = selection
+            if "labels" in batch:
+                here = training.tile_selection(selection, batch["labels"], C)
+            loss, grads = loss_and_grad(params, here, own)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        return jax.lax.scan(step, state, batches)
+
+    return jax.jit(steps, donate_argnums=0)
+
+
+@dataclasses.dataclass
+class Program:
+    """Some training steps as one call that keeps its state."""
+
+    steps: int
+    fn: Any
+    state: Any
+    args: tuple[Any, ...]
+
+    def __call__(self):
+        self.state, _ = jax.block_until_ready(self.fn(self.state, *self.args))
+
+
+class Bench:
+    """The network, and programs that train it from the same weights."""
+
+    def __init__(self, loss: str):
+        self.loss = loss
+        config = training.Config(dataset="mnist", compute="fused")
+        self.net = training.make_model(config, C)
+        self.params, self.axes = init(self.net)
+        self.margin_fn = psjax.losses.margin_function(loss)
+        self.optimizer = optax.adam(1e-3)
+
+    def loss_and_grad(self, compute: str, loss: str):
+        tile = TILE if compute == "tiles" else None
+        config = training.Config(
+            dataset="mnist",
+            loss=loss,
+            compute="elements" if compute == "tiles" else compute,
+            block_size=BLOCK,
+            tile=tile,
+        )
+        return training.loss_and_grad_fn(config, self.net, self.axes, self.params, C)
+
+    def program(self, compute, dataset, data, batch_size, loss=None, loss_and_grad=None) -> Program:
+        fn, selection = self.loss_and_grad(compute, loss or self.loss)
+        batches = index_batches(compute, dataset, batch_size)
+        steps = steps_a_call(compute, batches)
+        rows = some_steps(batches, steps, compute == "tiles")
+        params = jax.tree.map(jnp.copy, self.params)
+        state = (params, self.optimizer.init(params))
+        if selection is not None:
+            selection = jax.tree.map(jnp.asarray, selection)
+        jitted = make_steps(loss_and_grad or fn, self.optimizer)
+        return Program(steps, jitted, state, (rows, data, selection))
+
+    def element(self, net=None):
+        """Element (k, j): two scores, the samples labelled k."""
+        two = (net or self.net).clone(num_classes=2)
+
+        def h(params, batch):
+            scores = two.apply({"params": params}, batch["image"])
+            return psjax.losses.pair(scores, batch["weight"], self.margin_fn)
+
+        return h
+
+    def scalar_form(self):
+        """Value and gradient of `psjax.partially_separable`, by `jax.value_and_grad`."""
+        return jax.value_and_grad(psjax.partially_separable(self.element(), in_axes=P("label")))
+
+    def whole_passes(self, dataset, batch_size: int, implementation: str | None):
+        """One gradient, of 90 whole reverse passes, one after the other, without Adam.
+
+        Each h_kj by a jitted `jax.grad` through the whole network, on the samples labelled k. One
+        compiled program takes k and j as arguments: 90 programs take minutes to compile.
+        """
+        net = self.net.clone(implementation=implementation)
+        scale = jnp.float32(dataset.scale)
+        batches = index_batches("elements", dataset, batch_size)
+        images = [jnp.asarray(dataset.images[rows]) for rows in batches.indices[0]]
+        weights = [jnp.asarray(w) for w in batches.weights[0]]
+
+        @jax.jit
+        @jax.grad
+        def grad(params, raw, weight, pair):
+            scores = net.apply({"params": params}, raw.astype(jnp.float32) * scale)
+            return psjax.losses.pair(scores[:, pair], weight, self.margin_fn)
+
+        pairs = [(k, jnp.array([k, j])) for k, j in psjax.ordered_pairs(C)]
+
+        def call():
+            grads = [grad(self.params, images[k], weights[k], pair) for k, pair in pairs]
+            jax.block_until_ready(grads)
+
+        return call
+
+
+# -------------------------------------------------------------------------------------------- torch
+
+
+def torch_program(dataset, batch_size: int, steps: int, loss: str) -> Callable[[], None]:
+    """The same PSNet's step in eager PyTorch: same layers, loss and optimizer, its own threads."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    def xavier(*shape):
+        bound = (6 / sum(shape[1:])) ** 0.5
+        return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+    class PSNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.fan_out = nn.Conv2d(1, 40, 5), nn.Conv2d(40, 30, 5)
+            sizes = ((48, 24), (24, 15), (15, 1))
+            self.kernels = nn.ParameterList(xavier(C, *size) for size in sizes)
+            self.biases = nn.ParameterList(torch.zeros(C, 1, size[1]) for size in sizes)
+
+        def forward(self, x):
+            x = torch.sigmoid(F.avg_pool2d(self.trunk(x), 2))
+            x = torch.sigmoid(F.avg_pool2d(self.fan_out(x), 2))
+            x = x.reshape(len(x), C, -1).transpose(0, 1)  # [group, batch, features]
+            for i, (kernel, bias) in enumerate(zip(self.kernels, self.biases)):
+                x = torch.baddbmm(bias, torch.sigmoid(x) if i else x, kernel)
+            return x[..., 0].T
+
+    torch.manual_seed(0)
+    net = PSNet()
+    if (count := sum(p.numel() for p in net.parameters())) != 46740:
+        msg = f"torch_program: {count} weights instead of 46740."
+        raise AssertionError(msg)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    images = torch.from_numpy(dataset.images.transpose(0, 3, 1, 2).copy())
+    labels = torch.from_numpy(dataset.labels.astype(np.int64))
+    batches = index_batches("fused", dataset, batch_size).indices
+    rows = torch.from_numpy(batches[np.arange(steps) % (len(batches) - 1)].astype(np.int64))
+    slope = 2 if loss == "psl-squared" else 1
+
+    def call():
+        for index in rows:
+            x, y = images[index].float() * dataset.scale, labels[index][:, None]
+            optimizer.zero_grad()
+            scores = net(x)
+            terms = torch.exp(slope * (scores - scores.gather(1, y)))
+            value = (terms.sum(1) - 1).mean()  # without j = y, whose term is 1
+            value.backward()
+            optimizer.step()
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def time_balanced(bench: Bench, batch_size: int, repeats: int, with_torch: bool):
+    """Rows of the table, on balanced batches."""
+    dataset = balanced(batch_size)
+    data = training.on_device(dataset)
+    make = lambda compute, **kwargs: bench.program(compute, dataset, data, batch_size, **kwargs)
+    programs: dict[str, Program] = {name: make(name) for name in ("fused", *GOALS)}
+    programs["nll"] = make("fused", loss="nll")
+    programs["scalar"] = make("elements", loss_and_grad=bench.scalar_form())
+    calls: dict[str, Callable[[], None]] = dict(programs)
+    steps = {name: program.steps for name, program in programs.items()}
+    for name, implementation in (("passes", None), ("native passes", "native")):
+        calls[name], steps[name] = bench.whole_passes(dataset, batch_size, implementation), 1
+    if with_torch:
+        steps["torch"] = steps["fused"]
+        calls["torch"] = torch_program(dataset, batch_size, steps["torch"], bench.loss)
+    seconds = _timing.take_turns(calls, repeats)
+    seconds = {name: s / steps[name] for name, s in seconds.items()}
+
+    def row(figure, goal, name, reference, goal_everywhere=False):
+        goal = goal if batch_size == 100 or goal_everywhere else None
+        figure = f"{figure}, batch {batch_size}"
+        return _timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
+
+    yield row("fused PSL / fused NLL", 1.05, "fused", "nll")
+    if with_torch:
+        yield row("fused PSL / PyTorch eager", 0.40, "fused", "torch", goal_everywhere=True)
+    for name, goal in GOALS.items():
+        products = flops(name) / flops("fused")
+        yield row(f"{NAMES[name]} ({products:.1f}x products) / fused", goal, name, "fused")
+    yield row("90 elements / 90 whole reverse passes", 0.10, "elements", "passes")
+    yield row("90 elements / 90 whole passes, lax conv", None, "elements", "native passes")
+    yield row("scalar form / explicit form", 1.1, "scalar", "elements")
+
+
+def time_real(bench: Bench, dataset, data, batch_size: int, repeats: int):
+    """Rows of the table, on MNIST's own batches."""
+    programs = {name: bench.program(name, dataset, data, batch_size) for name in NAMES}
+    seconds = _timing.take_turns(programs, repeats)
+    seconds = {name: s / programs[name].steps for name, s in seconds.items()}
+    for name in list(NAMES)[1:]:
+        padding = index_batches(name, dataset, batch_size).padding_factor
+        figure = f"MNIST: {NAMES[name]} ({padding:.2f} slots) / fused, batch {batch_size}"
+        yield _timing.Ratio.of(figure, None, seconds[name], seconds["fused"])
+
+
+def memory(bench: Bench):
+    """Rows of the table: what XLA allocates for one gradient by elements, 10 samples of each class.
+
+    Temporary memory, besides arguments and results. Were it to grow with the number of elements,
+    20 classes would take 380/90 = 4.2 times what 10 take.
+    """
+
+    def kib(num_classes, chunk_size):
+        net = bench.net.clone(num_classes=num_classes)
+        params, axes = init(net)
+        pairs = psjax.ordered_pairs(num_classes)
+        selection = psjax.select(axes, {"class": pairs, "label": pairs[:, 0]}, like=params)
+        fn = psjax.value_and_grad(bench.element(), in_axes=P("label"), chunk_size=chunk_size)
+        batch = {
+            "image": jax.ShapeDtypeStruct((num_classes, 10, 28, 28, 1), jnp.float32),
+            "weight": jax.ShapeDtypeStruct((num_classes, 10), jnp.float32),
+        }
+        compiled = jax.jit(fn).lower(params, selection, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 1024
+
+    one = kib(C, 1)
+    for k in (3, 10, 30, 90):
+        yield _timing.Ratio.between(f"memory, chunk_size {k} / 1", k, kib(C, k), one, "KiB")
+    yield _timing.Ratio.between("memory, 20 / 10 classes, chunk_size 1", 2, kib(20, 1), one, "KiB")
+
+
+def count_compilations(bench: Bench) -> int:
+    """Compilations of a gradient by elements that is called with three different index sets."""
+    fn, selection = bench.loss_and_grad("elements", bench.loss)
+    step = jax.jit(fn)
+    pairs = selection.indices["class"]
+    orders = (pairs, pairs[:, ::-1], np.random.default_rng(0).permutation(pairs))
+    selections = [
+        psjax.select(bench.axes, {"class": p, "label": p[:, 0]}, like=bench.params) for p in orders
+    ]
+    batch = {"image": jnp.zeros((C, 2, 28, 28, 1)), "weight": jnp.full((C, 2), 0.05)}
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for one in selections:
+        jax.block_until_ready(step(bench.params, one, batch))
+    return len(seen)
+
+
+def write(path: pathlib.Path, rows: list[_timing.Ratio]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in dataclasses.fields(_timing.Ratio))
+        for row in rows:
+            cells = dataclasses.astuple(row)
+            writer.writerow(f"{x:.4g}" if isinstance(x, float) else x for x in cells)
+
+
+def main(args: Args) -> None:
+    with_torch = not args.skip_torch
+    if with_torch and importlib.util.find_spec("torch") is None:
+        print("torch is not installed: no comparison with PyTorch.")
+        with_torch = False
+    packages = ("jax", "jaxlib", *(("torch",) if with_torch else ()))
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    bench, rate = Bench(args.loss), matmul_rate()
+    print(f"{versions}; {os.cpu_count()} CPUs; {jax.default_backend()}")
+    print(f"PSNet mnist, 46740 weights, Adam, float32; loss {args.loss}; {args.repeats} rounds")
+    print(f"float32 matmul rate (2048^3): {rate / 1e9:.0f} GFLOP/s")
+    for batch_size in args.batch_sizes:
+        floors = {name: 1e3 * flops(name) * batch_size / rate for name in ("fused", *GOALS)}
+        listed = ", ".join(f"{name} {ms:.2f}" for name, ms in floors.items())
+        print(f"floor, batch {batch_size}, products / rate, ms: {listed}")
+    print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}\n")
+
+    rows = []
+    print(_timing.HEADER)
+
+    def show(more):
+        for row in more:
+            rows.append(row)
+            print(row, flush=True)
+
+    for batch_size in args.batch_sizes:
+        show(time_balanced(bench, batch_size, args.repeats, with_torch))
+    try:
+        mnist = psjax.data.load("mnist", "train", args.data)
+    except (FileNotFoundError, ImportError) as error:
+        print(f"Without MNIST's own batches: {error}")
+    else:
+        data = training.on_device(mnist)
+        for batch_size in args.batch_sizes:
+            show(time_real(bench, mnist, data, batch_size, args.repeats))
+    show(memory(bench))
+    write(args.out, rows)
+    print(f"\nWritten to {args.out}.")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,152 @@
+"""Nothing is dropped, nothing is doubled, and bad labels are caught on the host."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from psjax import data
+
+LABELS = np.random.default_rng(0).integers(0, 7, 230)
+LABELS = np.where(LABELS == 5, 3, LABELS)  # label 5 does not occur
+
+
+@pytest.mark.parametrize("batch_size", [1, 20, 100, 230])
+@pytest.mark.parametrize("kind", ["flat", "label", "tile"])
+def test_each_sample_comes_once_with_its_weight(kind, batch_size):
+    order = np.random.default_rng(1).permutation(len(LABELS))
+    if kind == "flat":
+        batches = data.batches(LABELS, batch_size, order)
+    elif kind == "label":
+        batches = data.batches_by_label(LABELS, 7, batch_size, order)
+    else:
+        batches = data.tiles_by_label(LABELS, 7, batch_size, 3, order)
+    filled = batches.indices < len(LABELS)
+    assert sorted(batches.indices[filled]) == list(range(len(LABELS)))
+    np.testing.assert_array_equal(filled, batches.weights > 0)
+    np.testing.assert_allclose(batches.weights.reshape(len(filled), -1).sum(1), 1, rtol=1e-6)
+    for step, batch in enumerate(batches.indices):
+        own = set(batch[batch < len(LABELS)])
+        assert own == set(order[step * batch_size : (step + 1) * batch_size])
+
+
+def test_rows_hold_their_label_and_slots_are_the_largest_count():
+    batches = data.batches_by_label(LABELS, 7, 50)
+    largest = max(np.bincount(LABELS[i : i + 50]).max() for i in range(0, 230, 50))
+    assert batches.indices.shape == (5, 7, largest)
+    for label in range(7):
+        row = batches.indices[:, label]
+        assert (LABELS[row[row < 230]] == label).all()
+    assert (batches.indices[:, 5] == 230).all()  # an absent class has empty slots
+    assert batches.padding_factor == batches.indices.size / 230
+
+
+def test_tiles_hold_one_label_each_and_follow_the_true_counts():
+    batches = data.tiles_by_label(LABELS, 7, 50, 4)
+    assert batches.labels is not None
+    for step, labels in enumerate(batches.labels):
+        counts = np.bincount(LABELS[step * 50 : (step + 1) * 50], minlength=7)
+        assert np.sum(labels < 7) == np.ceil(counts / 4).sum()
+        for tile, label in zip(batches.indices[step], labels):
+            assert (LABELS[tile[tile < 230]] == label).all()
+    assert batches.padding_factor < data.batches_by_label(LABELS, 7, 50).padding_factor
+
+
+def test_stratified_batches_share_each_label_out_evenly():
+    labels = np.repeat(np.arange(10), 40)
+    order = data.stratified_order(labels, 10, 100, seed=3)
+    assert sorted(order) == list(range(400))
+    assert data.most_of_a_label(labels, 10, 100, order) == 10
+    assert data.batches_by_label(labels, 10, 100, order).padding_factor == 1
+    assert not np.array_equal(order, data.stratified_order(labels, 10, 100, seed=4))
+    for seed in range(5):  # uneven labels: at most one sample more than the share, rounded up
+        order = data.stratified_order(LABELS, 7, 50, seed)
+        share = np.ceil(np.bincount(LABELS, minlength=7) * 50 / 230).astype(int)
+        for i in range(0, 200, 50):
+            counts = np.bincount(LABELS[order[i : i + 50]], minlength=7)
+            assert (counts <= share + 1).all()
+
+
+def test_digits_are_there_offline_and_split_without_overlap():
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    assert train.images.shape == (1437, 8, 8, 1)
+    assert test.images.shape == (360, 8, 8, 1)
+    assert train.images.dtype == np.uint8
+    assert train.images.max() * train.scale == 1
+    assert set(train.labels) == set(test.labels) == set(range(10))
+    # Are the two splits all of scikit-learn's images, each once?
+    from sklearn.datasets import load_digits
+
+    ours = np.concatenate([train.images, test.images]).reshape(-1, 64)
+    theirs = load_digits().data.astype(np.uint8)
+    assert sorted(map(bytes, ours)) == sorted(map(bytes, theirs))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))])
+def test_tfds_sets_come_in_their_own_order(name, shape):
+    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "nowhere")) / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not prepared in TFDS_DATA_DIR")
+    test = data.load(name, "test")
+    assert test.images.shape == (10000, *shape)
+    assert test.images.dtype == np.uint8
+    assert test.images.max() * test.scale == 1
+    assert np.bincount(test.labels).size == test.num_classes == 10
+    import tensorflow_datasets as tfds
+
+    records = tfds.data_source(name, split="test")
+    for i in (0, 1, 9999):
+        np.testing.assert_array_equal(test.images[i], records[i]["image"])
+        assert test.labels[i] == records[i]["label"]
+
+
+def test_any_tfds_image_set_loads_by_name(tmp_path):
+    import tensorflow_datasets as tfds
+
+    def sources(self, split, decoders=None, deserialize_method=None):
+        rng = np.random.default_rng(0)
+        image = lambda: rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        return _Records([{"image": image(), "label": int(i % 100)} for i in range(120)])
+
+    with tfds.testing.mock_data(as_data_source_fn=sources):
+        train = data.load("cifar100", data_dir=str(tmp_path))
+    assert train.images.shape == (120, 32, 32, 3)
+    assert train.num_classes == 100
+
+
+class _Records(list):
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_a_set_that_is_not_prepared_says_how_to(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"not prepared.*download_and_prepare"):
+        data.load("fashion_mnist", data_dir=str(tmp_path))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="Did you mean 'mnist'"):
+        data.load("mnits")
+    with pytest.raises(ValueError, match="write 'train' or 'test'"):
+        data.load("digits", "validation")
+    with pytest.raises(ValueError, match=r"label 7 of sample 2 is outside \[0, 7\)"):
+        data.check_labels([0, 1, 7], 7)
+    with pytest.raises(ValueError, match="label -1 of sample 0"):
+        data.check_labels([-1, 1], 7)
+    with pytest.raises(TypeError, match="labels are float64; write integers"):
+        data.check_labels([0.0, 1.0], 7)
+    with pytest.raises(ValueError, match="write a non-empty"):
+        data.check_labels(np.zeros(0, int), 7)
+    with pytest.raises(ValueError, match=r"batches\(batch_size=0\)"):
+        data.batches(LABELS, 0)
+    with pytest.raises(
+        ValueError, match=r"batches\(batch_size=231\): write an integer from 1 to 230"
+    ):
+        data.batches(LABELS, 231)
+    with pytest.raises(ValueError, match="slots=2.*nothing may be dropped"):
+        data.batches_by_label(LABELS, 7, 50, slots=2)
+    with pytest.raises(ValueError, match="tiles=2"):
+        data.tiles_by_label(LABELS, 7, 50, 4, tiles=2)
+    with pytest.raises(ValueError, match="tile=0"):
+        data.tiles_by_label(LABELS, 7, 50, 0)

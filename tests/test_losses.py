@@ -1,0 +1,159 @@
+"""Every form of a loss is the same number; values and gradients stay finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import psjax
+from psjax import losses
+from tests import reference
+
+MARGINS = {
+    "psl": (losses.exponential, np.exp),
+    "psl-squared": (losses.squared_exponential, lambda z: np.exp(2 * z)),
+    "psl-bounded": (losses.bounded_exponential, lambda z: reference.safe_exp(z, 4.0)),
+    "one-vs-each": (losses.softplus, lambda z: np.log1p(np.exp(z))),
+    "squared-hinge": (losses.squared_hinge, lambda z: np.maximum(0, 1 + z) ** 2),
+}
+named_margins = pytest.mark.parametrize("name", MARGINS)
+
+
+def _scores(num_classes=5, batch=11, scale=3.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, num_classes)) * scale, rng.integers(0, num_classes, batch)
+
+
+@named_margins
+def test_whole_network_form_is_equation_6b(x64, name):
+    scores, labels = _scores()
+    margin_fn, phi = MARGINS[name]
+    got = losses.psl_with_integer_labels(jnp.asarray(scores), jnp.asarray(labels), margin_fn)
+    np.testing.assert_allclose(np.mean(got), reference.sum_of_elements(scores, labels, phi), 1e-12)
+
+
+@named_margins
+def test_sum_of_pairs_is_the_whole(x64, name):
+    scores, labels = _scores()
+    margin_fn, _ = MARGINS[name]
+    total = 0.0
+    for k, j in psjax.ordered_pairs(5):
+        own = labels == k
+        weight = jnp.full(own.sum(), 1 / len(labels))
+        total += losses.pair(jnp.asarray(scores[own][:, [k, j]]), weight, margin_fn)
+    whole = losses.psl_with_integer_labels(jnp.asarray(scores), jnp.asarray(labels), margin_fn)
+    np.testing.assert_allclose(total, jnp.mean(whole), rtol=1e-12)
+
+
+@named_margins
+def test_block_of_all_classes_is_the_whole(x64, name):
+    """With empty slots, whose scores are inf and must not matter."""
+    scores, labels = _scores()
+    margin_fn, _ = MARGINS[name]
+    slots = np.bincount(labels).max() + 1
+    by_label, weight = np.full((5, slots, 5), np.inf), np.zeros((5, slots))
+    for k in range(5):
+        own = scores[labels == k]
+        by_label[k, : len(own)], weight[k, : len(own)] = own, 1 / len(labels)
+    pairs = jnp.asarray(1 - np.eye(5))
+    got = losses.block(jnp.asarray(by_label), jnp.asarray(weight), pairs, margin_fn)
+    whole = losses.psl_with_integer_labels(jnp.asarray(scores), jnp.asarray(labels), margin_fn)
+    np.testing.assert_allclose(got, jnp.mean(whole), rtol=1e-12)
+
+
+def test_psl_is_the_exponential_of_nll_less_one(x64):
+    scores, labels = map(jnp.asarray, _scores())
+    psl = losses.psl_with_integer_labels(scores, labels)
+    np.testing.assert_allclose(
+        psl, jnp.exp(losses.nll_with_integer_labels(scores, labels)) - 1, rtol=1e-12
+    )
+    squared = losses.psl_with_integer_labels(scores, labels, losses.squared_exponential)
+    doubled = losses.psl_with_integer_labels(2 * scores, labels)
+    np.testing.assert_allclose(squared, doubled, rtol=1e-12)
+
+
+def test_gradient_of_psl_is_nll_weighted_by_the_inverse_probability(x64):
+    scores, labels = map(jnp.asarray, _scores())
+    psl = jax.grad(lambda s: losses.psl_with_integer_labels(s, labels).sum())(scores)
+    nll = jax.grad(lambda s: losses.nll_with_integer_labels(s, labels).sum())(scores)
+    probability = jax.nn.softmax(scores)[jnp.arange(len(labels)), labels]
+    np.testing.assert_allclose(psl, nll / probability[:, None], rtol=1e-11)
+
+
+def test_nll_and_one_vs_all_equal_the_reference(x64):
+    scores, labels = _scores()
+    for got, want in (
+        (losses.nll_with_integer_labels, reference.nll),
+        (losses.one_vs_all_with_integer_labels, reference.one_vs_all),
+    ):
+        value = got(jnp.asarray(scores), jnp.asarray(labels))
+        np.testing.assert_allclose(value, want(scores, labels), rtol=1e-12)
+
+
+def test_one_vs_all_is_the_sum_of_its_class_elements(x64):
+    scores, labels = map(jnp.asarray, _scores())
+    parts = [losses.one_score(scores[:, j], labels == j) for j in range(5)]
+    whole = losses.one_vs_all_with_integer_labels(scores, labels)
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-12)
+
+
+def test_exponential_is_exact_up_to_the_bound_and_its_tangent_beyond(x64):
+    z = jnp.array([-700.0, -1.0, 0.0, 39.0, 40.0, 41.0, 1e6])
+    value, slope = jax.vmap(jax.value_and_grad(lambda z: losses.exponential(z, 40.0)))(z)
+    np.testing.assert_allclose(value[:5], np.exp(z[:5]), rtol=1e-15)
+    np.testing.assert_allclose(value[5:], np.exp(40.0) * (z[5:] - 39), rtol=1e-15)
+    np.testing.assert_allclose(slope, np.exp(np.minimum(z, 40.0)), rtol=1e-15)
+    assert losses.exponential(jnp.float64(299.0)) == np.exp(299.0)
+
+
+@named_margins
+@pytest.mark.parametrize("size", [1.0, 50.0, 89.0, 1e4, 1e16])
+def test_value_and_squared_gradient_are_finite_in_float32(name, size):
+    """Adam's second moment, the square of the gradient, must not be inf: it would stay so."""
+    margin_fn, _ = MARGINS[name]
+    scores = jnp.asarray([[size, -size, 0.0], [-size, size, 0.0]], jnp.float32)
+    loss = lambda s: losses.psl_with_integer_labels(s, jnp.array([1, 2]), margin_fn).mean()
+    value, grad = jax.value_and_grad(loss)(scores)
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(grad).all()
+    if name.startswith("psl") or name == "one-vs-each":
+        assert jnp.isfinite(jnp.square(grad)).all()
+
+
+def test_a_low_bound_bounds_the_gradient():
+    z = jnp.linspace(-5, 100, 50)
+    slope = jax.vmap(jax.grad(losses.bounded_exponential))(z)
+    assert slope.max() <= np.exp(4.0) * (1 + 1e-6)
+
+
+def test_labels_out_of_range_give_nan_never_a_number():
+    scores = jnp.zeros((3, 4))
+    got = losses.psl_with_integer_labels(scores, jnp.array([-1, 4, 0]))
+    assert jnp.isnan(got[:2]).all()
+    assert jnp.isfinite(got[2])
+
+
+def test_bad_input_is_named():
+    loss = losses.psl_with_integer_labels
+    with pytest.raises(TypeError, match="labels are float32; write integers"):
+        loss(jnp.zeros((2, 3)), jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"scores have shape \(3,\) and labels \(3,\)"):
+        loss(jnp.zeros(3), jnp.zeros(3, int))
+    with pytest.raises(ValueError, match="1 class; a margin needs two scores"):
+        loss(jnp.zeros((2, 1)), jnp.zeros(2, int))
+    with pytest.raises(ValueError, match=r"scores have shape \(2, 3\)"):
+        losses.pair(jnp.zeros((2, 3)), jnp.zeros(2))
+    with pytest.raises(ValueError, match="write scores"):
+        losses.block(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4)), jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match="no such loss; write one of"):
+        losses.margin_function("pls")
+    with pytest.raises(ValueError, match="this loss has no bound"):
+        losses.margin_function("one-vs-each", 4.0)
+
+
+def test_the_names_are_the_functions():
+    for name, (fn, _) in MARGINS.items():
+        assert losses.margin_function(name) is fn
+    assert isinstance(losses.margin_function("psl", 4.0), functools.partial)

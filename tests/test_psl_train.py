@@ -1,0 +1,183 @@
+"""The main job as a user runs it: interrupted, resumed, damaged, diverged."""
+
+import dataclasses
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments._checkpoint import Checkpoints
+from experiments.psl import run, training
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = training.Config(compute="pairs", batch_size=240, epochs=6)
+OPTIONS = ["--compute", "pairs", "--batch-size", "240", "--checkpoint-every", "1"]
+
+
+def _start(*options, **kwargs):
+    command = [sys.executable, "-m", "experiments.psl.train", *map(str, options)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def _finish(process, timeout=300):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def _params(folder, epoch, config=SMALL):
+    like = jax.eval_shape(lambda: training.build(config).state)
+    like = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), like)
+    step, state = Checkpoints(folder / "checkpoints").restore(like, pytest.fail)
+    assert step == epoch
+    return state["params"]
+
+
+def _wait_for_epoch(folder, epoch, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        path = folder / "metrics.csv"
+        if path.exists() and len(path.read_text().splitlines()) > epoch:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    pytest.fail(f"epoch {epoch} was not reached")
+
+
+def test_interrupted_three_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
+    epochs = 40
+    whole = _start("--out", tmp_path / "whole", "--epochs", epochs, *OPTIONS)
+    process = _start("--out", tmp_path / "cut", "--epochs", epochs, *OPTIONS)
+    for number, (kind, epoch) in enumerate(
+        [(signal.SIGINT, 5), (signal.SIGTERM, 12), (signal.SIGKILL, 20)]
+    ):
+        _wait_for_epoch(tmp_path / "cut", epoch, process)
+        process.send_signal(kind)
+        code, output = _finish(process)
+        assert code != 0, f"interruption {number} came too late: {output}"
+        if kind != signal.SIGKILL:
+            assert "continue with --resume" in output
+        process = _start("--resume", tmp_path / "cut", "--checkpoint-every", 1)
+    code, output = _finish(process)
+    assert code == 0, output
+    assert "continuing after epoch" in output
+    code, output = _finish(whole)
+    assert code == 0, output
+    config = dataclasses.replace(SMALL, epochs=epochs)
+    one, other = (_params(tmp_path / name, epochs, config) for name in ("whole", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert (tmp_path / "whole/metrics.csv").read_text() == (
+        tmp_path / "cut/metrics.csv"
+    ).read_text()
+    for name in ("learning_curve.png", "config.json"):
+        assert (tmp_path / "cut" / name).stat().st_size
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished small training, not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run.train(SMALL, folder, checkpoint_every=1, report=lambda line: None)
+    return folder
+
+
+def test_metrics_have_a_row_an_epoch_and_seed(trained):
+    rows = run.read_rows(trained / "metrics.csv")
+    assert [(row["epoch"], row["seed"]) for row in rows] == [(e, 0) for e in range(1, 7)]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def _damage(folder):
+    """Cut every data file of a checkpoint in half, as a full disk or a crash might."""
+    cut = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            cut += 1
+    assert cut
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_passed_over(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    _damage(folder / "checkpoints" / "6")
+    lines = []
+    rows = run.train(SMALL, folder, resume=True, checkpoint_every=1, report=lines.append)
+    assert any("checkpoint of epoch 6 is damaged" in line for line in lines)
+    assert "continuing after epoch 5." in lines
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, _params(folder, 6), _params(trained, 6))
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_new_start(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for step in (folder / "checkpoints").iterdir():
+        _damage(step)
+    with pytest.raises(ValueError, match="none of the checkpoints of epochs .* can be read"):
+        run.train(SMALL, folder, resume=True, report=lambda line: None)
+
+
+def test_a_run_folder_that_exists_is_left_alone(trained):
+    before = (trained / "metrics.csv").read_text()
+    with pytest.raises(FileExistsError, match="exists; write --resume"):
+        run.train(SMALL, trained)
+    assert (trained / "metrics.csv").read_text() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained):
+    other = dataclasses.replace(SMALL, model="lenet")
+    with pytest.raises(ValueError, match="another training .model psnet there, lenet here"):
+        run.train(other, trained, resume=True)
+
+
+def test_divergence_stops_with_step_and_margin_and_keeps_the_last_checkpoint(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = dataclasses.replace(SMALL, optimizer="sgd", learning_rate=1e38)
+    with pytest.raises(
+        run.NotFiniteError, match=r"loss \w+ at step \d+ of epoch 1, seed 0; the largest"
+    ):
+        run.train(config, tmp_path / "diverged", report=lambda line: None)
+    assert Checkpoints(folder / "checkpoints").steps()[-1] == 6
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    limit = 8_000  # bytes a file: enough for the metrics, not for a checkpoint
+    process = _start(
+        *("--resume", folder, "--epochs", 8, "--checkpoint-every", 1),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    code, output = _finish(process)
+    assert code != 0
+    assert "checkpoint of epoch 7 could not be saved" in output, output
+    assert "last good one is that of epoch 6" in output
+    rows = run.train(
+        dataclasses.replace(SMALL, epochs=8), folder, resume=True, report=lambda line: None
+    )
+    assert rows[-1]["epoch"] == 8
+
+
+def test_command_errors_are_one_line(tmp_path):
+    code, output = _finish(_start("--dataset", "mnits", "--out", tmp_path / "x"))
+    assert code != 0
+    assert "Did you mean 'mnist'" in output
+    assert "Traceback" not in output
