@@ -17,8 +17,10 @@ class Checkpoints:
         self.keep = keep
 
     def _open(self):
-        keep = ocp.training.preservation_policies.LatestN(self.keep)
-        return ocp.training.Checkpointer(self.folder, preservation_policy=keep)
+        policies: Any = ocp.training.preservation_policies
+        folder: Any = self.folder
+        keep = policies.LatestN(self.keep)
+        return ocp.training.Checkpointer(folder, preservation_policy=keep)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

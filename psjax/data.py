@@ -8,6 +8,7 @@ import difflib
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -80,13 +81,13 @@ def _load_tfds(name, split, data_dir):
         hint = f" Did you mean {near[0]!r}?" if near else ""
         msg = f"load({name!r}): no such data set in TensorFlow Datasets.{hint}"
         raise ValueError(msg)
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder: Any = tfds.builder(name, data_dir=data_dir)
     features = builder.info.features
     if features is None or not {"image", "label"} <= set(features):
         msg = f"load({name!r}): not an image classification set (it has no 'image' and 'label')."
         raise ValueError(msg)
     try:
-        source: Any = builder.as_data_source(split=split)
+        source = builder.as_data_source(split=split)
         records = source.__getitems__(range(len(source)))  # 5 times faster than one by one
     except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
         msg = (
@@ -129,19 +130,34 @@ def check_labels(labels, num_classes: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
+def take(x, indices, scale=None):
+    """Rows of `x` on the device, zeros for empty slots: `[N, ...] -> [*indices.shape, ...]`.
+
+    For use inside `jit`: `take(images, batch_indices, dataset.scale)`.
+
+    Args:
+      x: `[N, ...]`, images or labels.
+      indices: integers in `[0, N]`; N, past the end, is an empty slot.
+      scale: None to leave `x` as it is; a number to multiply it with, as float32.
+    """
+    rows = jnp.asarray(x).at[indices].get(mode="fill", fill_value=0)
+    return rows if scale is None else rows.astype(jnp.float32) * scale
+
+
 class Batches(NamedTuple):
     """Index batches of one epoch.
 
     Attributes:
       indices: `[steps, ...]`, int32 positions in the data set; N, past the end, for empty slots.
       weights: `[steps, ...]`, float32: 1/L for each sample of a batch of L, 0 for empty slots.
-      labels: what the rows of `indices[s]` hold: None for flat batches, `[C]` or `[steps, tiles]`,
-        int32, for batches by label; C, past the end, for an empty tile.
+      labels: `[steps, rows]`, int32, the label of every row of `indices`: of a sample in flat
+        batches (0 in an empty slot), of a row of slots in batches by label, of a tile (C, past the
+        end, for an empty one).
     """
 
     indices: np.ndarray
     weights: np.ndarray
-    labels: np.ndarray | None = None
+    labels: np.ndarray
 
     @property
     def padding_factor(self) -> float:
@@ -175,8 +191,10 @@ def batches(labels, batch_size: int, order=None) -> Batches:
       batch_size: L.
       order: `[M]`, the epoch's samples in order; None: the data set's own.
     """
-    flat = _flat(labels, batch_size, order)
-    return Batches(np.where(flat < 0, len(labels), flat).astype(np.int32), _weights(flat >= 0))
+    flat, labels = _flat(labels, batch_size, order), np.asarray(labels)
+    own = np.where(flat < 0, 0, labels[flat]).astype(np.int32)
+    indices = np.where(flat < 0, len(labels), flat).astype(np.int32)
+    return Batches(indices, _weights(flat >= 0), own)
 
 
 def most_of_a_label(labels, num_classes: int, batch_size: int, order=None) -> int:
@@ -222,7 +240,8 @@ def batches_by_label(
             own = batch[labels[batch] == label]
             indices[step, label, : len(own)] = own
     filled = indices < len(labels)
-    return Batches(indices, _weights(filled), np.arange(num_classes, dtype=np.int32))
+    rows = np.tile(np.arange(num_classes, dtype=np.int32), (len(flat), 1))
+    return Batches(indices, _weights(filled), rows)
 
 
 def tiles_by_label(

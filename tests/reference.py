@@ -15,7 +15,8 @@ def _choices(shape, spec, indices):
     """Per dimension, the entries that an element takes, and whether the axis is kept, eq. (3)."""
     names = list(spec) + [None] * (len(shape) - len(spec))
     if len(names) != len(shape):
-        raise ValueError(f"spec {spec} is longer than shape {shape}")
+        msg = f"spec {spec} is longer than shape {shape}"
+        raise ValueError(msg)
     chosen, kept = [], []
     for size, name in zip(shape, names, strict=True):
         if name is None or name not in indices:
@@ -24,10 +25,12 @@ def _choices(shape, spec, indices):
             continue
         rank = np.ndim(indices[name])
         if rank > 1:
-            raise ValueError(f"indices of {name!r} for one element have rank {rank}")
+            msg = f"indices of {name!r} for one element have rank {rank}"
+            raise ValueError(msg)
         entries = [int(i) for i in np.reshape(indices[name], -1)]
         if any(i < 0 or i > size for i in entries):
-            raise ValueError(f"indices {entries} of {name!r} are outside 0..{size}")
+            msg = f"indices {entries} of {name!r} are outside 0..{size}"
+            raise ValueError(msg)
         chosen.append(entries)
         kept.append(rank == 1)
     return chosen, kept
@@ -73,7 +76,8 @@ def scatter_add(slices, shape, spec, elements):
     for piece, indices in zip(slices, elements, strict=True):
         piece = np.asarray(piece, np.float64)
         if piece.shape != slice_shape(shape, spec, indices):
-            raise ValueError(f"slice {piece.shape} is not {slice_shape(shape, spec, indices)}")
+            msg = f"slice {piece.shape} is not {slice_shape(shape, spec, indices)}"
+            raise ValueError(msg)
         matrix = selection_matrix(shape, spec, indices)
         flat = piece.reshape(-1)
         for row in range(len(matrix)):
@@ -83,13 +87,14 @@ def scatter_add(slices, shape, spec, elements):
 
 
 def scatter_mean(slices, x, spec, elements):
-    """w + U^+ (y - U w) with U all elements' U_e of eq. (3), stacked; U^+ by SVD (tiny cases)."""
+    """W + U^+ (y - U w) with U all elements' U_e of eq. (3), stacked; U^+ by SVD (tiny cases)."""
     x = np.asarray(x, np.float64)
     rows, values = [np.zeros((0, x.size))], [np.zeros(0)]
     for piece, indices in zip(slices, elements, strict=True):
         piece = np.asarray(piece, np.float64)
         if piece.shape != slice_shape(x.shape, spec, indices):
-            raise ValueError(f"slice {piece.shape} is not {slice_shape(x.shape, spec, indices)}")
+            msg = f"slice {piece.shape} is not {slice_shape(x.shape, spec, indices)}"
+            raise ValueError(msg)
         rows.append(selection_matrix(x.shape, spec, indices))
         values.append(piece.reshape(-1))
     matrix, y = np.concatenate(rows), np.concatenate(values)
@@ -122,7 +127,8 @@ def conv_avg_pool(x, kernel, bias, pool):
     batch, height, width, inputs = x.shape
     rows, columns, kernel_inputs, outputs = kernel.shape
     if inputs != kernel_inputs or bias.shape != (outputs,):
-        raise ValueError(f"x {x.shape}, kernel {kernel.shape}, bias {bias.shape} do not fit")
+        msg = f"x {x.shape}, kernel {kernel.shape}, bias {bias.shape} do not fit"
+        raise ValueError(msg)
     convolved = np.zeros((batch, height - rows + 1, width - columns + 1, outputs))
     for b, i, j, o in np.ndindex(*convolved.shape):
         patch = x[b, i : i + rows, j : j + columns, :]
@@ -135,7 +141,7 @@ def conv_avg_pool(x, kernel, bias, pool):
 
 
 def _dense(x, kernel, bias):
-    """x [B, in] times kernel [in, out] + bias [out], one group of a layer of section 5.2."""
+    """X [B, in] times kernel [in, out] + bias [out], one group of a layer of section 5.2."""
     x, kernel, bias = (np.asarray(a, np.float64) for a in (x, kernel, bias))
     result = np.zeros((x.shape[0], kernel.shape[1]))
     for b, o in np.ndindex(*result.shape):
@@ -154,7 +160,8 @@ def _layers(params, name):
 def _check_names(params, layers):
     """Refuse a layer that the forward pass would leave out (section 5.3)."""
     if len(params) != layers:
-        raise ValueError(f"{layers} layers were understood of {sorted(params)}")
+        msg = f"{layers} layers were understood of {sorted(params)}"
+        raise ValueError(msg)
 
 
 def psnet_scores(params, x, pools):
@@ -162,7 +169,8 @@ def psnet_scores(params, x, pools):
     convolutions, separable = _layers(params, "Conv"), _layers(params, "SeparableDense")
     _check_names(params, len(convolutions) + 1 + len(separable))
     if len(pools) != len(convolutions) + 1:
-        raise ValueError(f"{len(pools)} pools for {len(convolutions)} convolutions and a fan-out")
+        msg = f"{len(pools)} pools for {len(convolutions)} convolutions and a fan-out"
+        raise ValueError(msg)
     for layer, pool in zip(convolutions, pools[:-1], strict=True):
         x = sigmoid(conv_avg_pool(x, layer["kernel"], layer["bias"], pool))
     fan_out = params["FanOutConv_0"]
@@ -175,7 +183,8 @@ def psnet_scores(params, x, pools):
             if i < len(separable) - 1:
                 h = sigmoid(h)
         if h.shape[1] != 1:
-            raise ValueError(f"class {c} ends in {h.shape[1]} outputs instead of one score")
+            msg = f"class {c} ends in {h.shape[1]} outputs instead of one score"
+            raise ValueError(msg)
         scores.append(h[:, 0])
     return np.stack(scores, axis=1)
 
@@ -185,7 +194,8 @@ def lenet_scores(params, x, pools):
     convolutions, dense = _layers(params, "Conv"), _layers(params, "Dense")
     _check_names(params, len(convolutions) + len(dense) + 1)
     if len(pools) != len(convolutions):
-        raise ValueError(f"{len(pools)} pools for {len(convolutions)} convolutions")
+        msg = f"{len(pools)} pools for {len(convolutions)} convolutions"
+        raise ValueError(msg)
     for layer, pool in zip(convolutions, pools, strict=True):
         x = sigmoid(conv_avg_pool(x, layer["kernel"], layer["bias"], pool))
     h = np.asarray(x, np.float64).reshape(len(x), -1)  # (h, w, channels)
@@ -196,7 +206,8 @@ def lenet_scores(params, x, pools):
     for c in range(len(last["kernel"])):
         score = _dense(h, last["kernel"][c], last["bias"][c])
         if score.shape[1] != 1:
-            raise ValueError(f"class {c} ends in {score.shape[1]} outputs instead of one score")
+            msg = f"class {c} ends in {score.shape[1]} outputs instead of one score"
+            raise ValueError(msg)
         scores.append(score[:, 0])
     return np.stack(scores, axis=1)
 
@@ -229,7 +240,8 @@ def _scores_and_labels(scores, labels):
     """Scores in float64 and labels as ints 0..C-1, those of eq. (1) less one; others refused."""
     scores, labels = np.asarray(scores, np.float64), [int(y) for y in labels]
     if len(scores) != len(labels) or any(y < 0 or y >= scores.shape[1] for y in labels):
-        raise ValueError(f"labels {labels} do not fit scores {scores.shape}")
+        msg = f"labels {labels} do not fit scores {scores.shape}"
+        raise ValueError(msg)
     return scores, labels
 
 
@@ -348,7 +360,8 @@ def weight_counts(shapes, specs, C):
         for shape, spec in zip(shapes, specs, strict=True):
             axes = [axis for axis, name in enumerate(spec) if name == "class"]
             if len(axes) > 1 or any(shape[axis] != C for axis in axes):
-                raise ValueError(f"no single class axis of size {C} in {shape}, {spec}")
+                msg = f"no single class axis of size {C} in {shape}, {spec}"
+                raise ValueError(msg)
             part = np.zeros(shape, bool)
             where = [slice(None)] * len(shape)
             for axis in axes:
@@ -360,6 +373,7 @@ def weight_counts(shapes, specs, C):
     pairs = itertools.combinations(range(C), 2)
     element = {int((masks[k] | masks[j]).sum()) for k, j in pairs}
     if len(score) != 1 or len(element) != 1:
-        raise ValueError(f"the classes differ: scores {score}, elements {element}")
+        msg = f"the classes differ: scores {score}, elements {element}"
+        raise ValueError(msg)
     common = int(np.logical_and.reduce(masks).sum())
     return masks[0].size, score.pop(), element.pop(), common

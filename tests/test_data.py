@@ -31,10 +31,27 @@ def test_each_sample_comes_once_with_its_weight(kind, batch_size):
         assert own == set(order[step * batch_size : (step + 1) * batch_size])
 
 
+def test_flat_batches_hold_the_samples_labels():
+    batches = data.batches(LABELS, 50)
+    assert batches.labels.shape == batches.indices.shape
+    filled = batches.indices < 230
+    np.testing.assert_array_equal(batches.labels[filled], LABELS[batches.indices[filled]])
+    assert (batches.labels[~filled] == 0).all()
+
+
+def test_take_gives_zeros_for_empty_slots_and_scales():
+    x = np.arange(6, dtype=np.uint8).reshape(3, 2)
+    got = data.take(x, np.array([[2, 3], [0, 3]]), 0.5)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, [[[2, 2.5], [0, 0]], [[0, 0.5], [0, 0]]])
+    assert data.take(x, np.array([1])).dtype == np.uint8
+
+
 def test_rows_hold_their_label_and_slots_are_the_largest_count():
     batches = data.batches_by_label(LABELS, 7, 50)
     largest = max(np.bincount(LABELS[i : i + 50]).max() for i in range(0, 230, 50))
     assert batches.indices.shape == (5, 7, largest)
+    np.testing.assert_array_equal(batches.labels, np.tile(np.arange(7), (5, 1)))
     for label in range(7):
         row = batches.indices[:, label]
         assert (LABELS[row[row < 230]] == label).all()
@@ -44,7 +61,6 @@ def test_rows_hold_their_label_and_slots_are_the_largest_count():
 
 def test_tiles_hold_one_label_each_and_follow_the_true_counts():
     batches = data.tiles_by_label(LABELS, 7, 50, 4)
-    assert batches.labels is not None
     for step, labels in enumerate(batches.labels):
         counts = np.bincount(LABELS[step * 50 : (step + 1) * 50], minlength=7)
         assert np.sum(labels < 7) == np.ceil(counts / 4).sum()

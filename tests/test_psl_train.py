@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,20 +18,23 @@ from experiments.psl import run, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = training.Config(compute="pairs", batch_size=240, epochs=6)
-OPTIONS = ["--compute", "pairs", "--batch-size", "240", "--checkpoint-every", "1"]
+OPTIONS = ["--compute", "fused", "--batch-size", "240", "--checkpoint-every", "1"]
 
 
-def _start(*options, **kwargs):
-    command = [sys.executable, "-m", "experiments.psl.train", *map(str, options)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def _start(*options, first_lines=""):
+    """The command, in a process of its own; `first_lines` of Python before it."""
+    command = f"""{first_lines}
+import runpy, sys
+sys.argv = {["train", *map(str, options)]!r}
+runpy.run_module("experiments.psl.train", run_name="__main__", alter_sys=True)
+"""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", command],
         cwd=ROOT,
-        env=env,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **kwargs,
     )
 
 
@@ -79,7 +81,7 @@ def test_interrupted_three_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_
     assert "continuing after epoch" in output
     code, output = _finish(whole)
     assert code == 0, output
-    config = dataclasses.replace(SMALL, epochs=epochs)
+    config = dataclasses.replace(SMALL, compute="fused", epochs=epochs)
     one, other = (_params(tmp_path / name, epochs, config) for name in ("whole", "cut"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert (tmp_path / "whole/metrics.csv").read_text() == (
@@ -164,7 +166,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(trained, tmp_path):
     limit = 8_000  # bytes a file: enough for the metrics, not for a checkpoint
     process = _start(
         *("--resume", folder, "--epochs", 8, "--checkpoint-every", 1),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        first_lines=f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)",
     )
     code, output = _finish(process)
     assert code != 0

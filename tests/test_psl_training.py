@@ -48,7 +48,7 @@ def _batch(config, images, labels):
     }
     if config.compute == "fused":
         batch["label"] = jnp.asarray(labels)
-    return batch, None if index.labels is None else index.labels[0]
+    return batch, index.labels[0]
 
 
 @functools.cache

@@ -11,15 +11,14 @@ def take_turns(calls: Mapping[str, Callable[[], None]], repeats: int) -> dict[st
     """Seconds of every call, `{name: [repeats]}`.
 
     Every round calls each program once, every other round in the opposite order, so that a
-    machine that slows down slows all of them down. Two rounds before the first are not counted: in
-    them everything compiles and warms up.
+    machine that slows down slows all of them down. One round before the first is not counted.
 
     Args:
       calls: functions that return when their work is done.
       repeats: rounds.
     """
     seconds = {name: np.zeros(repeats) for name in calls}
-    for turn in range(-2, repeats):
+    for turn in range(-1, repeats):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             calls[name]()

@@ -322,8 +322,20 @@ def torch_program(dataset, batch_size: int, steps: int, loss: str) -> Callable[[
 # ------------------------------------------------------------------------------------------- tables
 
 
-def time_balanced(bench: Bench, batch_size: int, repeats: int, with_torch: bool):
-    """Rows of the table, on balanced batches."""
+@dataclasses.dataclass
+class Table:
+    """Programs that take turns, their steps a call, and the rows made of their seconds a step."""
+
+    calls: dict[str, Callable[[], None]]
+    steps: dict[str, int]
+    rows: Callable[[dict[str, np.ndarray]], list[_timing.Ratio]]
+
+    def measure(self, repeats: int) -> list[_timing.Ratio]:
+        seconds = _timing.take_turns(self.calls, repeats)
+        return self.rows({name: s / self.steps[name] for name, s in seconds.items()})
+
+
+def balanced_table(bench: Bench, batch_size: int, with_torch: bool) -> Table:
     dataset = balanced(batch_size)
     data = training.on_device(dataset)
     make = lambda compute, **kwargs: bench.program(compute, dataset, data, batch_size, **kwargs)
@@ -337,34 +349,40 @@ def time_balanced(bench: Bench, batch_size: int, repeats: int, with_torch: bool)
     if with_torch:
         steps["torch"] = steps["fused"]
         calls["torch"] = torch_program(dataset, batch_size, steps["torch"], bench.loss)
-    seconds = _timing.take_turns(calls, repeats)
-    seconds = {name: s / steps[name] for name, s in seconds.items()}
 
-    def row(figure, goal, name, reference, goal_everywhere=False):
-        goal = goal if batch_size == 100 or goal_everywhere else None
-        figure = f"{figure}, batch {batch_size}"
-        return _timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
+    def rows(seconds):
+        def row(figure, goal, name, reference):
+            figure = f"{figure}, batch {batch_size}"
+            return _timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
 
-    yield row("fused PSL / fused NLL", 1.05, "fused", "nll")
-    if with_torch:
-        yield row("fused PSL / PyTorch eager", 0.40, "fused", "torch", goal_everywhere=True)
-    for name, goal in GOALS.items():
-        products = flops(name) / flops("fused")
-        yield row(f"{NAMES[name]} ({products:.1f}x products) / fused", goal, name, "fused")
-    yield row("90 elements / 90 whole reverse passes", 0.10, "elements", "passes")
-    yield row("90 elements / 90 whole passes, lax conv", None, "elements", "native passes")
-    yield row("scalar form / explicit form", 1.1, "scalar", "elements")
+        only_100 = lambda goal: goal if batch_size == 100 else None
+        out = [row("fused PSL / fused NLL", only_100(1.05), "fused", "nll")]
+        if with_torch:
+            out.append(row("fused PSL / PyTorch eager", 0.40, "fused", "torch"))
+        for name, goal in GOALS.items():
+            figure = f"{NAMES[name]} ({flops(name) / flops('fused'):.1f}x products) / fused"
+            out.append(row(figure, only_100(goal), name, "fused"))
+        whole = "90 elements / 90 whole reverse passes"
+        out.append(row(whole, only_100(0.10), "elements", "passes"))
+        out.append(row(whole + ", lax conv", None, "elements", "native passes"))
+        out.append(row("scalar form / explicit form", only_100(1.1), "scalar", "elements"))
+        return out
+
+    return Table(calls, steps, rows)
 
 
-def time_real(bench: Bench, dataset, data, batch_size: int, repeats: int):
-    """Rows of the table, on MNIST's own batches."""
+def real_table(bench: Bench, dataset, data, batch_size: int) -> Table:
     programs = {name: bench.program(name, dataset, data, batch_size) for name in NAMES}
-    seconds = _timing.take_turns(programs, repeats)
-    seconds = {name: s / programs[name].steps for name, s in seconds.items()}
-    for name in list(NAMES)[1:]:
-        padding = index_batches(name, dataset, batch_size).padding_factor
-        figure = f"MNIST: {NAMES[name]} ({padding:.2f} slots) / fused, batch {batch_size}"
-        yield _timing.Ratio.of(figure, None, seconds[name], seconds["fused"])
+
+    def rows(seconds):
+        out = []
+        for name in list(NAMES)[1:]:
+            padding = index_batches(name, dataset, batch_size).padding_factor
+            figure = f"MNIST: {NAMES[name]} ({padding:.2f} slots) / fused, batch {batch_size}"
+            out.append(_timing.Ratio.of(figure, None, seconds[name], seconds["fused"]))
+        return out
+
+    return Table(dict(programs), {name: p.steps for name, p in programs.items()}, rows)
 
 
 def memory(bench: Bench):
@@ -442,25 +460,26 @@ def main(args: Args) -> None:
         print(f"floor, batch {batch_size}, products / rate, ms: {listed}")
     print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}\n")
 
-    rows = []
-    print(_timing.HEADER)
-
-    def show(more):
-        for row in more:
-            rows.append(row)
-            print(row, flush=True)
-
-    for batch_size in args.batch_sizes:
-        show(time_balanced(bench, batch_size, args.repeats, with_torch))
+    tables = [balanced_table(bench, size, with_torch) for size in args.batch_sizes]
     try:
         mnist = psjax.data.load("mnist", "train", args.data)
     except (FileNotFoundError, ImportError) as error:
-        print(f"Without MNIST's own batches: {error}")
+        print(f"Without MNIST's own batches: {error}\n")
     else:
         data = training.on_device(mnist)
-        for batch_size in args.batch_sizes:
-            show(time_real(bench, mnist, data, batch_size, args.repeats))
-    show(memory(bench))
+        tables += [real_table(bench, mnist, data, size) for size in args.batch_sizes]
+    bytes_used = list(memory(bench))
+    for table in tables:
+        _timing.take_turns(table.calls, 1)
+    print("Compiled and warm.\n", flush=True)
+    print(_timing.HEADER)
+    rows = []
+    for table in tables:
+        more = table.measure(args.repeats)
+        print(*more, sep="\n", flush=True)
+        rows += more
+    print(*bytes_used, sep="\n")
+    rows += bytes_used
     write(args.out, rows)
     print(f"\nWritten to {args.out}.")
 

@@ -34,6 +34,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
+import psjax
 from experiments.psl import figures, reproduce, run, training
 
 VARIANTS = {
@@ -337,9 +338,8 @@ def traced_fn(config: training.Config, net, num_classes: int):
     def step(data, state, batch):
         params = state["params"]
         index = batch["indices"]
-        raw = data["images"].at[index].get(mode="fill", fill_value=0)
-        labels = data["labels"].at[index].get(mode="fill", fill_value=0)
-        images = raw.astype(jnp.float32) * data["scale"]
+        images = psjax.data.take(data["images"], index, data["scale"])
+        labels = psjax.data.take(data["labels"], index)
         own = {"image": images, "weight": batch["weights"], "label": labels}
         loss, grads = loss_and_grad(params, None, own)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)

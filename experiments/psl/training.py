@@ -291,15 +291,9 @@ class EpochBatches:
         return psjax.data.tiles_by_label(*args, config.tile, order, self.room)
 
     def __call__(self, epoch: int) -> dict[str, np.ndarray]:
-        """`indices`, `weights` and, in tiles, `labels`, each `[seeds, steps, ...]`."""
-        parts = [self._one(seed, epoch) for seed in self.seeds]
-        out = {
-            "indices": np.stack([p.indices for p in parts]),
-            "weights": np.stack([p.weights for p in parts]),
-        }
-        if self.config.tile is not None:
-            out["labels"] = np.stack([p.labels for p in parts])
-        return out
+        """`indices`, `weights` and `labels`, each `[seeds, steps, ...]`."""
+        parts = [self._one(seed, epoch)._asdict() for seed in self.seeds]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def padding_factor(self) -> float:
         return self._one(self.seeds[0], 0).padding_factor
@@ -328,9 +322,8 @@ def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_class
     def step(data, selection, carry, batch):
         params, opt_state = carry
         index = batch["indices"]
-        raw = data["images"].at[index].get(mode="fill", fill_value=0)
-        images = raw.astype(jnp.float32) * data["scale"]
-        labels = data["labels"].at[index].get(mode="fill", fill_value=0)
+        images = psjax.data.take(data["images"], index, data["scale"])
+        labels = psjax.data.take(data["labels"], index)
         own = {"image": images, "weight": batch["weights"], "label": labels}
         if config.compute != "fused":
             del own["label"]
@@ -398,10 +391,11 @@ def accuracy_fn(net, batch_size: int = 1000):
         index = jnp.arange(-(-n // size) * size).reshape(-1, size)
 
         def correct(i):
-            raw = data["images"].at[i].get(mode="fill", fill_value=0)
-            scores = net.apply({"params": params}, raw.astype(jnp.float32) * data["scale"])
-            labels = data["labels"].at[i].get(mode="fill", fill_value=-1)
-            return jnp.sum(jnp.argmax(scores, -1) == labels)
+            images = psjax.data.take(data["images"], i, data["scale"])
+            right = jnp.argmax(net.apply({"params": params}, images), -1) == psjax.data.take(
+                data["labels"], i
+            )
+            return jnp.sum(right & (i < n))
 
         return jnp.sum(jax.lax.map(correct, index)) / n
 
