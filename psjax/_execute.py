@@ -41,7 +41,7 @@ def shard(fn: Callable[..., Any], mesh: jax.sharding.Mesh, in_axes: Any = None):
         specs = [P(axis) if row else P() for row in rows]
 
         def body(params, selection, *args):
-            own = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+            own = lambda tree: jax.tree.map(lambda x: x[0], tree)
             args = [own(arg) if row else arg for arg, row in zip(args, rows)]
             return jax.lax.psum(fn(params, own(selection), *args), axis)
 
@@ -71,7 +71,7 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
         rows = tuple(_mapped("pmap", in_axes, args))
         if rows not in compiled:
             axes = (None, 0, *(0 if row else None for row in rows))
-            body = lambda *operands: jax.lax.psum(fn(*operands), "psjax")  # noqa: E731
+            body = lambda *operands: jax.lax.psum(fn(*operands), "psjax")
             compiled[rows] = jax.pmap(
                 body, axis_name="psjax", in_axes=axes, out_axes=None, devices=devices
             )

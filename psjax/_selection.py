@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-_is_spec = lambda x: isinstance(x, P) or x is None  # noqa: E731
+_is_spec = lambda x: isinstance(x, P) or x is None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,14 +187,14 @@ class Selection:
         if n < 1 or self.valid.ndim != 1:
             msg = f"split({n}): n must be positive and the selection [E], not {self.valid.shape}."
             raise ValueError(msg)
-        divide = lambda x: _divide_rows(x, n)  # noqa: E731
+        divide = lambda x: _divide_rows(x, n)
         each = -(-self.num_elements // n)
         own = np.arange(n * each).reshape(n, each) < self.num_elements
         indices = jax.tree.map(divide, self.indices)
         return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own)
 
     def _add(self, total, stacked, valid):
-        add = lambda spec, t, y: _scatter_leaf(t, y, spec, self.indices, valid)  # noqa: E731
+        add = lambda spec, t, y: _scatter_leaf(t, y, spec, self.indices, valid)
         return _map(add, self.specs, total, stacked)
 
     def _counts(self, params, valid):

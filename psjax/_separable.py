@@ -218,13 +218,13 @@ class _Elements:
         if argnums:
             both = jax.value_and_grad(fn, tuple(argnums))
         else:
-            both = lambda *seen: (fn(*seen), ())  # noqa: E731
+            both = lambda *seen: (fn(*seen), ())
         if not lead:
             return both(*seen)
         # Shared leaves are not repeated: the map passes them whole to every element.
         mapped = tuple(0 if _selected(spec, indices) else None for spec in specs)
         if 0 not in mapped:  # replicas of one whole
-            repeat = lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape))  # noqa: E731
+            repeat = lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape))
             return jax.tree.map(repeat, both(*seen))
         return jax.vmap(both, in_axes=mapped)(*seen)
 
@@ -235,7 +235,7 @@ class _Elements:
         places = np.arange(self.num_chunks * self.chunk)
         rows = np.minimum(places, self.num_elements - 1)
         shape = (self.num_chunks, *([self.chunk] if self.chunk > 1 else []))
-        cut = lambda x: jnp.asarray(x)[rows.reshape(shape)]  # noqa: E731
+        cut = lambda x: jnp.asarray(x)[rows.reshape(shape)]
         valid = cut(self.selection.valid) & (places < self.num_elements).reshape(shape)
         xs = jax.tree.map(cut, self._indices()), valid
         if self.num_chunks == 1:
@@ -261,7 +261,7 @@ class _Elements:
             )
             raise ValueError(msg)
         operands, treedef = jax.tree.flatten((params, *args))
-        fn = lambda *leaves: self.element_fn(*treedef.unflatten(leaves))  # noqa: E731
+        fn = lambda *leaves: self.element_fn(*treedef.unflatten(leaves))
         return [jnp.asarray(x) for x in operands], specs, fn
 
     def _indices(self):
