@@ -123,7 +123,6 @@ def test_all_executors_train_alike():
     assert want.shape == (2, 5)
     assert not np.allclose(want[0], want[1])  # the seeds differ
     for change in (
-        {"compute": "elements"},
         {"compute": "elements", "devices": "pmap"},
         {"compute": "blocks", "devices": "shard_map"},
         {"compute": "elements", "tile": 8, "devices": "pmap"},

@@ -451,7 +451,8 @@ def main(args: Args) -> None:
     packages = ("jax", "jaxlib", *(("torch",) if with_torch else ()))
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     bench, rate = Bench(args.loss), matmul_rate()
-    print(f"{versions}; {os.cpu_count()} CPUs; {jax.default_backend()}")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{versions}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
     print(f"PSNet mnist, 46740 weights, Adam, float32; loss {args.loss}; {args.repeats} rounds")
     print(f"float32 matmul rate (2048^3): {rate / 1e9:.0f} GFLOP/s")
     for batch_size in args.batch_sizes:

@@ -360,24 +360,19 @@ def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_class
     if config.devices == "one":
         jitted = jax.jit(epoch, donate_argnums=0)
         return lambda state, batches, data: jitted(state, batches, data, selection)
-    parts = selection if config.tile is not None else selection.split(jax.device_count())
-    share = None if config.tile is not None else 0
+    parts = selection.split(jax.device_count())
     if config.devices == "pmap":
-        mapped = jax.pmap(
-            epoch, axis_name="workers", in_axes=(None, None, None, share), out_axes=None
-        )
+        mapped = jax.pmap(epoch, axis_name="workers", in_axes=(None, None, None, 0), out_axes=None)
         return lambda state, batches, data: mapped(state, batches, data, parts)
     mesh = jax.make_mesh((jax.device_count(),), ("workers",), (jax.sharding.AxisType.Auto,))
-    own = (lambda s: s) if share is None else (lambda s: jax.tree.map(lambda x: x[0], s))
-    spec = P() if share is None else P("workers")
+
+    def own_part(state, batches, data, parts):
+        return epoch(state, batches, data, jax.tree.map(lambda x: x[0], parts))
+
+    # check_vma=False: parameters replicated in a scan's carry are not seen to stay so after a psum.
+    specs = (P(), P(), P(), P("workers"))
     sharded = jax.jit(
-        jax.shard_map(
-            lambda state, batches, data, parts: epoch(state, batches, data, own(parts)),
-            mesh=mesh,
-            in_specs=(P(), P(), P(), spec),
-            out_specs=P(),
-            check_vma=False,
-        )
+        jax.shard_map(own_part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     )
     return lambda state, batches, data: sharded(state, batches, data, parts)
 
