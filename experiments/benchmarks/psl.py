@@ -270,9 +270,9 @@ class Bench:
 
 def torch_program(dataset, batch_size: int, steps: int, loss: str) -> Callable[[], None]:
     """The same PSNet's step in eager PyTorch: same layers, loss and optimizer, its own threads."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
+    from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
     def xavier(*shape):
         bound = (6 / sum(shape[1:])) ** 0.5
@@ -403,7 +403,8 @@ def memory(bench: Bench):
             "weight": jax.ShapeDtypeStruct((num_classes, 10), jnp.float32),
         }
         compiled = jax.jit(fn).lower(params, selection, batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / 1024
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes / 1024
 
     one = kib(C, 1)
     for k in (3, 10, 30, 90):
@@ -413,9 +414,9 @@ def memory(bench: Bench):
 
 def count_compilations(bench: Bench) -> int:
     """Compilations of a gradient by elements that is called with three different index sets."""
-    fn, selection = bench.loss_and_grad("elements", bench.loss)
+    fn, _ = bench.loss_and_grad("elements", bench.loss)
     step = jax.jit(fn)
-    pairs = selection.indices["class"]
+    pairs = psjax.ordered_pairs(C)
     orders = (pairs, pairs[:, ::-1], np.random.default_rng(0).permutation(pairs))
     selections = [
         psjax.select(bench.axes, {"class": p, "label": p[:, 0]}, like=bench.params) for p in orders
@@ -423,9 +424,9 @@ def count_compilations(bench: Bench) -> int:
     batch = {"image": jnp.zeros((C, 2, 28, 28, 1)), "weight": jnp.full((C, 2), 0.05)}
     seen = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration_secs, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            seen.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     for one in selections:
