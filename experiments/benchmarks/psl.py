@@ -141,8 +141,11 @@ def some_steps(batches: psjax.data.Batches, steps: int, tiles: bool) -> dict[str
 
 
 def steps_a_call(compute: str, batches: psjax.data.Batches) -> int:
-    """So many that a call takes half a second at 100 GFLOP/s."""
-    return round(0.5 * 1e11 / (flops(compute) * np.prod(batches.indices.shape[1:])))
+    """So many that a call takes half a second, at 100 GFLOP/s and 0.1 ms an element."""
+    elements = {"fused": 1, "elements": 90, "pairs": 45, "blocks": C}
+    number = elements.get(compute, (C - 1) * batches.indices.shape[1])  # C - 1 a tile
+    seconds = flops(compute) * np.prod(batches.indices.shape[1:]) / 1e11 + 1e-4 * number
+    return max(2, round(0.5 / seconds))
 
 
 # ----------------------------------------------------------------------------------------- programs
@@ -347,7 +350,7 @@ def balanced_table(bench: Bench, batch_size: int, with_torch: bool) -> Table:
     for name, implementation in (("passes", None), ("native passes", "native")):
         calls[name], steps[name] = bench.whole_passes(dataset, batch_size, implementation), 1
     if with_torch:
-        steps["torch"] = steps["fused"]
+        steps["torch"] = steps["fused"] // 2
         calls["torch"] = torch_program(dataset, batch_size, steps["torch"], bench.loss)
 
     def rows(seconds):
@@ -451,29 +454,31 @@ def main(args: Args) -> None:
         with_torch = False
     packages = ("jax", "jaxlib", *(("torch",) if with_torch else ()))
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    bench, rate = Bench(args.loss), matmul_rate()
+    bench = Bench(args.loss)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{versions}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
     print(f"PSNet mnist, 46740 weights, Adam, float32; loss {args.loss}; {args.repeats} rounds")
-    print(f"float32 matmul rate (2048^3): {rate / 1e9:.0f} GFLOP/s")
-    for batch_size in args.batch_sizes:
-        floors = {name: 1e3 * flops(name) * batch_size / rate for name in ("fused", *GOALS)}
-        listed = ", ".join(f"{name} {ms:.2f}" for name, ms in floors.items())
-        print(f"floor, batch {batch_size}, products / rate, ms: {listed}")
-    print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}\n")
+    print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}")
 
     tables = [balanced_table(bench, size, with_torch) for size in args.batch_sizes]
     try:
         mnist = psjax.data.load("mnist", "train", args.data)
     except (FileNotFoundError, ImportError) as error:
-        print(f"Without MNIST's own batches: {error}\n")
+        print(f"Without MNIST's own batches: {error}")
     else:
         data = training.on_device(mnist)
         tables += [real_table(bench, mnist, data, size) for size in args.batch_sizes]
     bytes_used = list(memory(bench))
     for table in tables:
         _timing.take_turns(table.calls, 1)
-    print("Compiled and warm.\n", flush=True)
+    print("Compiled and warm.", flush=True)
+    rate = matmul_rate()
+    print(f"float32 matmul rate (2048^3): {rate / 1e9:.0f} GFLOP/s")
+    for batch_size in args.batch_sizes:
+        floors = {name: 1e3 * flops(name) * batch_size / rate for name in ("fused", *GOALS)}
+        listed = ", ".join(f"{name} {ms:.2f}" for name, ms in floors.items())
+        print(f"floor, batch {batch_size}, products / rate, ms: {listed}")
+    print()
     print(_timing.HEADER)
     rows = []
     for table in tables:
