@@ -267,9 +267,8 @@ def table(results: pathlib.Path) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     for path in sorted(results.glob("drops_trace-*.csv")):
-        title, variant = trace_title(path)
-        b2 = VARIANTS[variant][1].get("b2", training.Config.b2)
-        lines += ["", f"**{title}.** {trace_summary(run.read_rows(path), b2)}"]
+        title, _ = trace_title(path)
+        lines += ["", f"**{title}.** {trace_summary(run.read_rows(path))}"]
     text = "\n".join(lines) + "\n"
     (results / "drops.md").write_text(text)
     return text
@@ -441,27 +440,17 @@ def outlier(rows: list[dict]) -> tuple[int, float]:
     return i, rows[i]["largest_gradient"] / usual
 
 
-def trace_summary(rows: list[dict], b2: float) -> str:
+def trace_summary(rows: list[dict]) -> str:
     """What a trace shows, in numbers, as a sentence or two."""
     i, factor = outlier(rows)
     usual = {k: float(np.median([r[k] for r in rows[: max(i, 1)]])) for k in ("root_v", "moved")}
-    slow = 0
-    for row in rows[i + 1 :]:
-        if row["moved"] >= usual["moved"] / 2:
-            if slow:
-                break
-        else:
-            slow += int(row["steps"])
-    more = "more than " if rows[-1]["moved"] < usual["moved"] / 2 else ""
     kick = max(row["largest_moved"] for row in rows[i : i + 2])
     growth = max(row["largest_root_v"] for row in rows[i : i + 2]) / usual["root_v"]
-    expected = 2 / (1 - b2) * math.log(max(factor * math.sqrt(1 - b2) / 2, 1))
     return (
         f"In epoch {math.ceil(rows[i]['at_epoch'])} the largest gradient of a step was "
         f"{factor:.3g} times the usual norm. The weights moved by {kick:.2g} learning rates (root "
-        f"mean square) in a step, before {usual['moved']:.2g}; the mean of Adam's √v̂ grew "
-        f"{growth:.3g} times; and for {more}{slow} steps a step was less than half its former "
-        f"length (expected of this outlier: {expected:.0f})."
+        f"mean square) in a step, before {usual['moved']:.2g}, and the mean of Adam's √v̂ grew "
+        f"{growth:.3g} times."
     )
 
 
