@@ -143,7 +143,8 @@ def some_steps(batches: psjax.data.Batches, steps: int, tiles: bool) -> dict[str
 def steps_a_call(compute: str, batches: psjax.data.Batches) -> int:
     """So many that a call takes half a second, at 100 GFLOP/s and 0.1 ms an element."""
     elements = {"fused": 1, "elements": 90, "pairs": 45, "blocks": C}
-    number = elements.get(compute, (C - 1) * batches.indices.shape[1])  # C - 1 a tile
+    of_tiles = (C - 1) * int(batches.indices.shape[1])
+    number = int(elements.get(compute, of_tiles))
     seconds = flops(compute) * np.prod(batches.indices.shape[1:]) / 1e11 + 1e-4 * number
     return max(2, round(0.5 / seconds))
 
