@@ -113,11 +113,12 @@ def _fold_matrix(kh, kw, pool):
 
 @jax.custom_jvp
 def sigmoid(x):
-    """The logistic function, whose derivative XLA's CPU backend computes once.
+    """The logistic function; its derivative is written so that XLA's CPU backend computes it once.
 
-    `jax.nn.sigmoid` has the same value. Its cotangent, `g * (y * (1 - y))`, is fused into every
-    consumer and so computed again in each, the patch sums before it included; as `t - t * y` with
-    `t = g * y` it is materialised, and a PSNet's step at batch 20 takes half the time.
+    Value and derivative are those of `jax.nn.sigmoid`, whose cotangent `g * (y * (1 - y))` is fused
+    into every consumer, the patch sums before it included, and computed again in each. As
+    `g * y - (g * y) * y` it is materialised where `g` would be dear, which is XLA's choice and not
+    a promise; an MNIST PSNet's step at batch 20 went from 1.9 to 1.2 ms.
     """
     return jax.nn.sigmoid(x)
 

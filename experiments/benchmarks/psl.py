@@ -165,10 +165,10 @@ def make_steps(loss_and_grad, optimizer):
         def step(state, batch):
             params, opt_state = state
             index = batch["indices"]
-            raw = data["images"].at[index].get(mode="fill", fill_value=0)
-            own = {"image": raw.astype(jnp.float32) * data["scale"], "weight": batch["weights"]}
+            images = psjax.data.take(data["images"], index, data["scale"])
+            own = {"image": images, "weight": batch["weights"]}
             if selection is None:
-                own["label"] = data["labels"].at[index].get(mode="fill", fill_value=0)
+                own["label"] = psjax.data.take(data["labels"], index)
             here = selection
             if "labels" in batch:
                 here = training.tile_selection(selection, batch["labels"], C)

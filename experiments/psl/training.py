@@ -212,7 +212,6 @@ def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
             scores.reshape(*images.shape[:2], s), batch["weight"], pairs, margin_fn
         )
 
-    selection = psjax.select(axes, {"class": classes, "label": classes}, like=like)
     inner = psjax.value_and_grad(g, in_axes=(P("label"), P("block")))
     block = np.arange(len(classes))
     selection = psjax.select(axes, {"class": classes, "label": classes, "block": block}, like=like)
