@@ -1,14 +1,21 @@
 """Training neural networks in independent pieces: gather, map, scatter."""
 
+from psjax import baselines as baselines
+from psjax import cost as cost
 from psjax import data as data
+from psjax import ist as ist
 from psjax import losses as losses
+from psjax import metrics as metrics
 from psjax import models as models
 from psjax import nn as nn
 from psjax import structure as structure
 from psjax._execute import pmap as pmap
 from psjax._execute import shard as shard
+from psjax._local import LocalMetrics as LocalMetrics
+from psjax._local import local_update as local_update
 from psjax._selection import Selection as Selection
 from psjax._selection import ordered_pairs as ordered_pairs
+from psjax._selection import random_partition as random_partition
 from psjax._selection import replicas as replicas
 from psjax._selection import select as select
 from psjax._selection import unordered_pairs as unordered_pairs

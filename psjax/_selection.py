@@ -41,7 +41,13 @@ def _gather_leaf(x, spec, indices, lead):
     if not dims:
         return x
     y = jnp.moveaxis(x, dims, range(len(dims)))
-    y = y.at[mesh].get(mode="fill", fill_value=0)
+    if len(dims) == 1:
+        fill = None if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 0
+        y = y.at[mesh].get(mode="fill" if fill == 0 else "clip", fill_value=fill)
+    else:  # one mask an axis: filling by a mask of all axes at once takes 5 times as long
+        y = y.at[mesh].get(mode="clip")
+        for index, size in zip(mesh, (x.shape[d] for d in dims)):
+            y = jnp.where((index < size).reshape(*index.shape, *[1] * (y.ndim - index.ndim)), y, 0)
     return jnp.moveaxis(y, range(lead, lead + len(home)), home)
 
 
@@ -57,6 +63,35 @@ def _scatter_leaf(total, y, spec, indices, valid):
     return jnp.moveaxis(moved, range(len(dims)), dims)
 
 
+def _merge_leaf(y, spec, owners, places):
+    """`[E, ...] -> [...]` where no entry has two holders, and which entries have one.
+
+    The same as `_scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
+    scattering columns takes 10 times as long. `owners` and `places` are those of `_owners`.
+    """
+    dims = [d for d, name in enumerate(spec) if name in owners]
+    names = [spec[d] for d in dims]
+    first, *rest = dims
+    y = jnp.moveaxis(y, first + 1, 1)
+    rows = owners[names[0]] * y.shape[1] + places[names[0]]  # -m for a row that nobody holds
+    y = y.reshape(-1, *y.shape[2:]).at[rows].get(mode="clip")
+    y = jnp.moveaxis(y, 0, first)
+    for d, name in zip(rest, names[1:]):
+        y = jnp.take(y, places[name], axis=d, mode="clip")
+    held = _held(y.ndim, spec, owners)
+    return jnp.where(held, y, 0), held
+
+
+def _held(ndim, spec, owners):
+    """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
+    dims = [d for d, name in enumerate(spec) if name in owners]
+    along = lambda d: owners[spec[d]].reshape(*[-1 if k == d else 1 for k in range(ndim)])
+    held = along(dims[0]) >= 0
+    for d in dims[1:]:
+        held = held & (along(d) == along(dims[0]))
+    return held
+
+
 def _map(fn, specs, *trees):
     """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
     leaves, treedef = jax.tree.flatten(trees[0])
@@ -70,7 +105,7 @@ def _map(fn, specs, *trees):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("indices", "valid"),
-    meta_fields=("specs", "paths", "axis_sizes"),
+    meta_fields=("specs", "paths", "axis_sizes", "disjoint"),
 )
 @dataclasses.dataclass(frozen=True)
 class Selection:
@@ -90,6 +125,8 @@ class Selection:
       specs: the `PartitionSpec` of every leaf of the parameters, flat.
       paths: the path of every such leaf, for messages.
       axis_sizes: `((axis name, size), ...)`, sorted.
+      disjoint: names of axes no row of which two elements hold, by construction
+        (`psjax.random_partition`); what they alone select goes home faster.
     """
 
     indices: dict[str, Any]
@@ -97,6 +134,7 @@ class Selection:
     specs: tuple[P, ...]
     paths: tuple[str, ...]
     axis_sizes: tuple[tuple[str, int], ...]
+    disjoint: tuple[str, ...] = ()
 
     @property
     def num_elements(self) -> int:
@@ -158,9 +196,9 @@ class Selection:
         valid = jnp.asarray(self.valid)
         valid = valid if where is None else valid & where
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, counts = self._add(zeros, stacked, valid), self._counts(params, valid)
+        total, counts = self._add(zeros, stacked, valid), self._counts(params, valid, axis_name)
         if axis_name is not None:
-            total, counts = jax.lax.psum((total, counts), axis_name)
+            total = jax.lax.psum(total, axis_name)
 
         def mean(w, total, count):
             holders = jnp.maximum(count, 1).astype(total.dtype)
@@ -193,22 +231,58 @@ class Selection:
         indices = jax.tree.map(divide, self.indices)
         return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own)
 
-    def _add(self, total, stacked, valid):
-        add = lambda spec, t, y: _scatter_leaf(t, y, spec, self.indices, valid)
-        return _map(add, self.specs, total, stacked)
+    def _add(self, zeros, stacked, valid):
+        owners, places = self._owners(valid)
 
-    def _counts(self, params, valid):
+        def add(spec, zero, y):
+            if self._one_holder(spec):
+                return _merge_leaf(y, spec, owners, places)[0].astype(zero.dtype)
+            return _scatter_leaf(zero, y, spec, self.indices, valid)
+
+        return _map(add, self.specs, zeros, stacked)
+
+    def _counts(self, params, valid, axis_name=None):
         """Counts with size 1 on every axis that is not selected: they are the same along it."""
+        owners, _ = self._owners(valid, axis_name)
 
         def leaf(spec, x):
+            if self._one_holder(spec):
+                return _held(x.ndim, spec, owners).astype(jnp.int32)
             names = [*(spec or ()), *[None] * (x.ndim - len(spec or ()))]
             shape = [n if name in self.indices else 1 for n, name in zip(x.shape, names)]
             ones = _gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1)
             if not _selected(spec, self.indices):
                 ones = jnp.broadcast_to(ones, (self.num_elements, *ones.shape))
-            return _scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
+            count = _scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
+            return count if axis_name is None else jax.lax.psum(count, axis_name)
 
         return _map(leaf, self.specs, params)
+
+    def _one_holder(self, spec):
+        """Whether no entry of such a leaf can have two holders."""
+        names = {name for name in spec or () if name in self.indices}
+        return bool(names) and names <= set(self.disjoint)
+
+    def _owners(self, valid, axis_name=None):
+        """The element that holds each row of the disjoint axes, -1 for none, and its place there.
+
+        With `axis_name` elements are counted over all devices.
+        """
+        owners, places = {}, {}
+        element = jnp.arange(self.num_elements, dtype=jnp.int32)
+        if axis_name is not None:
+            element = element + self.num_elements * jax.lax.axis_index(axis_name)
+        for name in self.disjoint:
+            index, size = jnp.asarray(self.indices[name]), self.sizes[name]
+            index = jnp.where(valid[:, None], index, jnp.full_like(index, size))
+            place = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=jnp.int32), index.shape)
+            nobody = jnp.full(size, -1, jnp.int32)
+            owner = nobody.at[index].set(
+                jnp.broadcast_to(element[:, None], index.shape), mode="drop"
+            )
+            owners[name] = owner if axis_name is None else jax.lax.pmax(owner, axis_name)
+            places[name] = jnp.zeros(size, jnp.int32).at[index].set(place, mode="drop")
+        return owners, places
 
     def _check(self, call, params):
         if self.valid.ndim != 1:
@@ -218,6 +292,12 @@ class Selection:
             )
             raise ValueError(msg)
         _check_like(f"Selection.{call}", self, params)
+
+
+def _with_specs(selection, tree, specs):
+    """The same index sets for another tree of the same axes, such as an optimizer's state."""
+    paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    return dataclasses.replace(selection, specs=tuple(specs), paths=paths)
 
 
 def _divide_rows(x, n):
@@ -243,7 +323,7 @@ def _check_like(call, selection, params):
         raise ValueError(msg)
     for (path, x), spec in zip(leaves, selection.specs):
         for d, name in enumerate(spec or ()):
-            if name is not None and (d >= x.ndim or x.shape[d] != selection.sizes[name]):
+            if name in selection.sizes and (d >= x.ndim or x.shape[d] != selection.sizes[name]):
                 msg = (
                     f"{call}: {keystr(path)} has shape {tuple(x.shape)}, but axis {name!r} "
                     f"(dimension {d}) had size {selection.sizes[name]} in select(like=...)."
@@ -352,6 +432,99 @@ def unordered_pairs(num_classes: int) -> np.ndarray:
     return _pairs("unordered_pairs", num_classes, itertools.combinations)
 
 
+def random_partition(
+    key: jax.Array,
+    axes: Any,
+    sizes: Mapping[str, int],
+    *,
+    num_elements: int,
+    stratified: bool = False,
+) -> Selection:
+    r"""Divide the rows of every named axis at random among the elements, each row to one.
+
+    The membership indicators of section 3.1 of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed
+    Learning of Neural Networks using Independent Subnet Training*, arXiv:1910.02120, as index sets:
+    $\sum_s m^l_{s,i} = 1$, $P[m^l_{s,i} = 1] = 1/n$, independent between axes.
+
+    Where `num_elements` does not divide a size the shares differ by one row; the short ones, padded
+    past the end, fall on random elements, independently for each axis, which keeps $1/n$ exact.
+
+    Args:
+      key: a PRNG key; may be traced, so that one compiled step serves every round.
+      axes: tree of `PartitionSpec`s as in `select`.
+      sizes: `{axis name: size}` of the axes to divide; other axes stay whole.
+      num_elements: n.
+      stratified: first cut every axis into n equal blocks, the shards of n owners, and divide each
+        block among the elements. The marginals are the same; between owner and element the same
+        number of rows passes whatever the key, so an exchange is one `all_to_all`.
+
+    Returns:
+      A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element
+      (within each block, if stratified).
+
+    Raises:
+      ValueError: an axis that no parameter has, more elements than rows, blocks of unequal size.
+    """
+    specs, paths = _specs("random_partition", axes)
+    known = {name for spec in specs for name in spec or () if name is not None}
+    if num_elements < 1 or not sizes:
+        msg = (
+            f"random_partition(sizes={dict(sizes)}, num_elements={num_elements}): write one axis "
+            "name with its size or more, and 1 element or more."
+        )
+        raise ValueError(msg)
+    indices = {}
+    for name, axis_key in zip(sorted(sizes), jax.random.split(key, len(sizes))):
+        size = sizes[name]
+        if name not in known:
+            msg = (
+                f"random_partition(sizes=...): no parameter has an axis {name!r}; the named ones "
+                f"are {sorted(known)}. Annotate the parameters (flax.linen.with_partitioning)."
+            )
+            raise ValueError(msg)
+        if num_elements > size:
+            msg = (
+                f"random_partition(num_elements={num_elements}): num_elements={num_elements} "
+                f"exceeds size {size} of axis {name!r}; every element needs a row."
+            )
+            raise ValueError(msg)
+        if not stratified:
+            indices[name] = _shares(axis_key, size, num_elements)
+            continue
+        block, rest = divmod(size, num_elements)
+        if rest or block < num_elements:
+            msg = (
+                f"random_partition(num_elements={num_elements}, stratified=True): axis {name!r} "
+                f"of size {size} must be {num_elements} equal blocks of {num_elements} rows or "
+                "more; write another size, or stratified=False."
+            )
+            raise ValueError(msg)
+        keys = jax.random.split(axis_key, num_elements)
+        share = functools.partial(_shares, size=block, n=num_elements)
+        within = jax.vmap(share)(keys)  # [owner, element, m]
+        offset = block * jnp.arange(num_elements, dtype=jnp.int32)[:, None, None]
+        rows = jnp.where(within < block, within + offset, jnp.full_like(within, size))
+        indices[name] = jnp.moveaxis(rows, 0, 1).reshape(num_elements, -1)
+    found = tuple(sorted(sizes.items()))
+    valid = np.ones(num_elements, bool)
+    return Selection(indices, valid, specs, paths, found, disjoint=tuple(sorted(sizes)))
+
+
+def _shares(key, size, n):
+    """A random partition of `size` rows among n: int32 `[n, ceil(size / n)]`, sorted, padded."""
+    rows_key, short_key = jax.random.split(key)
+    rows = jax.random.permutation(rows_key, jnp.arange(size, dtype=jnp.int32))
+    if size % n == 0:
+        return jnp.sort(rows.reshape(n, -1), axis=1)
+    ranks = jax.random.permutation(short_key, jnp.arange(n, dtype=jnp.int32))
+    lengths = size // n + (ranks < size % n).astype(jnp.int32)
+    starts = jnp.cumsum(lengths, dtype=jnp.int32) - lengths
+    places = jnp.arange(-(-size // n), dtype=jnp.int32)
+    filled = places[None] < lengths[:, None]
+    share = rows.at[starts[:, None] + places[None]].get(mode="fill", fill_value=size)
+    return jnp.sort(jnp.where(filled, share, jnp.full_like(share, size)), axis=1)
+
+
 def _pairs(call, num_classes, choose):
     if num_classes < 2:
         msg = f"{call}({num_classes}): one class has no pairs; write 2 or more."
@@ -359,29 +532,38 @@ def _pairs(call, num_classes, choose):
     return np.array(list(choose(range(num_classes), 2)), np.int32)
 
 
+def _specs(call, axes, like_paths=None):
+    """Flat specs of a tree of axes, and their paths, which must be those of the parameters."""
+    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec)
+    paths = tuple(keystr(path) for path, _ in found)
+    if like_paths is not None and paths != like_paths:
+        odd = sorted(set(paths) ^ set(like_paths)) or list(like_paths)
+        msg = (
+            f"{call}(axes=...): axes is not a tree like the parameters; they differ in "
+            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
+        )
+        raise ValueError(msg)
+    specs = []
+    for path, spec in found:
+        spec = P() if spec is None else spec
+        if not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec):
+            msg = (
+                f"{call}(axes=...): {keystr(path)} has axes {spec!r}; write a PartitionSpec of "
+                "names and None, one name a dimension."
+            )
+            raise ValueError(msg)
+        specs.append(spec)
+    return tuple(specs), paths
+
+
 def _axis_sizes(axes, like):
     """Flat specs and paths of the parameters, and the size of every named axis."""
     axes = axes(like) if isinstance(axes, Callable) and not _is_spec(axes) else axes
     leaves = jax.tree_util.tree_leaves_with_path(like)
-    specs = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec)
     paths = tuple(keystr(path) for path, _ in leaves)
-    spec_paths = tuple(keystr(path) for path, _ in specs)
-    if paths != spec_paths:
-        odd = sorted(set(paths) ^ set(spec_paths)) or list(paths)
-        msg = (
-            "select(axes=...): axes is not a tree like the parameters; they differ in "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
-        )
-        raise ValueError(msg)
+    specs, _ = _specs("select", axes, paths)
     sizes, where = {}, {}
-    for (path, x), (_, spec) in zip(leaves, specs):
-        spec = P() if spec is None else spec
-        if not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec):
-            msg = (
-                f"select(axes=...): {keystr(path)} has axes {spec!r}; write a PartitionSpec of "
-                "names and None, one name a dimension."
-            )
-            raise ValueError(msg)
+    for (path, x), spec in zip(leaves, specs):
         if len(spec) > x.ndim:
             msg = f"select(axes=...): {keystr(path)} has shape {tuple(x.shape)} but axes {spec}."
             raise ValueError(msg)
@@ -393,7 +575,7 @@ def _axis_sizes(axes, like):
                 )
                 raise ValueError(msg)
             where.setdefault(name, keystr(path))
-    return tuple(P() if s is None else s for _, s in specs), paths, sizes
+    return specs, paths, sizes
 
 
 def _index_array(name, index) -> tuple[np.ndarray, np.ndarray]:

@@ -166,7 +166,8 @@ class _Elements:
 
     def sum(self, params, args, argnums):
         """Sum of values, and of gradients of the operands in `argnums`, a list."""
-        operands, specs, fn = self._operands(params, args)
+        operands, specs, treedef = self._operands(params, args)
+        fn = self._fn_of_leaves(treedef)
         zeros = [jnp.zeros_like(operands[i]) for i in argnums]
         value_type = self._value_type(fn, operands, specs)
         init = self._varying((jnp.zeros((), value_type.dtype), zeros), operands)
@@ -187,14 +188,15 @@ class _Elements:
 
     def stack(self, params, args):
         """Values `[E]` and gradients `[E, ...]` of the parameters."""
-        operands, specs, fn = self._operands(params, args)
+        operands, specs, treedef = self._operands(params, args)
+        fn = self._fn_of_leaves(treedef)
         self._value_type(fn, operands, specs)
         operands = self._varying(operands, operands)
         treedef = jax.tree.structure(params)
+        argnums = range(treedef.num_leaves)
 
         def body(carry, xs):
             indices, valid = xs
-            argnums = range(treedef.num_leaves)
             stacked = self._chunk(fn, operands, specs, indices, valid, argnums)
 
             def clean(y):
@@ -203,30 +205,40 @@ class _Elements:
 
             return carry, jax.tree.map(clean, stacked)
 
-        stacked = self._loop(body, None)[1]
-        if self.chunk > 1:
-            stacked = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), stacked)
-        values, grads = jax.tree.map(lambda y: y[: self.num_elements], stacked)
+        values, grads = self._rows(self._loop(body, None)[1])
         return values, treedef.unflatten(grads)
 
     # ------------------------------------------------------------------------------------- parts
 
     def _chunk(self, fn, operands, specs, indices, valid, argnums):
         """Values and gradients of the elements of a chunk, `[chunk]`, or of one element, `[]`."""
-        lead = valid.ndim
-        seen = [_gather_leaf(x, spec, indices, lead) for x, spec in zip(operands, specs)]
         if argnums:
             both = jax.value_and_grad(fn, tuple(argnums))
         else:
             both = lambda *seen: (fn(*seen), ())
+        return self._map(both, operands, specs, indices, valid)
+
+    def _map(self, fn, operands, specs, indices, valid):
+        """`fn` of what the elements of a chunk see, or one element: gather and map."""
+        lead = valid.ndim
+        seen = [_gather_leaf(x, spec, indices, lead) for x, spec in zip(operands, specs)]
         if not lead:
-            return both(*seen)
+            return fn(*seen)
         # Shared leaves are not repeated: the map passes them whole to every element.
         mapped = tuple(0 if _selected(spec, indices) else None for spec in specs)
         if 0 not in mapped:  # replicas of one whole
             repeat = lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape))
-            return jax.tree.map(repeat, both(*seen))
-        return jax.vmap(both, in_axes=mapped)(*seen)
+            return jax.tree.map(repeat, fn(*seen))
+        return jax.vmap(fn, in_axes=mapped)(*seen)
+
+    def _rows(self, stacked):
+        """What `_loop` has stacked chunk by chunk, a row an element."""
+        if self.chunk > 1:
+            stacked = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), stacked)
+        return jax.tree.map(lambda y: y[: self.num_elements], stacked)
+
+    def _fn_of_leaves(self, treedef):
+        return lambda *leaves: self.element_fn(*treedef.unflatten(leaves))
 
     def _loop(self, body, init):
         """Scan over the chunks; one chunk, no scan."""
@@ -244,7 +256,7 @@ class _Elements:
         return jax.lax.scan(body, init, xs)
 
     def _operands(self, params, args):
-        """Flat arrays and their specs, parameters first; `element_fn` as a function of them."""
+        """Flat arrays, parameters first, their specs, and the tree `(params, *args)` they were."""
         _check_like(self.call, self.selection, params)
         in_axes = _each_in_axes(self.call, self.in_axes, args)
         specs = list(self.selection.specs)
@@ -261,8 +273,7 @@ class _Elements:
             )
             raise ValueError(msg)
         operands, treedef = jax.tree.flatten((params, *args))
-        fn = lambda *leaves: self.element_fn(*treedef.unflatten(leaves))
-        return [jnp.asarray(x) for x in operands], specs, fn
+        return [jnp.asarray(x) for x in operands], specs, treedef
 
     def _indices(self):
         return {**self.selection.indices, _ELEMENT: np.arange(self.num_elements, dtype=np.int32)}

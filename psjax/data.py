@@ -11,6 +11,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from psjax._speech import LogMel as LogMel
+from psjax._speech import SpeechDataset as SpeechDataset
+from psjax._speech import load_speech as load_speech
+from psjax._speech import log_mel as log_mel
+from psjax._xc import SparseDataset as SparseDataset
+from psjax._xc import pad_rows as pad_rows
+from psjax._xc import read_xc as read_xc
+from psjax._xc import write_xc as write_xc
+
 
 class Dataset(NamedTuple):
     """Images and labels of one split.

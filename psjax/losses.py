@@ -12,6 +12,8 @@ partitioned neural network training*, G-2023-36, with $\varphi = \exp$.
 Three forms of the same number. `psl_with_integer_labels` takes all scores; `pair` is $h_{kj}$ and
 takes two; `block` takes any $s$ scores and is a sum of chosen pairs among them. Their sum over
 elements equals the first, to rounding.
+
+And for very many labels, in chunks of them: `many_label_cross_entropy`, `top_k_labels`.
 """
 
 import functools
@@ -20,6 +22,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+
+from psjax._softmax import many_label_cross_entropy as many_label_cross_entropy
+from psjax._softmax import top_k_labels as top_k_labels
 
 # Beyond the bound the exponential goes on as its tangent. Adam squares gradients: in float32 they
 # must stay below e^44, in float64 below e^354.

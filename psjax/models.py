@@ -1,4 +1,4 @@
-r"""LeNet and PSNet with the papers' presets.
+r"""LeNet and PSNet, MLP and VGG11, with the papers' presets.
 
 P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural network
 training*, G-2023-36, sections 5 and 7. Both networks in the form the authors ran: sigmoid after
@@ -13,12 +13,19 @@ weights::
     variables = net.init(jax.random.key(0), images)            # [batch, height, width, channels]
     params = flax.linen.unbox(variables)["params"]
     axes = flax.linen.get_partition_spec(variables)["params"]
+
+MLP, VGG11 and SparseMLP are those of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of
+Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. Each hidden dense
+layer has an axis of its own, `hidden_0`, `hidden_1`, ...; the subnet of one of n workers is
+`model.subnet(n)`, applied to the gathered weights.
 """
 
 import difflib
 
+import jax.numpy as jnp
 from flax import linen as nn
 
+from psjax import losses
 from psjax import nn as psnn
 
 
@@ -92,6 +99,165 @@ class LeNet(nn.Module):
         for features in self.hidden:
             x = psnn.sigmoid(psnn.Dense(features)(x))
         return psnn.FanOutDense(self.num_classes, 1)(x)[..., 0]
+
+
+class _Divided(nn.Module):
+    """A model whose hidden dense layers are divided among subnets."""
+
+    def subnet(self, num_subnets: int):
+        """The same module with a subnet's share of every hidden layer, `ceil(width / n)`.
+
+        Raises:
+          ValueError: fewer neurons in a layer than subnets.
+        """
+        hidden: tuple[int, ...] = self.hidden  # pyright: ignore[reportAttributeAccessIssue]
+        if num_subnets < 1 or num_subnets > min(hidden):
+            msg = (
+                f"subnet({num_subnets}): the hidden layers have {hidden} neurons; write a number "
+                f"of subnets from 1 to {min(hidden)}."
+            )
+            raise ValueError(msg)
+        return self.clone(hidden=tuple(-(-width // num_subnets) for width in hidden))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """`{axis name: neurons}` of the divided axes, for `psjax.random_partition`."""
+        hidden: tuple[int, ...] = self.hidden  # pyright: ignore[reportAttributeAccessIssue]
+        return {f"hidden_{i}": width for i, width in enumerate(hidden)}
+
+
+class MLP(_Divided):
+    """Dense layers, each followed by subnet normalisation and an activation, and an output layer.
+
+    `[B, ...] -> scores [B, num_classes]`; further axes of the input are flattened.
+
+    Attributes:
+      num_classes: number of scores.
+      hidden: neurons of each hidden layer.
+      normalize: whether to normalise; without it a network trained in subnets fails when it is put
+        together (section 5). The layers then have biases.
+      use_scale, use_bias: scale and shift of the normalisation.
+      normalize_output: normalise the scores too, without scale and shift, as the paper's public
+        code does. The output then has no bias.
+      dropout: rate after every hidden layer, with the key `dropout`.
+    """
+
+    num_classes: int = 10
+    hidden: tuple[int, ...] = (512,)
+    normalize: bool = True
+    use_scale: bool = True
+    use_bias: bool = True
+    normalize_output: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return _dense_layers(self, x.reshape(x.shape[0], -1), train)
+
+
+class VGG11(_Divided):
+    """VGG11 with normalisation (Simonyan, Zisserman, arXiv:1409.1556), for 32x32 images.
+
+    `[B, height, width, channels] -> scores [B, num_classes]`. The dense layers on top are divided
+    among subnets, the convolutions every subnet holds whole (section 4.3): they are averaged.
+
+    Attributes:
+      num_classes: number of scores.
+      convolutions: kernels 3x3 of each layer; 0 is max pooling over 2x2.
+      hidden: neurons of each hidden dense layer.
+      dropout: rate after every hidden dense layer.
+      implementation: see `psjax.nn.conv`.
+    """
+
+    num_classes: int = 100
+    convolutions: tuple[int, ...] = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)
+    hidden: tuple[int, ...] = (4096, 4096)
+    normalize: bool = True
+    use_scale: bool = True
+    use_bias: bool = True
+    normalize_output: bool = False
+    dropout: float = 0.0
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        init = nn.initializers.he_normal()
+        for i, features in enumerate(self.convolutions):
+            if not features:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+                continue
+            kernel = self.param(f"convolution_{i}", init, (3, 3, x.shape[-1], features))
+            x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+            x = psnn.conv(x, kernel, implementation=self.implementation)
+            x = nn.relu(psnn.SubnetNorm(None)(x, train))
+        return _dense_layers(self, x.reshape(x.shape[0], -1), train)
+
+
+def _dense_layers(self, x, train):
+    before = None
+    for i, features in enumerate(self.hidden):
+        axis = f"hidden_{i}"
+        x = psnn.SubnetDense(features, before, axis, use_bias=not self.normalize)(x)
+        if self.normalize:
+            x = psnn.SubnetNorm(axis, self.use_scale, self.use_bias)(x, train)
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+        before = axis
+    x = psnn.SubnetDense(self.num_classes, before, None, use_bias=not self.normalize_output)(x)
+    if self.normalize_output:
+        x = psnn.SubnetNorm(None, use_scale=False, use_bias=False)(x, train)
+    return x
+
+
+class SparseMLP(_Divided):
+    """Two layers for sparse features and very many labels (the paper's Amazon-670k network).
+
+    The input is a sum of embedding rows, `sum_k values[b, k] * embedding[ids[b, k]]`, never a dense
+    batch of all features; the loss goes through the labels in chunks.
+
+    Attributes:
+      num_labels: L.
+      num_features: F; the id F, past the end, is padding.
+      hidden: `(neurons,)` of the one hidden layer, the embedding dimension.
+      use_scale, use_bias: scale and shift of the normalisation.
+      chunk_size: labels whose scores are held at once by `loss` and `top_k`.
+    """
+
+    num_labels: int = 10
+    num_features: int = 10
+    hidden: tuple[int, ...] = (512,)
+    use_scale: bool = True
+    use_bias: bool = True
+    chunk_size: int = 8192
+
+    def setup(self):
+        (width,) = self.hidden
+        embedding = nn.with_partitioning(nn.initializers.he_normal(), (None, "hidden_0"))
+        kernel = nn.with_partitioning(nn.initializers.he_normal(), ("hidden_0", None))
+        self.embedding = self.param("embedding", embedding, (self.num_features, width))
+        self.norm = psnn.SubnetNorm("hidden_0", self.use_scale, self.use_bias)
+        self.kernel = self.param("kernel", kernel, (width, self.num_labels))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.num_labels,))
+
+    def _features(self, ids, values, train):
+        rows = self.embedding.at[ids].get(mode="fill", fill_value=0)
+        x = jnp.einsum("bk,bkh->bh", values, rows)
+        return nn.relu(self.norm(x, train))
+
+    def __call__(self, ids, values, train: bool = False):
+        """All scores `[B, L]` of rows `ids` int32 `[B, K]`, `values` `[B, K]`."""
+        return self._features(ids, values, train) @ self.kernel + self.bias
+
+    def loss(self, ids, values, labels, train: bool = True):
+        """`psjax.losses.many_label_cross_entropy` of every row: `[B]`; `labels` int32 `[B, M]`."""
+        x = self._features(ids, values, train)
+        return losses.many_label_cross_entropy(
+            x, self.kernel, self.bias, labels, chunk_size=self.chunk_size
+        )
+
+    def top_k(self, ids, values, k: int):
+        """The k best labels of every row, int32 `[B, k]`."""
+        x = self._features(ids, values, False)
+        return losses.top_k_labels(x, self.kernel, self.bias, k, chunk_size=self.chunk_size)
 
 
 # Neurons and kernels of all classes together, as the paper counts them: (trunk, fan-out, hidden).

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from psjax._norm import SubnetNorm as SubnetNorm
+
 
 def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = None):
     r"""Convolution ('VALID', stride 1) and, folded into it, average pooling.
@@ -298,6 +300,39 @@ class SeparableDense(nn.Module):
         return jnp.einsum("bgi,gio->bgo", x, kernel) + bias
 
 
+class SubnetDense(nn.Module):
+    """Dense layer whose inputs and outputs may be divided among subnets.
+
+    `[B, in] -> [B, features]`. The kernel is `[in, features]`, but `[features, in]` where only the outputs are divided: rows of
+    a kernel move between subnets 10 times as fast as its columns. He-normal kernel, zero bias.
+
+    Attributes:
+      features: number of outputs.
+      in_axis, out_axis: names of the divided axes; None for what every subnet holds whole.
+      use_bias: whether to add a bias; a normalisation that follows has its own shift.
+    """
+
+    features: int
+    in_axis: str | None = None
+    out_axis: str | None = None
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        rows_first = self.in_axis is None and self.out_axis is not None
+        names, shape = (self.in_axis, self.out_axis), (x.shape[-1], self.features)
+        init = nn.initializers.he_normal(in_axis=-2, out_axis=-1)
+        if rows_first:
+            names, shape = names[::-1], shape[::-1]
+            init = nn.initializers.he_normal(in_axis=-1, out_axis=-2)
+        kernel = self.param("kernel", nn.with_partitioning(init, names), shape)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (int(rows_first),)), ((), ())))
+        if not self.use_bias:
+            return y
+        bias = nn.with_partitioning(_zeros, (self.out_axis,))
+        return y + self.param("bias", bias, (self.features,))
+
+
 def flatten_groups(x):
     """`[batch, height, width, groups, features] -> [batch, groups, height * width * features]`."""
     x = jnp.moveaxis(x, -2, 1)
@@ -311,6 +346,8 @@ __all__: Sequence[str] = (
     "FanOutDense",
     "SeparableConv",
     "SeparableDense",
+    "SubnetDense",
+    "SubnetNorm",
     "conv",
     "flatten_groups",
     "sigmoid",

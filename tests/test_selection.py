@@ -23,6 +23,7 @@ SHAPES = {"row": (6,), "both": (6, 4), "middle": (4, 2, 6), "shared": (3,)}
 LIKE = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in SHAPES.items()}
 OVERLAP = {"i": [[0, 1, 2], [2, 3, 4], [4, 5, 0]]}
 
+KEY = jax.random.key(0)
 INDICES = {
     "partition": {"i": [[0, 3], [1, 4], [2, 5]]},
     "overlap": OVERLAP,
@@ -36,7 +37,13 @@ INDICES = {
     "two axes, one dropped": {"i": [3, 0, 3], "j": [[0, 1], [1, 2], [0, 3]]},
     "two axes, both dropped": {"i": [3, 0, 3], "j": [1, 1, 2]},
 }
-KINDS = [*INDICES, "replicas", "split with padding"]
+PARTITIONS = {
+    "random partition": ({"i": 6, "j": 4}, 2, False),
+    "random partition, uneven": ({"i": 6, "j": 4}, 4, False),
+    "random partition of one axis": ({"j": 4}, 3, False),
+    "random partition, stratified": ({"i": 6, "j": 4}, 2, True),
+}
+KINDS = [*INDICES, *PARTITIONS, "replicas", "split with padding", "part of a random partition"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -46,6 +53,12 @@ def make(kind):
     if kind == "split with padding":  # the second worker: one element, and padding
         split = psjax.select(AXES, OVERLAP, like=LIKE).split(2)
         return jax.tree.map(lambda x: x[1], split)
+    if kind == "part of a random partition":  # the second worker: one element, and padding
+        split = psjax.random_partition(KEY, AXES, {"i": 6, "j": 4}, num_elements=3).split(2)
+        return jax.tree.map(lambda x: x[1], split)
+    if kind in PARTITIONS:
+        sizes, n, stratified = PARTITIONS[kind]
+        return psjax.random_partition(KEY, AXES, sizes, num_elements=n, stratified=stratified)
     return psjax.select(AXES, INDICES[kind], like=LIKE)
 
 

@@ -1,0 +1,411 @@
+"""What a compiled program sends, computes and holds, read off its text."""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_REFUSED = ("ragged-all-to-all", "collective-broadcast", "send", "recv")
+_GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that a collective operation moves.
+
+    Attributes:
+      kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or
+        `"collective-permute"`.
+      dtype: XLA's name, such as `"f32"`.
+      elements: of one device's operand, at one execution.
+      group_size: devices among which it moves; of unequal groups the largest, 2 of a permute.
+      count: executions in one run of the program.
+      bytes: sent by all devices together in all these executions.
+      op_name: where it comes from, such as `"jit(step)/while/body/psum"`.
+    """
+
+    kind: str
+    dtype: str
+    elements: int
+    group_size: int
+    count: int
+    bytes: int
+    op_name: str
+
+
+class Memory(NamedTuple):
+    """Bytes on one device, as the compiler plans them.
+
+    Attributes:
+      argument: of the arguments.
+      output: of the results.
+      temp: of everything between.
+      alias: of results that lie in donated arguments, counted in both.
+    """
+
+    argument: int
+    output: int
+    temp: int
+    alias: int
+
+    @property
+    def total(self) -> int:
+        return self.argument + self.output + self.temp - self.alias
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What one run of a compiled program sends, computes and holds.
+
+    Attributes:
+      num_devices: that run it.
+      collectives: what is sent, an entry for each array at each place of the program.
+      metrics: the same of the arrays that are too small to count, such as a loss.
+      flops: of one device's matrix products and convolutions.
+      custom_calls: targets of calls into other libraries, of which nothing is counted.
+      memory: of one device; None if only the text was there.
+    """
+
+    num_devices: int
+    collectives: tuple[Collective, ...]
+    metrics: tuple[Collective, ...]
+    flops: int
+    custom_calls: tuple[str, ...]
+    memory: Memory | None
+
+    @property
+    def bytes(self) -> int:
+        """Sent by all devices together, without the metrics."""
+        return sum(c.bytes for c in self.collectives)
+
+    @property
+    def bytes_per_device(self) -> float:
+        """Sent by a device, the mean of all."""
+        return self.bytes / self.num_devices
+
+
+def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = None) -> Ledger:
+    r"""Count what a compiled program sends, computes and holds.
+
+    With $b$ bytes of operand on each of the $g$ devices of a group, a device sends, its own slice
+    left out and rings taken: $2b(g-1)/g$ for an all-reduce, $b(g-1)$ for an all-gather, $b(g-1)/g$
+    for a reduce-scatter or an all-to-all, $b$ for a collective-permute from one device to another.
+    Every array of a collective on several is an entry of its own, but the parts of one all-to-all.
+    A matrix product takes two operations a multiplication; so does a convolution, without those
+    with padding and with the zeros of a dilation. Nothing else is counted as work, and nothing of
+    what the compiler turned into something else, such as a product with a vector into a sum.
+
+    What stands in a loop counts as often as the loop runs: `compiled.cost_analysis()` counts it
+    once. Of a conditional's branches the one with the most bytes and the one with the most
+    operations count.
+
+    Warning: the compiler decides what is in the program. On a CPU it carries bfloat16 as float32,
+    so twice the bytes are found there; and it may move a collective out of a loop or merge two.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from psjax import cost
+      >>> product = jax.jit(lambda a, b: a @ b)
+      >>> cost.ledger(product.lower(jnp.ones((2, 3)), jnp.ones((3, 4))).compile()).flops
+      48
+
+    Args:
+      compiled: `jax.jit(f).lower(*args).compile()`, or its text, `compiled.as_text()`.
+      metrics_below: arrays of fewer elements are metrics; by default scalars.
+      trip_count: assumed of loops that end by their data.
+
+    Raises:
+      TypeError: something that is not compiled.
+      ValueError: a loop with something in it and a trip count that is not known, and none given; a
+        collective of another kind, or groups written in another way.
+    """
+    if isinstance(compiled, str):
+        text, memory = compiled, None
+    elif hasattr(compiled, "as_text") and hasattr(compiled, "memory_analysis"):
+        text, memory = compiled.as_text() or "", _memory(compiled.memory_analysis())
+    else:
+        msg = (
+            f"ledger(compiled): got {type(compiled).__name__}; "
+            "write jax.jit(f).lower(*args).compile()."
+        )
+        raise TypeError(msg)
+    program = _Program(text, trip_count)
+    count = program.count(program.entry)
+    small = [c.elements < metrics_below for c in count.collectives]
+    return Ledger(
+        program.num_devices,
+        tuple(c for c, s in zip(count.collectives, small) if not s),
+        tuple(c for c, s in zip(count.collectives, small) if s),
+        count.flops,
+        tuple(sorted(count.custom_calls)),
+        memory,
+    )
+
+
+def _memory(stats):
+    if stats is None:
+        return None
+    return Memory(*(int(getattr(stats, f"{name}_size_in_bytes")) for name in Memory._fields))
+
+
+# --------------------------------------------------------------------------------------- the walk
+
+
+@dataclasses.dataclass(frozen=True)
+class _Count:
+    collectives: tuple[Collective, ...] = ()
+    flops: int = 0
+    custom_calls: frozenset[str] = frozenset()
+
+    def __add__(self, other):
+        return _Count(
+            self.collectives + other.collectives,
+            self.flops + other.flops,
+            self.custom_calls | other.custom_calls,
+        )
+
+    def times(self, n):
+        scale = lambda c: dataclasses.replace(c, count=c.count * n, bytes=c.bytes * n)
+        return _Count(tuple(map(scale, self.collectives)), self.flops * n, self.custom_calls)
+
+
+class _Program:
+    """The computations of a program's text, and what each costs."""
+
+    def __init__(self, text, trip_count):
+        self.computations, self.entry = _parse(text)
+        self.trip_count = trip_count
+        header = text.split("\n", 1)[0]
+        sizes = [re.search(rf"\b{x}=(\d+)", header) for x in ("num_partitions", "replica_count")]
+        self.num_partitions, self.num_replicas = (int(m[1]) if m else 1 for m in sizes)
+        self.num_devices = self.num_partitions * self.num_replicas
+        self.counts = {}
+
+    def count(self, computation):
+        if computation not in self.counts:
+            shapes = {x.name: x.arrays for x in self.computations[computation]}
+            counts = (self._instruction(x, shapes) for x in self.computations[computation])
+            self.counts[computation] = sum(counts, start=_Count())
+        return self.counts[computation]
+
+    def _instruction(self, x, shapes):
+        kind = x.opcode.removesuffix("-start")  # of a pair the start is the operation
+        if x.opcode.endswith(("-done", "-update")):
+            return _Count()
+        operands = [array for name in x.operands for array in shapes.get(name, ())]
+        if not operands and kind in (*_KINDS, "dot", "convolution"):
+            msg = f"ledger(compiled): %{x.name} has no operands that this reader finds."
+            raise ValueError(msg)
+        if kind in _KINDS:
+            return _Count(collectives=self._collectives(kind, x, operands))
+        if kind in _REFUSED and "is_host_transfer=true" not in x.attributes:
+            msg = f"ledger(compiled): %{x.name} is a {kind}, whose bytes its text does not tell."
+            raise ValueError(msg)
+        if kind == "while":
+            return self._loop(x)
+        called = [self.count(name) for name in _called(x.attributes)]
+        if kind == "conditional":
+            most = max(called, key=lambda c: sum(y.bytes for y in c.collectives))
+            names = frozenset().union(*(c.custom_calls for c in called))
+            return _Count(most.collectives, max(c.flops for c in called), names)
+        return sum(called, start=_work(kind, x, operands))
+
+    def _loop(self, x):
+        condition, body = (
+            self.count(_search(rf"\b{name}=%?([^\s,]+)", x.attributes))
+            for name in ("condition", "body")
+        )
+        once = condition + body
+        if not (once.collectives or once.flops):
+            return once  # as often as it likes
+        known = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', x.attributes)
+        trips = int(known[1]) if known else self.trip_count
+        if trips is None:
+            msg = (
+                f"ledger(compiled): loop %{x.name} ({_op_name(x)}) has no known trip count; "
+                "write ledger(compiled, trip_count=...) with what to assume."
+            )
+            raise ValueError(msg)
+        return condition.times(trips + 1) + body.times(trips)
+
+    def _collectives(self, kind, x, operands):
+        if kind == "collective-permute":
+            pairs = re.findall(r"\{(\d+),(\d+)\}", _search(r"pairs=(\{\}|\{.*?\}\})", x.attributes))
+            groups, senders = [2], sum(a != b for a, b in pairs)
+        else:
+            groups = self._groups(kind, x)
+            others = sum(g - 1 for g in groups)
+            senders = {
+                "all-reduce": 2 * others,
+                "all-gather": sum(g * (g - 1) for g in groups),
+            }.get(kind, others)
+        if kind == "all-to-all" and len(operands) > 1:  # one array, cut into a part for each device
+            dims = (sum(a.elements for a in operands),)
+            operands = [operands[0]._replace(dims=dims)]
+        return tuple(
+            Collective(kind, a.dtype, a.elements, max(groups), 1, senders * a.bytes, _op_name(x))
+            for a in operands
+        )
+
+    def _groups(self, kind, x):
+        sizes = _group_sizes(x.attributes, self.num_devices)
+        if sum(sizes) == self.num_replicas < self.num_devices and kind != "all-to-all":
+            together = "channel_id=" in x.attributes  # the partitions of these replicas
+            n = self.num_partitions
+            sizes = [n * size for size in sizes] if together else n * sizes
+        if sum(sizes) != self.num_devices:
+            msg = (
+                f"ledger(compiled): the groups of %{x.name} do not hold the program's "
+                f"{self.num_devices} devices once each; its text says {x.attributes[:200]!r}."
+            )
+            raise ValueError(msg)
+        return sizes
+
+
+def _group_sizes(attributes, num_devices):
+    """Devices in each group of a collective; XLA writes four ways, and nothing for all devices."""
+    groups = _search(r"replica_groups=(.*)", attributes, "{}")
+    if found := re.match(r"\{(\{[\d,{}]+\})\}", groups):  # {{0,1},{2,3}}
+        return [len(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.match(r"\[(\d+),(\d+)\]<=\[", groups):  # [2,4]<=[4,2]T(1,0)
+        return [int(found[2])] * int(found[1])
+    # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: of b's 4 a sub-axis of 2
+    if found := re.match(r"mesh\[(.*?)\].*?\{((?:'\w+'(?::\(\d+\)\d+)?(?:, ?)?)+)\}", groups):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        refs = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        size = math.prod(int(part or axes[axis]) for axis, part in refs)
+        return [size] * (num_devices // size)
+    return [num_devices] if groups.startswith("{}") else []
+
+
+def _work(kind, x, operands):
+    if kind == "dot":
+        return _Count(flops=_product(x, operands, r"lhs_contracting_dims=\{([\d,]*)\}"))
+    if kind == "convolution":
+        return _Count(flops=_convolution(x, *operands[:2]))
+    if kind == "custom-call":
+        target = _search(r'custom_call_target="([^"]*)"', x.attributes)
+        if target in _GEMMS:
+            dims = r'lhs_contracting_dimensions\\?":\[([\d,"\\]*)\]'
+            return _Count(flops=_product(x, operands, dims))
+        return _Count(custom_calls=frozenset([target]))
+    return _Count()
+
+
+def _product(x, operands, pattern):
+    contracted = re.findall(r"\d+", _search(pattern, x.attributes))
+    return 2 * x.arrays[0].elements * math.prod(operands[0].dims[int(d)] for d in contracted)
+
+
+def _convolution(x, image, kernel):
+    """Twice the pairs of an output and a weight that meet an entry of the image."""
+    output = x.arrays[0]
+    window = {
+        name: [int(value.split("_")[0]) for value in values.split("x")]
+        for name, values in re.findall(
+            r"(\w+)=(\S+)", _search(r"window=\{(.*?)\}", x.attributes, "")
+        )
+    }
+    of_image, of_kernel, of_output = re.split("_|->", _search(r"labels=([^\s,]+)", x.attributes))
+    flops = 2 * output.elements * kernel.dims[of_kernel.index("i")]
+    defaults = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}
+    for d, size in enumerate(window.get("size", ())):
+        stride, base, dilation, low = (
+            window[name][d] if name in window else default for name, default in defaults.items()
+        )
+        width, outputs = (
+            array.dims[labels.index(str(d))]
+            for array, labels in ((image, of_image), (output, of_output))
+        )
+        at = stride * np.arange(outputs)[:, None] + dilation * np.arange(size) - low
+        meets = (at >= 0) & (at % base == 0) & (at // base < width)
+        flops = flops // outputs * int(np.sum(meets))
+    return flops
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+class _Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self):
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self):
+        bits = 8 if self.dtype == "pred" else int(_search(r"(\d+)", self.dtype))
+        return -(-self.elements * bits // 8)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    arrays: list[_Array]
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+
+def _parse(text):
+    """`{computation: [instruction, ...]}` and the name of the first to run."""
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([^\s(]+) \(.*-> .*\{$", line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (
+            found := re.match(r"\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z\d-]*)\((.*)$", line)
+        ):
+            name, shape, opcode, rest = found.groups()
+            end = _closing(rest)
+            operands = re.findall(r"%([^\s,)]+)", rest[:end])
+            current.append(_Instruction(name, _arrays(shape), opcode, operands, rest[end:]))
+    if entry is None:
+        msg = (
+            "ledger(compiled): this text is not of a compiled program; "
+            "write jax.jit(f).lower(*args).compile().as_text()."
+        )
+        raise ValueError(msg)
+    return computations, entry
+
+
+def _closing(text):
+    """Where the parenthesis ends that was opened before."""
+    depth = 1
+    for bracket in re.finditer(r"[()]", text):
+        depth += 1 if bracket[0] == "(" else -1
+        if not depth:
+            return bracket.start()
+    return len(text)
+
+
+def _arrays(shape):
+    found = re.findall(r"\b(pred|(?:bf|[fsuc])\d+\w*)\[([\d,<=]*)\]", shape)
+    return [_Array(x, tuple(int(d) for d in re.findall(r"\d+", dims))) for x, dims in found]
+
+
+def _called(attributes):
+    """Names of the computations that an instruction calls, but a loop's."""
+    names = re.findall(r"\b(?:to_apply|calls|\w+_computation)=%?([^\s,}]+)", attributes)
+    for several in re.findall(r"\b(?:branch|called)_computations=\{([^}]*)\}", attributes):
+        names += re.findall(r"%?([^\s,]+)", several)
+    return names
+
+
+def _op_name(x):
+    return _search(r'op_name="([^"]*)"', x.attributes, "")
+
+
+def _search(pattern, text, default=None):
+    found = re.search(pattern, text)
+    if found is None:
+        if default is None:
+            msg = f"ledger(compiled): no {pattern} in {text[:200]!r}, which this reader expects."
+            raise ValueError(msg)
+        return default
+    return found[1]

@@ -1,0 +1,270 @@
+r"""Local training: gather, J optimizer steps on one's own batches, scatter the mean.
+
+Disjoint index sets make it independent subnet training: Algorithms 1 and 2 of B. Yuan,
+A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent Subnet
+Training*, arXiv:1910.02120. Replicas make it local SGD.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
+
+from psjax._selection import _gather_leaf, _with_specs
+from psjax._separable import _check_chunk_size, _Elements
+
+
+class LocalMetrics(NamedTuple):
+    """What a round reports.
+
+    Attributes:
+      loss: `[E, J]`, loss of every local step.
+      finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
+        and state were left out: the entries it held are as before the round.
+    """
+
+    loss: jax.Array
+    finite: jax.Array
+
+
+def local_update(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    in_axes: Any = 0,
+    axis_name: str | None = None,
+    *,
+    mutable: Sequence[str] = (),
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
+    r"""One round: every element trains what it sees for J steps; the weights go home.
+
+    Element e starts from $y_e = U_e w$ and the same entries of the optimizer's state, takes J steps
+    on its own batches, and $w + U^+(y - U w)$ is the new $w$: an entry held by one element is set,
+    one held by several (shared leaves too) is averaged, one that nobody holds keeps its bits.
+    Algorithm 2 of arXiv:1910.02120, with any optax optimizer in the place of SGD.
+
+    Optimizer state travels with the weights: its trees shaped like the parameters (moments, traces)
+    entry by entry, everything else whole to every element; of that, floating leaves are averaged
+    and integers (Adam's count, a schedule's) come from the first finite element. With one count for
+    all, Adam's moments of an entry that was seldom held are corrected for as many steps as the
+    others took; see `psjax.ist.scale_by_adam` for a count per entry.
+
+    Args:
+      loss_fn: `loss_fn(element_params, batch) -> scalar`, a mean over the element's batch as in
+        any training step. Leaves of `element_params` are the selected rows; a module's dropout keys
+        are leaves of the batch.
+      optimizer: an `optax.GradientTransformation`. It sees one element: `optax.clip_by_global_norm`
+        clips the subnet's norm.
+      in_axes: which batches an element sees: 0, row e of leaves `[E, J, ...]`; None, all see the
+        same `[J, ...]`; or a `PartitionSpec` of axis names of the selection, as in
+        `psjax.value_and_grad`. What the element sees has its J batches first.
+      axis_name: name of a mapped axis (`pmap`, `shard_map`) over which the elements are spread.
+        Parameters and state are then averaged over the devices, and are the same on all.
+      mutable: names of top-level entries of the parameters that are not trained but overwritten
+        (Flax's mutable collections, `("batch_stats",)` with `params` the whole variables).
+        `loss_fn` then returns `(loss, {name: new value})`, and the optimizer's state is that of the
+        other entries.
+      chunk_size: elements trained at once; None: 1 on the CPU, all elsewhere.
+
+    Returns:
+      A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)`. A
+      slot of padding in an uneven share stays zero at every local step.
+
+    Raises:
+      ValueError: at the call: batches whose leading shape is not `[E, J]`, J = 0, an optimizer
+        state that cannot travel (named), parameters that are not those of the selection.
+
+    Example:
+      One element that sees everything, one batch of size 1: a step of SGD.
+
+      >>> import jax.numpy as jnp, optax, psjax
+      >>> loss_fn = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
+      >>> w, optimizer = jnp.zeros(2), optax.sgd(0.5)
+      >>> update = psjax.local_update(loss_fn, optimizer)
+      >>> batches = jnp.ones((1, 1, 2))  # [elements, local steps, ...]
+      >>> update(w, optimizer.init(w), psjax.replicas(w, 1), batches)[0]
+      Array([0.5, 0.5], dtype=float32)
+    """
+    _check_chunk_size("local_update", chunk_size)
+    mutable = tuple(mutable)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(params, opt_state, selection, batches):
+        _check_mutable(mutable, params)
+        elements = _Elements("local_update", loss_fn, in_axes, chunk_size, selection)
+        operands, specs, treedef = elements._operands(params, (batches,))
+        num_params = len(selection.specs)
+        _check_steps(elements, operands[num_params:], specs[num_params:])
+        state, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, opt_state))
+        state_specs = _state_specs(params, selection, opt_state)
+        filled = {  # which slots of an element are rows and not padding
+            name: jnp.ones(selection.sizes[name], bool)
+            for name, index in selection.indices.items()
+            if index.ndim == 2 and not _all_filled(selection, name)
+        }
+        operands = [*operands, *state, *filled.values()]
+        specs = [*specs, *state_specs, *(P(name) for name in filled)]
+
+        def train(*seen):
+            seen, masks = seen[: len(seen) - len(filled)], seen[len(seen) - len(filled) :]
+            masks = dict(zip(filled, masks, strict=True))
+            params, batches = treedef.unflatten(seen[: treedef.num_leaves])
+            opt_state = state_def.unflatten(seen[treedef.num_leaves :])
+            clean = lambda tree: _zero_padding(tree, params, selection.specs, masks)
+            step = _step(loss_fn, optimizer, mutable, clean)
+            (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
+            finite = jnp.all(jnp.isfinite(loss))
+            for x in jax.tree.leaves((params, opt_state)):
+                if jnp.issubdtype(x.dtype, jnp.inexact):
+                    finite = finite & jnp.all(jnp.isfinite(x))
+            return (params, opt_state), loss, finite
+
+        varying = elements._varying(operands, operands)
+
+        def body(_, xs):
+            indices, valid = xs
+            return None, elements._map(train, varying, specs, indices, valid)
+
+        stacked, loss, finite = elements._rows(elements._loop(body, None)[1])
+        old, new = [*operands[:num_params], *state], jax.tree.leaves(stacked)
+        specs = [*selection.specs, *state_specs]
+        home = [_goes_home(x, spec) for x, spec in zip(old, specs)]
+        those = lambda leaves: [x for x, yes in zip(leaves, home) if yes]
+        seen = _with_specs(selection, those(old), those(specs))
+        mean = iter(seen.scatter_mean(those(new), those(old), where=finite, axis_name=axis_name))
+        good = finite & selection.valid
+        leaves = [
+            next(mean) if yes else _first(y, x, good, axis_name)
+            for yes, x, y in zip(home, old, new)
+        ]
+        params = jax.tree.structure(params).unflatten(leaves[:num_params])
+        return params, state_def.unflatten(leaves[num_params:]), LocalMetrics(loss, finite)
+
+    return update
+
+
+def _step(loss_fn, optimizer, mutable, clean):
+    """One local step of one element, as a body of `lax.scan`."""
+
+    def step(carry, batch):
+        params, opt_state = carry
+        if not mutable:
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            updates, opt_state = optimizer.update(clean(grads), opt_state, params)
+            return (optax.apply_updates(params, clean(updates)), opt_state), loss
+        fixed = {name: params[name] for name in mutable}
+        trained = {name: x for name, x in params.items() if name not in mutable}
+        fn = lambda trained: loss_fn({**trained, **fixed}, batch)
+        (loss, fixed), grads = jax.value_and_grad(fn, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(clean(grads), opt_state, trained)
+        trained = optax.apply_updates(trained, clean(updates))
+        fixed = {name: fixed[name] for name in mutable}
+        return ({**trained, **clean(fixed)}, opt_state), loss
+
+    return step
+
+
+def _zero_padding(tree, params, specs, masks):
+    """Zero in the padded slots of a tree like `params`, or like some of its top-level entries."""
+    if not masks:
+        return tree
+    spec_of = {
+        path: spec
+        for (path, _), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True)
+    }
+
+    def leaf(path, x):
+        for d, name in enumerate(spec_of[path] or ()):
+            if name in masks:
+                mask = masks[name].reshape(*[-1 if k == d else 1 for k in range(x.ndim)])
+                x = jnp.where(mask, x, jnp.zeros_like(x))  # a product would keep NaN
+        return x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _state_specs(params, selection, opt_state):
+    """How each leaf of the optimizer's state travels: like the parameter it belongs to, or whole.
+
+    A leaf belongs to the parameter whose path its own path ends with, and whose shape it has.
+    """
+    owners = {
+        path: (spec, jnp.shape(x))
+        for (path, x), spec in zip(
+            jax.tree_util.tree_leaves_with_path(params), selection.specs, strict=True
+        )
+    }
+    specs = []
+    for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
+        x = jnp.asarray(x)
+        tails = [path[i:] for i in range(len(path) + 1)]
+        found = [owners[tail][0] for tail in tails if owners.get(tail, (0, None))[1] == x.shape]
+        if not found and x.ndim and jnp.issubdtype(x.dtype, jnp.inexact):
+            msg = (
+                f"local_update(optimizer=...): the optimizer's state {keystr(path)} has shape "
+                f"{x.shape} and no parameter it belongs to has it; only trees shaped like the "
+                "parameters, scalars and integers can travel with the weights. Write an optimizer "
+                "whose state is per entry, such as optax.sgd or optax.adam."
+            )
+            raise ValueError(msg)
+        specs.append(found[0] if found else P())
+    return specs
+
+
+def _all_filled(selection, name):
+    """Whether a partition of an axis is even, known without its values."""
+    return name in selection.disjoint and selection.indices[name].size == selection.sizes[name]
+
+
+def _goes_home(x, spec):
+    """Whether a leaf is scattered; whole integers, such as counts, are copied from one element."""
+    return jnp.issubdtype(x.dtype, jnp.inexact) or any(name is not None for name in spec or ())
+
+
+def _first(y, old, good, axis_name):
+    """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
+    found, value = jnp.any(good), y[jnp.argmax(good)]
+    if axis_name is not None:
+        device = jax.lax.axis_index(axis_name)
+        first = jax.lax.pmin(jnp.where(found, device, jnp.iinfo(jnp.int32).max), axis_name)
+        own = found & (device == first)
+        as_int = value.astype(jnp.int32) if value.dtype == bool else value
+        value = jax.lax.psum(jnp.where(own, as_int, jnp.zeros_like(as_int)), axis_name)
+        value, found = value.astype(y.dtype), jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
+    return jnp.where(found, value, old)
+
+
+def _check_steps(elements, batches, specs):
+    """Every leaf of the batches that an element sees begins with the same J, 1 or more."""
+    indices = {name: jnp.zeros(x.shape[1:], jnp.int32) for name, x in elements._indices().items()}
+    see = lambda *xs: [_gather_leaf(x, spec, indices, 0) for x, spec in zip(xs, specs)]
+    shapes = [x.shape for x in jax.eval_shape(see, *batches)]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if not shapes:
+        msg = f"local_update: batches has no array; give [{elements.num_elements}, J, ...]."
+        raise ValueError(msg)
+    if len(lengths) != 1 or None in lengths:
+        msg = (
+            f"local_update: leaves of batches have shapes {[x.shape for x in batches]}; an "
+            f"element sees {shapes} (in_axes={elements.in_axes!r}); all must begin with J, the "
+            f"number of local steps: [{elements.num_elements}, J, ...] with in_axes=0."
+        )
+        raise ValueError(msg)
+    if lengths == {0}:
+        msg = "local_update: batches has J = 0 local steps; give one or more."
+        raise ValueError(msg)
+
+
+def _check_mutable(mutable, params):
+    missing = [name for name in mutable if not isinstance(params, dict) or name not in params]
+    if missing:
+        have = sorted(params) if isinstance(params, dict) else type(params).__name__
+        msg = (
+            f"local_update(mutable={mutable}): the parameters have no {missing}; they are {have}. "
+            "Give the whole variables, such as {'params': ..., 'batch_stats': ...}."
+        )
+        raise ValueError(msg)

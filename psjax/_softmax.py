@@ -1,0 +1,279 @@
+"""The softmax over very many labels, in chunks of the output layer: no row of scores is ever whole.
+
+Scores of `B` samples for `L` labels are `B * L` numbers: 128 times 670 091 in float32 are 343 MB,
+and their gradient as much again. Here at most two blocks `[B, chunk]` exist at once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 8192):
+    r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
+
+    $Y$ is the sample's list of labels: this is the cross entropy of the softmax against the uniform
+    distribution over $Y$; with one label each, the negative log-likelihood. The forward pass runs
+    over chunks of the labels with a running maximum and a running sum (online softmax: M. Milakov,
+    N. Gimelshein, *Online normalizer calculation for softmax*,
+    [arXiv:1805.02867](https://arxiv.org/abs/1805.02867)); the backward pass computes each chunk's
+    scores again and writes its columns of the kernel's gradient in place. No array `[B, L]` exists,
+    and the kernel is neither padded nor copied. It costs four products of the size of $h W$ where
+    the plain formula costs three.
+
+    Made for the extreme classification of *Distributed Learning of Deep Neural Networks using
+    Independent Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), section 6
+    (Amazon-670k), where a subnet holds some rows of the kernel and all of its columns. The paper
+    does not say which loss it trained; for lists of labels, this one is a choice.
+
+    It has reverse-mode first derivatives only (a `jax.custom_vjp`): `jax.grad`, not `jax.jvp` or
+    `jax.hessian`. It works under `vmap`, `jit`, `scan`, `pmap` and `shard_map`; under
+    `shard_map(check_vma=True)` gradients of what is replicated are summed over devices, as JAX's
+    own are.
+
+    Args:
+      hidden: `[B, H]`, floating, the inputs of the output layer.
+      kernel: `[H, L]`, of the same dtype.
+      bias: `[L]`, of the same dtype, or None for none.
+      labels: `[B, K]`, integers in `[0, L)`, in any order, filled up with `L`. A sample without
+        labels counts 0 and its gradients are 0, whatever its `hidden`. A label named twice counts
+        twice. Other numbers give NaN, in the gradient too, for a jitted function cannot raise.
+      chunk_size: labels a chunk, at least 1; more than `L` means all at once.
+
+    Returns:
+      `[B]`, the loss of each sample; of the dtype of `hidden`, float32 where that is narrower.
+
+    Raises:
+      ValueError: shapes that do not agree; `chunk_size` below 1.
+      TypeError: dtypes that are not floating or not the same; labels that are not integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from psjax import losses
+      >>> hidden, kernel = jnp.zeros((2, 3)), jnp.zeros((3, 8))
+      >>> labels = jnp.array([[0, 5], [7, 8]])  # the second sample has one label
+      >>> losses.many_label_cross_entropy(hidden, kernel, None, labels, chunk_size=3)
+      Array([2.0794415, 2.0794415], dtype=float32)
+    """
+    call = "many_label_cross_entropy(hidden, kernel, bias, labels)"
+    hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        msg = f"{call}: labels are {labels.dtype}; write integers in [0, L), filled up with L."
+        raise TypeError(msg)
+    if labels.ndim != 2 or labels.shape[0] != hidden.shape[0]:
+        msg = (
+            f"{call}: labels have shape {labels.shape} and hidden {hidden.shape}; write labels "
+            "[B, K], a list for each sample, and hidden [B, H]."
+        )
+        raise ValueError(msg)
+    labels, num_labels = labels.astype(jnp.int32), kernel.shape[1]
+    held = (labels >= 0) & (labels < num_labels)
+    wrong = jnp.any((labels < 0) | (labels > num_labels), axis=-1)
+    empty = ~jnp.any(held, axis=-1) & ~wrong
+    # An empty slot holds no sample: whatever is in it, even inf, must not become NaN.
+    hidden = jnp.where(empty[:, None], 0, hidden)
+    hidden, kernel, bias = _vary_alike((hidden, kernel, bias), (hidden, kernel, bias, labels))
+    loss: jax.Array = _cross_entropy(min(chunk_size, num_labels), hidden, kernel, bias, labels)
+    return jnp.where(empty, 0, loss * jnp.where(wrong, jnp.nan, 1).astype(loss.dtype))
+
+
+def top_k_labels(hidden, kernel, bias, k: int, chunk_size: int = 8192):
+    """The `k` labels of highest score `hidden @ kernel + bias`, in chunks of the labels.
+
+    Equal to `jax.lax.top_k(hidden @ kernel + bias, k)[1]`, of equal scores the lower label first,
+    without the `[B, L]` scores: precision at 1, 3 and 5 of a network with very many labels. It is
+    not to be differentiated.
+
+    Args:
+      hidden: `[B, H]`, floating.
+      kernel: `[H, L]`, of the same dtype.
+      bias: `[L]`, of the same dtype, or None for none.
+      k: how many, in `[1, L]`.
+      chunk_size: labels a chunk, at least 1; fewer than `k` are raised to `k`.
+
+    Returns:
+      int32 `[B, k]`, best first.
+
+    Raises:
+      ValueError: shapes that do not agree; `k` outside `[1, L]`; `chunk_size` below 1.
+      TypeError: dtypes that are not floating or not the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from psjax import losses
+      >>> kernel = jnp.array([[1.0, 5.0, 3.0, 5.0]])
+      >>> losses.top_k_labels(jnp.ones((1, 1)), kernel, None, k=3, chunk_size=2)
+      Array([[1, 3, 2]], dtype=int32)
+    """
+    call = "top_k_labels(hidden, kernel, bias, k)"
+    hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
+    num_labels = kernel.shape[1]
+    if not 1 <= k <= num_labels:
+        msg = f"{call}: k={k} with {num_labels} labels; write 1 <= k <= {num_labels}."
+        raise ValueError(msg)
+    hidden, kernel, bias = _vary_alike((hidden, kernel, bias), (hidden, kernel, bias))
+
+    def best(start, size):
+        values, places = lax.top_k(_scores(hidden, kernel, bias, start, size), k)
+        return values, (start + places).astype(jnp.int32)
+
+    def merge(old, new):  # the old ones are lower labels: first, they win ties
+        values, labels = (jnp.concatenate(both, axis=1) for both in zip(old, new))
+        values, places = lax.top_k(values, k)
+        return values, jnp.take_along_axis(labels, places, axis=1)
+
+    chunk = min(max(chunk_size, k), num_labels)
+    first = num_labels % chunk
+    first = first if first >= k else first + chunk
+    body = lambda start, carry: merge(carry, best(start, chunk))
+    return _over_chunks(num_labels, first, chunk, body, best(0, first))[1]
+
+
+# --- the loss -------------------------------------------------------------------------------------
+#
+# The first chunk is the odd one, of 1 to `chunk` labels, outside the loop: no label is padded,
+# masked or counted twice, and the loop's carry has its dtypes and mapped axes from the start.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(chunk, hidden, kernel, bias, labels):
+    return _forward(chunk, hidden, kernel, bias, labels)[0]
+
+
+def _forward(chunk, hidden, kernel, bias, labels):
+    weights = _label_weights(labels, kernel.shape[1], _wide(hidden.dtype))
+
+    def part(start, size):
+        """Of one chunk: maximum, sum of exponentials relative to it, weighted sum of own scores."""
+        scores = _scores(hidden, kernel, bias, start, size)
+        # Labels masked by a score of -inf could be a whole chunk, whose maximum is no number.
+        top = jnp.maximum(jnp.max(scores, axis=1), jnp.finfo(scores.dtype).min)
+        total = jnp.sum(jnp.exp(scores - top[:, None]), axis=1)
+        inside = (labels >= start) & (labels < start + size)
+        own = jnp.take_along_axis(scores, jnp.where(inside, labels - start, 0), axis=1)
+        return top, total, jnp.sum(jnp.where(inside, weights * own, 0), axis=1)
+
+    def merge(a, b):
+        top = jnp.maximum(a[0], b[0])
+        total = a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+        return top, total, a[2] + b[2]
+
+    first = _first(kernel.shape[1], chunk)
+    body = lambda start, carry: merge(carry, part(start, chunk))
+    top, total, own = _over_chunks(kernel.shape[1], first, chunk, body, part(0, first))
+    normalizer = top + jnp.log(total)
+    return normalizer - own, (hidden, kernel, bias, labels, normalizer)
+
+
+def _backward(chunk, residuals, cotangent):
+    hidden, kernel, bias, labels, normalizer = residuals
+    weights = _label_weights(labels, kernel.shape[1], normalizer.dtype)
+    rows = jnp.arange(hidden.shape[0])[:, None]
+
+    def part(start, size, grads):
+        scores = _scores(hidden, kernel, bias, start, size)
+        error = jnp.exp(scores - normalizer[:, None])
+        inside = (labels >= start) & (labels < start + size)
+        places = jnp.where(inside, labels - start, size)  # past the end: dropped
+        error = error.at[rows, places].add(-weights, mode="drop") * cotangent[:, None]
+        narrow = error.astype(hidden.dtype)
+        columns = lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+        d_hidden, d_kernel, d_bias = grads
+        d_hidden = d_hidden + jnp.matmul(narrow, columns.T, preferred_element_type=error.dtype)
+        d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, hidden.T @ narrow, start, axis=1)
+        if d_bias is not None:
+            summed = jnp.sum(error, axis=0).astype(d_bias.dtype)
+            d_bias = lax.dynamic_update_slice_in_dim(d_bias, summed, start, axis=0)
+        return d_hidden, d_kernel, d_bias
+
+    zeros = jnp.zeros(hidden.shape, normalizer.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
+    first = _first(kernel.shape[1], chunk)
+    init = part(0, first, zeros)
+    body = lambda start, grads: part(start, chunk, grads)
+    d_hidden, d_kernel, d_bias = _over_chunks(kernel.shape[1], first, chunk, body, init)
+    return d_hidden.astype(hidden.dtype), d_kernel, d_bias, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _first(num_labels, chunk):
+    """Size of the first chunk, 1 to `chunk`: what whole chunks leave."""
+    return (num_labels - 1) % chunk + 1
+
+
+def _over_chunks(num_labels, first, chunk, body, carry):
+    """`carry = body(start, carry)` over the whole chunks that follow the first."""
+    step = lambda i, carry: body(first + chunk * i.astype(jnp.int32), carry)
+    return lax.fori_loop(0, (num_labels - first) // chunk, step, carry)
+
+
+def _scores(hidden, kernel, bias, start, size):
+    """Scores `[B, size]` of the labels from `start`, in float32 at least."""
+    columns = lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+    scores = jnp.matmul(hidden, columns, preferred_element_type=_wide(hidden.dtype))
+    if bias is None:
+        return scores
+    return scores + lax.dynamic_slice_in_dim(bias, start, size).astype(scores.dtype)[None]
+
+
+def _label_weights(labels, num_labels, dtype):
+    """`[B, K]`: one over the number of the sample's labels, 0 for what is none."""
+    held = ((labels >= 0) & (labels < num_labels)).astype(dtype)
+    return held / jnp.maximum(jnp.sum(held, axis=1, keepdims=True), 1)
+
+
+def _wide(dtype):
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def _vary_alike(tree, operands):
+    """Make every leaf vary over the mapped axes that any operand varies over, under `shard_map`.
+
+    A custom gradient must vary as its argument does; JAX then sums it over devices by itself, for
+    an argument that did not. Elsewhere nothing is done: under `vmap` it would repeat the kernel.
+    """
+    leaves = jax.tree.leaves(operands)
+    # Where a release of JAX calls this attribute otherwise, the mask is always taken: it is right.
+    varying = {getattr(jax.typeof(x), "manual_axis_type", None) for x in leaves}
+    if len(varying) == 1 and None not in varying:
+        return tree
+    mask = jnp.asarray(True)
+    for x in leaves:
+        if jnp.size(x):
+            mask = mask | jnp.ravel(x)[0].astype(bool)
+    return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
+
+
+def _check_layer(call, hidden, kernel, bias, chunk_size):
+    hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
+    bias = None if bias is None else jnp.asarray(bias)
+    if hidden.ndim != 2 or kernel.ndim != 2 or hidden.shape[1] != kernel.shape[0]:
+        msg = (
+            f"{call}: hidden has shape {hidden.shape} and kernel {kernel.shape}; write hidden "
+            "[B, H] and kernel [H, L]."
+        )
+        raise ValueError(msg)
+    if kernel.shape[1] < 1:
+        msg = f"{call}: kernel has shape {kernel.shape}; a softmax needs at least one label."
+        raise ValueError(msg)
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        msg = (
+            f"{call}: bias has shape {bias.shape} and kernel {kernel.shape}; write bias "
+            f"[{kernel.shape[1]}], one number a label, or None."
+        )
+        raise ValueError(msg)
+    dtypes = [x.dtype for x in (hidden, kernel, bias) if x is not None]
+    if not jnp.issubdtype(hidden.dtype, jnp.floating) or len(set(dtypes)) > 1:
+        msg = (
+            f"{call}: dtypes are {', '.join(d.name for d in dtypes)}; write one floating dtype "
+            "for hidden, kernel and bias."
+        )
+        raise TypeError(msg)
+    if chunk_size < 1:
+        msg = f"{call}: chunk_size={chunk_size}; write at least 1."
+        raise ValueError(msg)
+    return hidden, kernel, bias

@@ -1,0 +1,349 @@
+"""The text format of the Extreme Classification repository, and rows of it as batches.
+
+Bhatia, Dahiya, Jain, Kar, Mittal, Prabhu, Varma: *The extreme classification repository:
+multi-label datasets and code*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+_BLOCK = 1 << 24  # bytes parsed at once
+_HEADER = re.compile(rb"\s*(\d+)\s+(\d+)\s+(\d+)\s*")
+_NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.I)
+_SPACE, _COMMA, _COLON, _NEWLINE = b" ,:\n"
+
+
+class SparseDataset(NamedTuple):
+    """Points with sparse features and several labels each, both as compressed rows.
+
+    Row i has the features `indices[indptr[i]:indptr[i + 1]]`, with the values at the same places,
+    and the labels `label_indices[label_indptr[i]:label_indptr[i + 1]]`, in the file's order.
+
+    Attributes:
+      indptr: `[N + 1]`, int64.
+      indices: `[nonzeros]`, int32 in `[0, num_features)`, no two equal in a row.
+      values: `[nonzeros]`, float32, finite.
+      label_indptr: `[N + 1]`, int64.
+      label_indices: `[ones]`, int32 in `[0, num_labels)`, no two equal in a row.
+      num_features: columns of the features.
+      num_labels: columns of the labels.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    label_indptr: np.ndarray
+    label_indices: np.ndarray
+    num_features: int
+    num_labels: int
+
+
+def read_xc(
+    path: str | Path, split_file: str | Path | None = None, column: int | None = None
+) -> SparseDataset:
+    """A data set in the repository's text format.
+
+    The first line is `num_points num_features num_labels`; each further one is a point, its labels
+    and its features, all counted from 0: `l1,l2,l3 f1:v1 f2:v2`. A point without labels is a line
+    that starts with a space. Every line ends with a newline, the last one too: a file without it
+    was cut off. A feature or a label that comes twice in a line is an error, because nothing says
+    whether to add or to replace.
+
+    Args:
+      path: of the file.
+      split_file: the repository's small sets are one file of all points and split files, whose
+        columns are splits and hold line numbers of points counted from 1. The points come in the
+        column's order. None: all points.
+      column: of `split_file`, from 0; None where it has only one.
+
+    Raises:
+      ValueError: a header of another form, too many or too few lines, a malformed token, an id
+        out of range, a feature or label that is repeated, a value that is not finite in float32,
+        or a last line that is cut off, with the file's name and the line's number (from 1; the
+        header is line 1); a split file that is not like that, or its column.
+    """
+    call = f"read_xc({str(path)!r})"
+    with open(path, "rb") as file:
+        header = file.readline()
+        match = _HEADER.fullmatch(header)
+        if not match:
+            msg = (
+                f"{call}: line 1 is {_show(header)}; the header is 'num_points num_features "
+                "num_labels'."
+            )
+            raise ValueError(msg)
+        num_points, num_features, num_labels = map(int, match.groups())
+        line, parts = 2, []
+        while lines := file.readlines(_BLOCK):
+            if not lines[-1].endswith(b"\n"):
+                msg = (
+                    f"{call}: line {line + len(lines) - 1} is cut off: it has no newline. Fetch "
+                    "the file again, or end it with a newline if it is whole."
+                )
+                raise ValueError(msg)
+            if line + len(lines) - 2 > num_points:
+                msg = (
+                    f"{call}: line {num_points + 2} is one too many: the header says {num_points} "
+                    "points."
+                )
+                raise ValueError(msg)
+            block = b"".join(lines).replace(b"\r\n", b"\n")
+            parsed = _parse_block(block, num_features, num_labels)
+            if parsed is None:
+                parsed = _parse_lines(block, num_features, num_labels, call, line)
+            parts.append(parsed)
+            line += len(lines)
+    if line - 2 != num_points:
+        msg = (
+            f"{call}: line {line - 1} is the last, that is {line - 2} points; the header says "
+            f"{num_points}."
+        )
+        raise ValueError(msg)
+    parts.append(_arrays([], [], [], [], []))
+    counts, indices, values, label_counts, labels = map(np.concatenate, zip(*parts))
+    data = SparseDataset(
+        _indptr(counts), indices, values, _indptr(label_counts), labels, num_features, num_labels
+    )
+    return data if split_file is None else _take(data, _read_split(split_file, column, num_points))
+
+
+def _show(line):
+    text = line.decode("utf-8", "replace").strip("\r\n")
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _indptr(counts):
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _arrays(counts, indices, values, label_counts, labels):
+    return (
+        np.asarray(counts, np.int64),
+        np.asarray(indices, np.int32),
+        np.asarray(values, np.float32),
+        np.asarray(label_counts, np.int64),
+        np.asarray(labels, np.int32),
+    )
+
+
+def _parse_block(block, num_features, num_labels):
+    """Whole lines by array operations; None where anything is unusual, for `_parse_lines`."""
+    text = np.frombuffer(block, np.uint8)
+    if ((text < _SPACE) & (text != _NEWLINE)).any():
+        return None
+    is_end = (text == _SPACE) | (text == _COMMA) | (text == _COLON) | (text == _NEWLINE)
+    ends = np.flatnonzero(is_end)
+    after = text[ends]  # what ends a token, and what came before it, say what the token is
+    before = np.concatenate([[np.uint8(_NEWLINE)], after[:-1]])
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    empty = starts == ends
+    spaced = (after == _SPACE) | (after == _NEWLINE)
+    blank = empty & (((before == _NEWLINE) & (after == _SPACE)) | ((before == _SPACE) & spaced))
+    label = ((before == _NEWLINE) | (before == _COMMA)) & (after != _COLON) & ~blank
+    feature = (before == _SPACE) & (after == _COLON)
+    value = (before == _COLON) & spaced
+    if not (blank | ((label | feature | value) & ~empty)).all():
+        return None
+    row = np.cumsum(before == _NEWLINE) - 1
+    num_rows = int(row[-1]) + 1
+    parsed = []
+    for kind, size in ((feature, num_features), (label, num_labels)):
+        ids = _integers(text, starts[kind], ends[kind])
+        if ids is None or (ids.size and ids.max() >= size):
+            return None
+        keys = row[kind] * size + ids
+        if (np.diff(keys) <= 0).any() and (np.diff(np.sort(keys)) == 0).any():
+            return None
+        parsed += [np.bincount(row[kind], minlength=num_rows), ids]
+    inside = np.zeros(len(text), np.int8)
+    inside[starts[value]] = 1
+    inside[ends[value]] -= 1
+    alone = np.where(np.cumsum(inside, dtype=np.int8) > 0, text, np.uint8(_SPACE)).tobytes()
+    try:
+        numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
+    except ValueError:
+        return None
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
+    if len(numbers) != value.sum() or not np.isfinite(numbers).all():
+        return None
+    return _arrays(parsed[0], parsed[1], numbers, parsed[2], parsed[3])
+
+
+def _integers(text, starts, ends):
+    """Tokens of at most nine digits as int64; None if one is anything else."""
+    lengths = ends - starts
+    total = np.zeros(len(ends), np.int64)
+    for place in range(int(lengths.max(initial=0))):
+        here = np.flatnonzero(lengths > place)
+        digit = text[ends[here] - 1 - place].astype(np.int64) - ord("0")
+        if place > 8 or ((digit < 0) | (digit > 9)).any():
+            return None
+        total[here] += digit * 10**place
+    return total
+
+
+def _parse_lines(block, num_features, num_labels, call, first_line):
+    """What `_parse_block` does, line by line: slow, but it knows where it is."""
+    counts, indices, values, label_counts, labels = [], [], [], [], []
+    for number, line in enumerate(block[:-1].split(b"\n"), first_line):
+        where = f"{call}: line {number}:"
+        if not line:
+            msg = f"{where} is empty; a point without labels and features is one space."
+            raise ValueError(msg)
+        head, *tail = line.split(b" ")
+        own_labels = [_id(t, where, "label", num_labels) for t in head.split(b",")] if head else []
+        own = []
+        for token in filter(None, tail):
+            feature, colon, value = token.partition(b":")
+            if not colon or not _NUMBER.fullmatch(value):
+                msg = f"{where} {_show(token)} is not 'feature:value'."
+                raise ValueError(msg)
+            own.append(_id(feature, where, "feature", num_features))
+            with np.errstate(over="ignore"):
+                values.append(np.float32(float(value)))
+            if not np.isfinite(values[-1]):
+                msg = f"{where} value {_show(value)} of feature {own[-1]} is not finite in float32."
+                raise ValueError(msg)
+        for what, ids in (("feature", own), ("label", own_labels)):
+            if len(set(ids)) < len(ids):
+                twice = next(i for i in ids if ids.count(i) > 1)
+                msg = f"{where} {what} {twice} is repeated."
+                raise ValueError(msg)
+        counts.append(len(own))
+        indices += own
+        label_counts.append(len(own_labels))
+        labels += own_labels
+    return _arrays(counts, indices, values, label_counts, labels)
+
+
+def _id(token, where, what, size):
+    if not re.fullmatch(rb"\d+", token):
+        msg = f"{where} {what} {_show(token)} is not an integer."
+        raise ValueError(msg)
+    if int(token) >= size:
+        msg = f"{where} {what} {int(token)} is outside [0, {size})."
+        raise ValueError(msg)
+    return int(token)
+
+
+def _read_split(path, column, num_points):
+    call = f"read_xc(split_file={str(path)!r}, column={column})"
+    rows, seen = [], {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        tokens = line.split()
+        if column is None and len(tokens) != 1:
+            msg = f"{call}: line {number} has {len(tokens)} columns; write column=0, 1, ..."
+            raise ValueError(msg)
+        if not 0 <= (column or 0) < len(tokens):
+            msg = f"{call}: line {number} has {len(tokens)} columns, counted from 0."
+            raise ValueError(msg)
+        token = tokens[column or 0]
+        if not re.fullmatch(rb"\d+", token) or not 1 <= int(token) <= num_points:
+            msg = f"{call}: line {number}: {_show(token)} is not an integer in [1, {num_points}]."
+            raise ValueError(msg)
+        if int(token) in seen:
+            msg = f"{call}: line {number}: point {int(token)} is in line {seen[int(token)]} too."
+            raise ValueError(msg)
+        seen[int(token)] = number
+        rows.append(int(token) - 1)
+    return np.asarray(rows, np.int64)
+
+
+def _take(data, rows):
+    def positions(indptr):
+        counts = np.diff(indptr)[rows]
+        new = _indptr(counts)
+        return new, np.arange(new[-1]) + np.repeat(indptr[rows] - new[:-1], counts)
+
+    indptr, at = positions(data.indptr)
+    label_indptr, label_at = positions(data.label_indptr)
+    return data._replace(
+        indptr=indptr,
+        indices=data.indices[at],
+        values=data.values[at],
+        label_indptr=label_indptr,
+        label_indices=data.label_indices[label_at],
+    )
+
+
+def write_xc(path: str | Path, data: SparseDataset) -> None:
+    """The data set in the repository's text format; `read_xc` reads exactly the same again.
+
+    Raises:
+      ValueError: rows that do not fit their arrays.
+    """
+    num_points = len(data.indptr) - 1
+    ends = (data.indptr[-1], data.indptr[-1], data.label_indptr[-1], num_points)
+    sizes = (len(data.indices), len(data.values), len(data.label_indices))
+    if ends != (*sizes, len(data.label_indptr) - 1):
+        msg = (
+            f"write_xc({str(path)!r}, data): indptr [{num_points + 1}] ends at {ends[0]} and "
+            f"label_indptr [{len(data.label_indptr)}] at {ends[2]}, but there are {sizes[0]} "
+            f"indices, {sizes[1]} values and {sizes[2]} label_indices."
+        )
+        raise ValueError(msg)
+    # The shortest decimal that gives the same float32.
+    pairs = [f"{i}:{v}" for i, v in zip(data.indices.tolist(), data.values.astype(str).tolist())]
+    labels = list(map(str, data.label_indices.tolist()))
+    starts, label_starts = data.indptr.tolist(), data.label_indptr.tolist()
+    with open(path, "w", encoding="ascii", newline="\n") as file:
+        file.write(f"{num_points} {data.num_features} {data.num_labels}\n")
+        for i in range(num_points):
+            own = ",".join(labels[label_starts[i] : label_starts[i + 1]])
+            file.write(f"{own} {' '.join(pairs[starts[i] : starts[i + 1]])}\n")
+
+
+def pad_rows(
+    indptr, indices, values, rows, width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compressed rows as arrays of one width, for batches of a fixed shape; nothing is dropped.
+
+    `pad_rows(d.indptr, d.indices, d.values, rows, width, d.num_features)` gives features,
+    `pad_rows(d.label_indptr, d.label_indices, None, rows, width, d.num_labels)` labels. JAX's
+    gather with `mode="fill"` and scatter with `mode="drop"` ignore an id past the end.
+
+    Args:
+      indptr: `[N + 1]`, where rows start and end.
+      indices: `[nonzeros]`, ids.
+      values: `[nonzeros]`, what belongs to them; None: ones.
+      rows: `[...]`, integers in `[0, N]`; N, past the end, is an empty row, as in `batches`.
+      width: K, at least the longest row's length (`numpy.diff(indptr).max()` over all).
+      pad_id: the id of an empty place, past the end of the columns.
+
+    Returns:
+      `ids` `[..., K]`, int32, and `values` `[..., K]`, float32, 0 in empty places.
+
+    Raises:
+      ValueError: a row longer than the width, a row outside `[0, N]`, or a pad_id among the ids.
+    """
+    indptr, indices, rows = np.asarray(indptr), np.asarray(indices), np.asarray(rows)
+    num_rows = len(indptr) - 1
+    bad = rows[(rows < 0) | (rows > num_rows)]
+    if bad.size:
+        msg = f"pad_rows(rows=...): row {bad[0]} is outside [0, {num_rows}]."
+        raise ValueError(msg)
+    if indices.size and indices.max() >= pad_id:
+        msg = (
+            f"pad_rows(pad_id={pad_id}): the largest id is {indices.max()}; write the number of "
+            "columns."
+        )
+        raise ValueError(msg)
+    counts = np.append(np.diff(indptr), 0)[rows]
+    if counts.size and counts.max() > width:
+        longest = rows.flat[counts.argmax()]
+        msg = (
+            f"pad_rows(width={width}): row {longest} has {counts.max()} ids; write "
+            f"width={counts.max()} or more, for nothing may be dropped."
+        )
+        raise ValueError(msg)
+    filled = np.arange(width) < counts[..., None]
+    ids = np.full(filled.shape, pad_id, np.int32)
+    out = np.zeros(filled.shape, np.float32)
+    at = (indptr[rows][..., None] + np.arange(width))[filled]
+    ids[filled] = indices[at]
+    out[filled] = 1 if values is None else np.asarray(values)[at]
+    return ids, out

@@ -1,0 +1,131 @@
+"""What independent subnets are compared with, through the same core and with the same signature.
+
+A script changes one word, `psjax.local_update`, and the selection: `psjax.replicas(params, n)`.
+
+Data parallel with dropout, the explanation that section 6.1 of arXiv:1910.02120 gives for the gains
+of independent subnets ("a distributed version of dropout"), is `data_parallel` with a model whose
+hidden layers drop each neuron with probability 1 - 1/n: `model.clone(dropout=1 - 1 / n)`, and the
+keys as leaves of the batches. A partition that is never redrawn is `psjax.ist.membership` of one
+and the same round.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psjax._local import LocalMetrics, local_update
+from psjax._separable import value_and_grad
+
+
+def local_sgd(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    in_axes: Any = 0,
+    axis_name: str | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
+    """Local SGD: every worker trains the whole network for J steps; then all are averaged.
+
+    T. Lin, S. Stich, K. Patel, M. Jaggi, *Don't Use Large Mini-Batches, Use Local SGD*,
+    arXiv:1808.07217. It is `psjax.local_update` over replicas.
+
+    Args:
+      loss_fn: as in `psjax.local_update`; the whole network's.
+      optimizer: as there; its state is averaged too.
+      in_axes: as there.
+      axis_name: as there.
+      chunk_size: as there.
+
+    Returns:
+      A function like that of `psjax.local_update`.
+
+    Raises:
+      ValueError: at the call, a selection that divides anything.
+    """
+    update = local_update(loss_fn, optimizer, in_axes, axis_name, chunk_size=chunk_size)
+
+    def checked(params, opt_state, selection, batches):
+        _check_replicas("local_sgd", selection)
+        return update(params, opt_state, selection, batches)
+
+    return checked
+
+
+def data_parallel(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    in_axes: Any = 0,
+    axis_name: str | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
+    """Data-parallel training: the workers' gradients are averaged at every step.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar`, a mean over the worker's batch.
+      optimizer: any optax optimizer.
+      in_axes: 0, worker e has row e of batches `[E, J, ...]`; None, all have the same `[J, ...]`.
+      axis_name: name of a mapped axis over which the workers are spread.
+      chunk_size: workers evaluated at once, as in `psjax.value_and_grad`.
+
+    Returns:
+      A function like that of `psjax.local_update`: `(params, opt_state, selection, batches)`, J
+      steps, each on the batches of all workers. `loss [E, J]` is the mean over the workers,
+      repeated, and `finite` is the same for all: a gradient that is not finite reaches everybody.
+
+    Raises:
+      ValueError: at the call, a selection that divides anything, or other batches.
+    """
+    if in_axes not in (0, None):
+        msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
+        raise ValueError(msg)
+    sum_and_grad = value_and_grad(loss_fn, in_axes=in_axes, chunk_size=chunk_size)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(params, opt_state, selection, batches):
+        _check_replicas("data_parallel", selection)
+        if in_axes == 0:
+            _check_rows(selection, batches)
+            batches = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches)
+        workers = jnp.sum(jnp.asarray(selection.valid))
+        if axis_name is not None:
+            workers = jax.lax.psum(workers, axis_name)
+
+        def step(carry, batch):
+            params, opt_state = carry
+            loss, grads = sum_and_grad(params, selection, batch)
+            if axis_name is not None:
+                loss, grads = jax.lax.psum((loss, grads), axis_name)
+            loss, grads = jax.tree.map(lambda x: x / workers.astype(x.dtype), (loss, grads))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
+        finite = jnp.all(jnp.isfinite(loss))
+        repeat = lambda x: jnp.broadcast_to(x, (selection.num_elements, *x.shape))
+        return params, opt_state, LocalMetrics(repeat(loss), repeat(finite))
+
+    return update
+
+
+def _check_replicas(call, selection):
+    if selection.indices:
+        msg = (
+            f"{call}: the selection divides {sorted(selection.indices)}; every worker must see the "
+            "whole: write psjax.replicas(params, n)."
+        )
+        raise ValueError(msg)
+
+
+def _check_rows(selection, batches):
+    for x in jax.tree.leaves(batches):
+        if jnp.ndim(x) < 2 or x.shape[0] != selection.num_elements or not x.shape[1]:
+            msg = (
+                f"data_parallel: a leaf of batches has shape {jnp.shape(x)}; with in_axes=0 it "
+                f"must begin with [{selection.num_elements}, J], J >= 1 local steps."
+            )
+            raise ValueError(msg)

@@ -1,0 +1,276 @@
+r"""Independent subnet training: membership by round, calibration, diagnostics.
+
+B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
+Subnet Training*, arXiv:1910.02120. A round is `psjax.local_update` over `membership(...)`::
+
+    net = psjax.models.MLP(num_classes=10, hidden=(512, 512))
+    small = net.subnet(4)
+
+    def loss_fn(params, batch):
+        scores = small.apply({"params": params}, batch["x"], train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean()
+
+    update = psjax.local_update(loss_fn, optimizer)
+    for round in range(rounds):
+        selection = psjax.ist.membership(seed, round, axes, net.sizes, num_subnets=4)
+        params, opt_state, metrics = update(params, opt_state, selection, batches)  # [4, J, ...]
+    statistics = psjax.ist.calibrate(net, params, sample)
+    scores = net.apply({"params": params, "batch_stats": statistics}, x)
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from psjax._selection import Selection, random_partition
+from psjax._separable import element_value_and_grad
+
+
+def membership(
+    seed: Any,
+    round: Any,
+    axes: Any,
+    sizes: Mapping[str, int],
+    num_subnets: int,
+    stratified: bool = False,
+) -> Selection:
+    """The subnets of one round, from `(seed, round)` alone: every worker derives the same.
+
+    Section 4.4: no index travels, for all workers share the generator.
+
+    Args:
+      seed: integer, or an integer array; may be traced.
+      round: number of the round; the same number gives the same subnets.
+      axes: tree of `PartitionSpec`s, as in `psjax.select`.
+      sizes: `{axis name: neurons}` of the axes to divide, such as `psjax.models.MLP.sizes`.
+      num_subnets: n.
+      stratified: see `psjax.random_partition`.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), round)
+    return random_partition(key, axes, sizes, num_elements=num_subnets, stratified=stratified)
+
+
+def calibrate(model: nn.Module, params: Any, batches: Any, **kwargs: Any) -> Any:
+    r"""Mean and variance of every `psjax.nn.SubnetNorm`'s input in the whole network.
+
+    Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
+    of the training data with the whole network. Layer by layer: the statistics of a layer are those
+    of its inputs once all layers before it use theirs, so that there are as many passes over the
+    batches as layers of normalisation. With one hidden layer there is nothing to correct for but
+    noise, because its inputs are whole in a subnet too.
+
+    Args:
+      model: a module whose call without `train=True` predicts.
+      params: of the whole network.
+      batches: samples `[K, B, ...]`, K batches of B; memory holds one at a time. Their statistics
+        are pooled: they are those of the K * B samples.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      The collection `batch_stats`. Nothing is compiled here; call it inside a `jax.jit` of yours.
+
+    Raises:
+      ValueError: a model without `SubnetNorm`, or no batch.
+    """
+    if not jnp.ndim(batches) or not batches.shape[0]:
+        msg = f"calibrate(batches={jnp.shape(batches)}): write [K, B, ...] with K batches, K >= 1."
+        raise ValueError(msg)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda x: nn.unbox(model.init(key, x, **kwargs)), batches[0])
+    if not shapes.get("batch_stats"):
+        msg = f"calibrate({type(model).__name__}): it has no psjax.nn.SubnetNorm to calibrate."
+        raise ValueError(msg)
+    stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["batch_stats"])
+
+    def moments(x):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, x, mutable=["moments"], **kwargs)[1]["moments"]
+
+    def pool(mean, var, count):
+        weight = (count / jnp.sum(count))[:, None]
+        pooled = jnp.sum(weight * mean, axis=0)
+        return pooled, jnp.sum(weight * (var + (mean - pooled) ** 2), axis=0)
+
+    is_norm = lambda node: isinstance(node, Mapping) and "mean" in node
+    num_norms = len(jax.tree.leaves(stats, is_leaf=is_norm))
+    for _ in range(num_norms):  # each pass settles at least one layer more
+        found = jax.lax.map(moments, batches)
+        stats = jax.tree.map(
+            lambda m: dict(zip(("mean", "var"), pool(m["mean"], m["var"], m["count"]))),
+            found,
+            is_leaf=is_norm,
+        )
+    return stats
+
+
+class GradientBias(NamedTuple):
+    """How the mean subnet gradient differs from the whole gradient; trees of scalars, a leaf each.
+
+    Attributes:
+      cosine: of the angle between them.
+      norm_ratio: norm of the mean subnet gradient over that of the whole gradient.
+      distance: norm of the difference over that of the whole gradient.
+    """
+
+    cosine: Any
+    norm_ratio: Any
+    distance: Any
+
+
+def gradient_bias(
+    loss_fn: Callable[..., Any],
+    subnet_loss_fn: Callable[..., Any],
+    params: Any,
+    selections: Iterable[Selection],
+    batch: Any,
+) -> GradientBias:
+    """The method's bias: the subnets' mean gradient against the whole network's, layer by layer.
+
+    E. Shulgin, P. Richtarik, *Towards a Better Theoretical Understanding of Independent Subnetwork
+    Training*, arXiv:2306.16484: outside interpolation it does not vanish. The mean is over the
+    draws, and over the holders of an entry within a draw; where nobody holds an entry it counts as
+    0, so an entry between two divided layers, held in one draw of n, has a norm ratio of about 1/n.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> scalar` of the whole network.
+      subnet_loss_fn: the same of a subnet.
+      params: of the whole network.
+      selections: one `Selection` a draw.
+      batch: the same samples for all.
+    """
+    whole = jax.grad(loss_fn)(params, batch)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    stacked_grads = element_value_and_grad(subnet_loss_fn)
+    total, draws = zeros, 0
+    for selection in selections:
+        grads = selection.scatter_mean(stacked_grads(params, selection, batch)[1], zeros)
+        total, draws = jax.tree.map(jnp.add, total, grads), draws + 1
+    if not draws:
+        msg = "gradient_bias(selections=...): no selection; give one for every draw."
+        raise ValueError(msg)
+    mean = jax.tree.map(lambda x: x / draws, total)
+    norm = lambda x: jnp.linalg.norm(jnp.ravel(x))
+    cosine = jax.tree.map(lambda a, b: jnp.vdot(a, b) / (norm(a) * norm(b)), mean, whole)
+    ratio = jax.tree.map(lambda a, b: norm(a) / norm(b), mean, whole)
+    distance = jax.tree.map(lambda a, b: norm(a - b) / norm(b), mean, whole)
+    return GradientBias(cosine, ratio, distance)
+
+
+def check_subnets(
+    fn: Callable[..., Any],
+    subnet_fn: Callable[..., Any],
+    params: Any,
+    selection: Selection,
+    *args: Any,
+    tolerance: float = 1e-4,
+) -> None:
+    """Raise if a layer reduces over a divided axis, so that a subnet is no part of the network.
+
+    A subnet must compute what the whole network does with every other entry set to zero. A layer
+    normalisation or a softmax over divided neurons does not: its sum knows the others. One
+    evaluation of every subnet and of the whole network, on the host; once before a training.
+
+    Args:
+      fn: `fn(params, *args)`, scores of the whole network, of any shape.
+      subnet_fn: the same of a subnet.
+      params: of the whole network.
+      selection: the subnets.
+      *args: such as a batch of inputs.
+      tolerance: largest difference allowed, relative to the largest score.
+
+    Raises:
+      ValueError: the scores of a subnet differ.
+    """
+    seen = selection.gather(params)
+    for e in range(selection.num_elements):
+        own = jnp.arange(selection.num_elements) == e
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        alone = selection.scatter_mean(seen, zeros, where=own)
+        small = subnet_fn(jax.tree.map(lambda x, e=e: x[e], seen), *args)
+        large = fn(alone, *args)
+        error = float(jnp.max(jnp.abs(small - large)) / jnp.max(jnp.abs(large)))
+        if not error <= tolerance:
+            msg = (
+                f"check_subnets: the scores of subnet {e} differ by {error:.2g} from those of the "
+                "whole network with all other entries zero. A layer reduces over an axis that is "
+                f"divided, one of {sorted(selection.indices)} (a LayerNorm, a softmax); normalise "
+                "each neuron by itself (psjax.nn.SubnetNorm), or leave that axis out of the "
+                "annotation."
+            )
+            raise ValueError(msg)
+
+
+class ScaleByAdamState(NamedTuple):
+    """Moments, and the steps that each entry has taken."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with a count per entry, int32 of the shape of the parameters.
+
+    An entry between two divided layers is held by a subnet in one round of n. Its moments start at
+    zero then, and with one count for all they are corrected for too many steps: the second moment
+    is too small by sqrt, and the first steps are up to 6.5 learning rates long instead of 1. With a
+    count per entry they are those of Adam on the steps the entry took; it costs one more integer a
+    weight, which travels too.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second.
+      eps: added to the root of the second.
+
+    Example:
+      >>> import optax, psjax
+      >>> optimizer = optax.chain(psjax.ist.scale_by_adam(), optax.scale_by_learning_rate(1e-3))
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        count = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
+        return ScaleByAdamState(count, zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
+        count = jax.tree.map(lambda n: n + 1, state.count)
+
+        def step(m, v, n):
+            first, second = (1 - b ** n.astype(m.dtype) for b in (b1, b2))
+            return (m / first) / (jnp.sqrt(v / second) + eps)
+
+        return jax.tree.map(step, mu, nu, count), ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def non_finite(selection: Selection, metrics: Any) -> str | None:
+    """A line that names the subnets a round left out for NaN or Inf, or None: for the host."""
+    bad = [int(e) for e in (~metrics.finite & selection.valid).nonzero()[0]]
+    if not bad:
+        return None
+    return (
+        f"subnets {bad} became NaN or Inf; their weights and optimizer state were left out and are "
+        "as before the round."
+    )
+
+
+__all__ = (
+    "GradientBias",
+    "ScaleByAdamState",
+    "calibrate",
+    "check_subnets",
+    "gradient_bias",
+    "membership",
+    "non_finite",
+    "scale_by_adam",
+)

@@ -1,0 +1,204 @@
+"""Metrics of the Extreme Classification repository, for few labels out of very many.
+
+Precision and nDCG at k, and the propensity-scored precision of Jain, Prabhu, Varma: *Extreme
+multi-label loss functions for recommendation, tagging, ranking & other missing label applications*,
+KDD 2016, https://doi.org/10.1145/2939672.2939756. As in the repository's scripts, every function
+gives the values at 1, 2, ..., k together, and a sample without labels counts as 0, not as absent.
+NumPy on the host, float64: for all samples of a split at once, not for batches whose means differ.
+"""
+
+import numpy as np
+
+
+def _hits(call, predictions, labels, num_labels, k):
+    """Top predictions `[N, k]`, labels `[N, K]`, and whether each prediction is a label."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.ndim != 2 or labels.ndim != 2 or len(predictions) != len(labels):
+        msg = (
+            f"{call}: predictions have shape {predictions.shape} and labels {labels.shape}; write "
+            "[N, num_labels] scores or [N, k] ids, and [N, K] ids."
+        )
+        raise ValueError(msg)
+    if not len(labels):
+        msg = f"{call}: no samples."
+        raise ValueError(msg)
+    if not np.issubdtype(labels.dtype, np.integer):
+        msg = f"{call}: labels are {labels.dtype}; write ids in [0, {num_labels}], padded."
+        raise TypeError(msg)
+    if not isinstance(k, int) or not 1 <= k <= predictions.shape[1]:
+        msg = f"{call}: k={k}; write an integer from 1 to {predictions.shape[1]}."
+        raise ValueError(msg)
+    if np.issubdtype(predictions.dtype, np.integer):
+        top = predictions[:, :k]
+    else:
+        top = _top_k(call, predictions, num_labels, k)
+    for what, ids in (("prediction", top), ("label", labels)):
+        bad = np.argwhere((ids < 0) | (ids > num_labels))
+        if bad.size:
+            row, column = bad[0]
+            msg = (
+                f"{call}: {what} {ids[row, column]} of sample {row} is outside [0, {num_labels}); "
+                f"write {num_labels} for an empty place."
+            )
+            raise ValueError(msg)
+        ordered = np.sort(ids, axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < num_labels)
+        if twice.any():
+            row, column = np.argwhere(twice)[0]
+            msg = f"{call}: {what} {ordered[row, column]} of sample {row} is repeated."
+            raise ValueError(msg)
+    hits = np.zeros(top.shape, bool)
+    for column in labels.T:  # a column at a time: K N k comparisons without an array of that size
+        hits |= top == column[:, None]
+    return top, labels, hits & (top < num_labels)
+
+
+def _top_k(call, scores, num_labels, k):
+    """Ids of the k largest scores of each row, best first; of equal ones, the lowest id first."""
+    if scores.shape[1] != num_labels or not np.issubdtype(scores.dtype, np.floating):
+        msg = (
+            f"{call}: predictions are {scores.dtype}{list(scores.shape)}; write floating scores of "
+            f"all {num_labels} labels, or integer ids, best first."
+        )
+        raise ValueError(msg)
+    if np.isnan(scores).any():
+        msg = f"{call}: the score of sample {np.argwhere(np.isnan(scores))[0][0]} is NaN."
+        raise ValueError(msg)
+    least = np.partition(scores, num_labels - k, axis=1)[:, num_labels - k]
+    top = np.empty((len(scores), k), np.int64)
+    for row, (own, bound) in enumerate(zip(scores, least)):
+        candidates = np.flatnonzero(own >= bound)
+        top[row] = candidates[np.argsort(-own[candidates], kind="stable")[:k]]
+    return top
+
+
+def precision_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarray:
+    r"""Precision at 1, ..., k: the share of the first k predictions that are labels.
+
+    With $y_{il}$ = 1 if l is a label of sample i and $r_1, r_2, \dots$ its predictions, best first,
+    $P@k = \frac{1}{N}\sum_i \frac{1}{k}\sum_{j \le k} y_{i r_j}$. The divisor is k also for a
+    sample with fewer labels than k.
+
+    Args:
+      predictions: `[N, num_labels]` floating scores (of equal ones the lowest id comes first, as
+        in `jax.lax.top_k`), or `[N, at least k]` integer ids, best first, and num_labels for an
+        empty place.
+      labels: `[N, K]` integer ids, num_labels in empty places, as `psjax.data.pad_rows` gives them.
+      num_labels: how many labels there are, L.
+      k: the largest k.
+
+    Returns:
+      `[k]`, float64: `precision_at_k(...)[2]` is P@3.
+
+    Raises:
+      ValueError: shapes, an id out of range, or an id repeated for one sample.
+      TypeError: labels that are not integers.
+
+    Example:
+      >>> precision_at_k([[0.1, 0.9, 0.5]], [[1, 3]], num_labels=3, k=2)
+      array([1. , 0.5])
+    """
+    _, _, hits = _hits("precision_at_k(predictions, labels)", predictions, labels, num_labels, k)
+    return _precision(hits)
+
+
+def _precision(gains):
+    return (np.cumsum(gains, axis=1) / np.arange(1, gains.shape[1] + 1)).mean(axis=0)
+
+
+def ndcg_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarray:
+    r"""Normalised discounted cumulative gain at 1, ..., k.
+
+    $\mathrm{nDCG}@k = \frac{1}{N}\sum_i \frac{\sum_{j \le k} y_{i r_j} / \log_2(j + 1)}
+    {\sum_{j \le \min(k, |y_i|)} 1 / \log_2(j + 1)}$, and 0 for a sample without labels.
+
+    Args:
+      predictions: as in `precision_at_k`.
+      labels: as in `precision_at_k`.
+      num_labels: L.
+      k: the largest k.
+
+    Returns:
+      `[k]`, float64.
+
+    Raises:
+      ValueError: as `precision_at_k`.
+      TypeError: as `precision_at_k`.
+    """
+    call = "ndcg_at_k(predictions, labels)"
+    _, labels, hits = _hits(call, predictions, labels, num_labels, k)
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    sizes = (labels < num_labels).sum(axis=1, keepdims=True)
+    best = np.cumsum((np.arange(k) < sizes) * discounts, axis=1)
+    gained = np.cumsum(hits * discounts, axis=1)
+    return np.divide(gained, best, out=np.zeros_like(best), where=best > 0).mean(axis=0)
+
+
+def propensities(label_counts, num_points: int, a: float = 0.55, b: float = 1.5) -> np.ndarray:
+    r"""How likely a label that is true is also recorded, from how often it is.
+
+    $p_l = 1 / (1 + C e^{-A \log(N_l + B)})$, $C = (\log N - 1)(B + 1)^A$, natural logarithms.
+
+    Args:
+      label_counts: `[L]`, $N_l$, how many points of the **training** set have label l:
+        `numpy.bincount(data.label_indices, minlength=data.num_labels)`.
+      num_points: N, the training set's.
+      a: A; the repository takes 0.5 for its Wikipedia sets, 0.6 for Amazon's, 0.55 for others.
+      b: B; 0.4 for Wikipedia, 2.6 for Amazon, 1.5 for others.
+
+    Returns:
+      `[L]`, float64 in (0, 1), for `propensity_scored_precision_at_k`.
+
+    Raises:
+      ValueError: counts that are not `[L]` within `[0, N]`, or N < 3 (C would not be positive).
+    """
+    counts = np.asarray(label_counts, np.float64)
+    if num_points < 3:
+        msg = f"propensities(num_points={num_points}): write 3 or more."
+        raise ValueError(msg)
+    if counts.ndim != 1 or not ((counts >= 0) & (counts <= num_points)).all():
+        msg = (
+            f"propensities(label_counts=...): they have shape {counts.shape} and must be [L], "
+            f"within [0, num_points={num_points}]."
+        )
+        raise ValueError(msg)
+    c = (np.log(num_points) - 1) * (b + 1) ** a
+    return 1 / (1 + c * (counts + b) ** -a)
+
+
+def propensity_scored_precision_at_k(predictions, labels, propensities, k: int = 5) -> np.ndarray:
+    r"""Precision at 1, ..., k with each hit worth 1/p_l, relative to the best attainable.
+
+    $\mathrm{PSP}@k = \frac{\sum_i \sum_{j \le k} y_{i r_j} / p_{r_j}}
+    {\sum_i \max_{\hat r} \sum_{j \le k} y_{i \hat r_j} / p_{\hat r_j}}$: as in the repository's
+    scripts the two sums over all samples are divided, not averaged sample by sample, and the best
+    predictions are the k labels of least propensity that a sample has. The paper's own definition
+    has no denominator, and can exceed 1.
+
+    Args:
+      predictions: as in `precision_at_k`.
+      labels: as in `precision_at_k`.
+      propensities: `[L]`, in (0, 1], of the training set, from `propensities`.
+      k: the largest k.
+
+    Returns:
+      `[k]`, float64 in [0, 1].
+
+    Raises:
+      ValueError: as `precision_at_k`; or no sample has a label.
+      TypeError: as `precision_at_k`.
+    """
+    call = "propensity_scored_precision_at_k(predictions, labels, propensities)"
+    propensities = np.asarray(propensities, np.float64)
+    if propensities.ndim != 1 or not ((propensities > 0) & (propensities <= 1)).all():
+        msg = f"{call}: propensities have shape {propensities.shape}; write [L], in (0, 1]."
+        raise ValueError(msg)
+    top, labels, hits = _hits(call, predictions, labels, len(propensities), k)
+    worth = np.append(1 / propensities, 0)
+    best = -np.sort(-worth[labels], axis=1)[:, :k]
+    best = np.pad(best, ((0, 0), (0, k - best.shape[1])))
+    attainable = _precision(best)
+    if not attainable[0]:
+        msg = f"{call}: no sample has a label, so there is nothing to attain."
+        raise ValueError(msg)
+    return _precision(hits * worth[top]) / attainable
