@@ -100,7 +100,7 @@ def local_update(
         num_params = len(selection.specs)
         _check_steps(elements, operands[num_params:], specs[num_params:])
         state, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, opt_state))
-        state_specs = _state_specs(params, selection, opt_state)
+        state_specs = _state_specs(params, selection.specs, opt_state)
         filled = {  # which slots of an element are rows and not padding
             name: jnp.ones(selection.sizes[name], bool)
             for name, index in selection.indices.items()
@@ -156,14 +156,14 @@ def _step(loss_fn, optimizer, mutable, clean):
             loss, grads = jax.value_and_grad(loss_fn)(params, batch)
             updates, opt_state = optimizer.update(clean(grads), opt_state, params)
             return (optax.apply_updates(params, clean(updates)), opt_state), loss
-        fixed = {name: params[name] for name in mutable}
+        fixed: dict[str, Any] = {name: params[name] for name in mutable}
         trained = {name: x for name, x in params.items() if name not in mutable}
         fn = lambda trained: loss_fn({**trained, **fixed}, batch)
-        (loss, fixed), grads = jax.value_and_grad(fn, has_aux=True)(trained)
+        (loss, new), grads = jax.value_and_grad(fn, has_aux=True)(trained)
         updates, opt_state = optimizer.update(clean(grads), opt_state, trained)
-        trained = optax.apply_updates(trained, clean(updates))
-        fixed = {name: fixed[name] for name in mutable}
-        return ({**trained, **clean(fixed)}, opt_state), loss
+        trained: Any = optax.apply_updates(trained, clean(updates))
+        moved = clean({name: new[name] for name in mutable})
+        return ({**trained, **moved}, opt_state), loss
 
     return step
 
@@ -187,20 +187,18 @@ def _zero_padding(tree, params, specs, masks):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _state_specs(params, selection, opt_state):
+def _state_specs(params, specs, opt_state):
     """How each leaf of the optimizer's state travels: like the parameter it belongs to, or whole.
 
     A leaf belongs to the parameter whose path its own path ends with, and whose shape it has.
     """
     owners = {
         path: (spec, jnp.shape(x))
-        for (path, x), spec in zip(
-            jax.tree_util.tree_leaves_with_path(params), selection.specs, strict=True
-        )
+        for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True)
     }
-    specs = []
+    found_specs = []
     for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
-        x = jnp.asarray(x)
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
         tails = [path[i:] for i in range(len(path) + 1)]
         found = [owners[tail][0] for tail in tails if owners.get(tail, (0, None))[1] == x.shape]
         if not found and x.ndim and jnp.issubdtype(x.dtype, jnp.inexact):
@@ -211,8 +209,8 @@ def _state_specs(params, selection, opt_state):
                 "whose state is per entry, such as optax.sgd or optax.adam."
             )
             raise ValueError(msg)
-        specs.append(found[0] if found else P())
-    return specs
+        found_specs.append(found[0] if found else P())
+    return found_specs
 
 
 def _all_filled(selection, name):

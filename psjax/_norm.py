@@ -1,5 +1,8 @@
 """Batch normalisation of a subnet while it trains, of the whole network once it is calibrated."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -38,45 +41,54 @@ class SubnetNorm(nn.Module):
         Raises:
           ValueError: prediction without statistics.
         """
-        shape, over = (x.shape[-1],), tuple(range(x.ndim - 1))
-        if (
-            not train
-            and not self.is_initializing()
-            and not self.has_variable("batch_stats", "mean")
-        ):
+        if self.is_mutable_collection("moments") and not self.is_initializing():
+            mean, var = _moments(x)
+            count = jnp.asarray(x.size // x.shape[-1], x.dtype)
+            for name, value in (("mean", mean), ("var", var), ("count", count)):
+                self.put_variable("moments", name, value)
+        mean, var = self._train(x) if train else self._predict(x)
+        shape = (x.shape[-1],)
+        scale = jnp.reciprocal(jnp.sqrt(var + self.epsilon))
+        if self.use_scale:
+            scale = scale * self.param("scale", annotated(nn.initializers.ones, self.axis), shape)
+        y = (x - mean) * scale
+        if self.use_bias:
+            y = y + self.param("bias", annotated(nn.initializers.zeros, self.axis), shape)
+        return y
+
+    def _running(self, features):
+        """The running mean and variance, made where they are not there yet."""
+        return [
+            self.variable("batch_stats", name, annotated(init, self.axis), None, (features,))
+            for name, init in (("mean", nn.initializers.zeros), ("var", nn.initializers.ones))
+        ]
+
+    def _train(self, x):
+        moments = _moments(x)
+        if self.is_mutable_collection("batch_stats"):
+            for running, new in zip(self._running(x.shape[-1]), moments):
+                if not self.is_initializing():
+                    old: Any = running.value
+                    running.value = self.momentum * old + (1 - self.momentum) * new
+        return moments
+
+    def _predict(self, x):
+        if not self.is_initializing() and not self.has_variable("batch_stats", "mean"):
             msg = (
                 f"SubnetNorm {'/'.join(self.path)}: prediction (train=False) needs statistics of "
                 "the whole network, and there is no 'batch_stats' collection; write variables = "
                 "{'params': params, 'batch_stats': psjax.ist.calibrate(model, params, batches)}."
             )
             raise ValueError(msg)
-        moments = self.is_mutable_collection("moments") and not self.is_initializing()
-        if train or moments:
-            mean, var = jnp.mean(x, axis=over), jnp.var(x, axis=over)
-        if moments:
-            count = jnp.asarray(x.size // x.shape[-1], x.dtype)
-            for name, value in (("mean", mean), ("var", var), ("count", count)):
-                self.put_variable("moments", name, value)
-        running = None
-        if self.has_variable("batch_stats", "mean") or self.is_mutable_collection("batch_stats"):
-            annotated = lambda init: nn.with_partitioning(init, (self.axis,))
-            zeros, ones = annotated(nn.initializers.zeros), annotated(nn.initializers.ones)
-            running = (
-                self.variable("batch_stats", "mean", zeros, None, shape),
-                self.variable("batch_stats", "var", ones, None, shape),
-            )
-        if train and running and self.is_mutable_collection("batch_stats"):
-            if not self.is_initializing():
-                for old, new in zip(running, (mean, var)):
-                    old.value = self.momentum * old.value + (1 - self.momentum) * new
-        if not train:
-            mean, var = (r.value for r in running)
-        scale = jnp.reciprocal(jnp.sqrt(var + self.epsilon))
-        if self.use_scale:
-            ones = nn.with_partitioning(nn.initializers.ones, (self.axis,))
-            scale = scale * self.param("scale", ones, shape)
-        y = (x - mean) * scale
-        if self.use_bias:
-            zeros = nn.with_partitioning(nn.initializers.zeros, (self.axis,))
-            y = y + self.param("bias", zeros, shape)
-        return y
+        mean, var = (running.value for running in self._running(x.shape[-1]))
+        return mean, var
+
+
+def _moments(x):
+    over = tuple(range(x.ndim - 1))
+    return jnp.mean(x, axis=over), jnp.var(x, axis=over)
+
+
+def annotated(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
+    """An initializer whose array carries the names of its axes."""
+    return nn.with_partitioning(init, names)

@@ -28,6 +28,9 @@ from flax import linen as nn
 
 from psjax._selection import Selection, random_partition
 from psjax._separable import element_value_and_grad
+from psjax._store import exchange as exchange
+from psjax._store import state_axes as state_axes
+from psjax._store import store_specs as store_specs
 
 
 def membership(
@@ -54,7 +57,7 @@ def membership(
     return random_partition(key, axes, sizes, num_elements=num_subnets, stratified=stratified)
 
 
-def calibrate(model: nn.Module, params: Any, batches: Any, **kwargs: Any) -> Any:
+def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     r"""Mean and variance of every `psjax.nn.SubnetNorm`'s input in the whole network.
 
     Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
@@ -66,8 +69,9 @@ def calibrate(model: nn.Module, params: Any, batches: Any, **kwargs: Any) -> Any
     Args:
       model: a module whose call without `train=True` predicts.
       params: of the whole network.
-      batches: samples `[K, B, ...]`, K batches of B; memory holds one at a time. Their statistics
-        are pooled: they are those of the K * B samples.
+      batches: samples `[K, B, ...]`, K batches of B, or a tuple of such arrays, the model's
+        positional arguments. Activations are those of one batch at a time; the statistics are
+        pooled, those of the K * B samples.
       **kwargs: further arguments of the model's call.
 
     Returns:
@@ -76,19 +80,21 @@ def calibrate(model: nn.Module, params: Any, batches: Any, **kwargs: Any) -> Any
     Raises:
       ValueError: a model without `SubnetNorm`, or no batch.
     """
-    if not jnp.ndim(batches) or not batches.shape[0]:
-        msg = f"calibrate(batches={jnp.shape(batches)}): write [K, B, ...] with K batches, K >= 1."
-        raise ValueError(msg)
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda x: nn.unbox(model.init(key, x, **kwargs)), batches[0])
+    batches = batches if isinstance(batches, tuple) else (batches,)
+    for x in batches:
+        if jnp.ndim(x) < 2 or not x.shape[0]:
+            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; write [K, B, ...], K >= 1."
+            raise ValueError(msg)
+    init = lambda *args: nn.unbox(model.init(jax.random.key(0), *args, **kwargs))
+    shapes = jax.eval_shape(init, *(x[0] for x in batches))
     if not shapes.get("batch_stats"):
         msg = f"calibrate({type(model).__name__}): it has no psjax.nn.SubnetNorm to calibrate."
         raise ValueError(msg)
     stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["batch_stats"])
 
-    def moments(x):
+    def moments(args):
         variables = {"params": params, "batch_stats": stats}
-        return model.apply(variables, x, mutable=["moments"], **kwargs)[1]["moments"]
+        return model.apply(variables, *args, mutable=["moments"], **kwargs)[1]["moments"]
 
     def pool(mean, var, count):
         weight = (count / jnp.sum(count))[:, None]
@@ -269,8 +275,11 @@ __all__ = (
     "ScaleByAdamState",
     "calibrate",
     "check_subnets",
+    "exchange",
     "gradient_bias",
     "membership",
     "non_finite",
     "scale_by_adam",
+    "state_axes",
+    "store_specs",
 )

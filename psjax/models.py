@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from psjax import losses
 from psjax import nn as psnn
+from psjax._norm import annotated
 
 
 class PSNet(nn.Module):
@@ -231,8 +232,8 @@ class SparseMLP(_Divided):
 
     def setup(self):
         (width,) = self.hidden
-        embedding = nn.with_partitioning(nn.initializers.he_normal(), (None, "hidden_0"))
-        kernel = nn.with_partitioning(nn.initializers.he_normal(), ("hidden_0", None))
+        embedding = annotated(nn.initializers.he_normal(), None, "hidden_0")
+        kernel = annotated(nn.initializers.he_normal(), "hidden_0", None)
         self.embedding = self.param("embedding", embedding, (self.num_features, width))
         self.norm = psnn.SubnetNorm("hidden_0", self.use_scale, self.use_bias)
         self.kernel = self.param("kernel", kernel, (width, self.num_labels))

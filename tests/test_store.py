@@ -1,0 +1,151 @@
+"""Rounds between workers that hold the weights in shards: the same numbers, the bytes as said."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import psjax
+from psjax import cost
+
+N0, CLASSES, BATCH, STEPS = 6, 5, 4, 3
+AXES = {
+    "in": P("h1", None),
+    "scale": P("h1"),
+    "between": P("h1", "h2"),
+    "out": P("h2", None),
+    "bias": P(),
+}
+OPTIMIZERS = {0: optax.sgd(0.1), 1: optax.sgd(0.1, momentum=0.9), 2: optax.adam(0.05)}
+
+
+def init(h1, h2, dtype):
+    shapes = {
+        "in": (h1, N0),
+        "scale": (h1,),
+        "between": (h1, h2),
+        "out": (h2, CLASSES),
+        "bias": (CLASSES,),
+    }
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=s) / 2, dtype) for name, s in shapes.items()}
+
+
+def loss_fn(w, batch):
+    x = jnp.tanh(batch["x"] @ w["in"].T) * w["scale"]
+    scores = jnp.tanh(x @ w["between"]) @ w["out"] + w["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean()
+
+
+def make_batches(n, dtype, rounds=1):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(rounds, n, STEPS, BATCH, N0)), dtype)
+    return {"x": x, "y": jnp.asarray(rng.integers(0, CLASSES, x.shape[:-1]))}
+
+
+def sharded_round(n, sizes, optimizer, like):
+    """A jitted round over n devices, and the shardings of its parameters and state."""
+    mesh = jax.make_mesh((n,), ("w",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+    state = psjax.ist.state_axes(optimizer, AXES, like)
+    specs = tuple(psjax.ist.store_specs(axes, sizes, "w") for axes in (AXES, state))
+    body = psjax.ist.exchange(psjax.local_update(loss_fn, optimizer), "w")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(*specs, P(), P("w")), out_specs=(*specs, P("w"))
+    )
+    def round(params, state, number, batches):
+        selection = psjax.ist.membership(0, number, AXES, sizes, n, stratified=True)
+        return body(params, state, selection, batches)
+
+    return round, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+
+
+def close(a, b):
+    check = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    jax.tree.map(lambda x, y: check(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("n", "h1", "h2", "moments"), [(2, 8, 4, 0), (2, 6, 10, 2), (4, 16, 20, 1), (8, 64, 64, 2)]
+)
+def test_the_rounds_are_those_of_one_device_that_holds_everything(n, h1, h2, moments):
+    """Uneven groups (6, 10 and 20 neurons) included, whose padding is exchanged and not trained."""
+    sizes, optimizer = {"h1": h1, "h2": h2}, OPTIMIZERS[moments]
+    params, batches = init(h1, h2, float), make_batches(n, float, rounds=3)
+    state = optimizer.init(params)
+    round, shardings = sharded_round(n, sizes, optimizer, params)
+    sharded, sharded_state = jax.device_put((params, state), shardings)
+    update = jax.jit(psjax.local_update(loss_fn, optimizer))
+    for number in range(3):
+        own = jax.tree.map(lambda x, r=number: x[r], batches)
+        selection = psjax.ist.membership(0, number, AXES, sizes, n, stratified=True)
+        params, state, metrics = update(params, state, selection, own)
+        sharded, sharded_state, other = round(sharded, sharded_state, number, own)
+        np.testing.assert_allclose(other.loss, metrics.loss, rtol=1e-12)
+    close((sharded, sharded_state), (params, state))
+    assert round._cache_size() == 1
+
+
+@pytest.mark.parametrize(("n", "moments"), [(2, 0), (4, 0), (8, 0), (2, 2), (4, 1), (8, 2)])
+def test_a_round_sends_and_computes_what_the_formula_says(n, moments):
+    """Exactly, for widths that n * n divides; and a worker holds its share of the weights."""
+    sizes, optimizer = {"h1": 64, "h2": 128}, OPTIMIZERS[moments]
+    params, batches = init(64, 128, jnp.float32), make_batches(n, jnp.float32)
+    round, shardings = sharded_round(n, sizes, optimizer, params)
+    arguments = jax.device_put((params, optimizer.init(params)), shardings)
+    lowered = round.lower(*arguments, 0, jax.tree.map(lambda x: x[0], batches))
+    ledger = cost.ledger(lowered.compile())
+    formula = cost.independent_subnets(
+        (N0, 64, 128, CLASSES), BATCH, n, STEPS, moments=moments, split_vectors=64, shared=CLASSES
+    )
+    assert ledger.bytes == pytest.approx(4 * STEPS * formula.floats, abs=0)
+    assert n * ledger.flops == STEPS * formula.flops
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arguments))
+    split = 4 * (1 + moments) * (64 * N0 + 64 + 64 * 128 + 128 * CLASSES) // n
+    assert own == split + 4 * (1 + moments) * CLASSES + (4 if moments == 2 else 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_worker_whose_subnet_becomes_nan_gives_back_what_it_fetched():
+    n, sizes, optimizer = 2, {"h1": 8, "h2": 4}, OPTIMIZERS[2]
+    params, batches = init(8, 4, float), jax.tree.map(lambda x: x[0], make_batches(2, float))
+    batches["x"] = batches["x"].at[1, 1].set(jnp.nan)
+    state = optimizer.init(params)
+    round, shardings = sharded_round(n, sizes, optimizer, params)
+    new, new_state, metrics = round(*jax.device_put((params, state), shardings), 0, batches)
+    selection = psjax.ist.membership(0, 0, AXES, sizes, n, stratified=True)
+    expected = psjax.local_update(loss_fn, optimizer)(params, state, selection, batches)
+    assert metrics.finite.tolist() == [True, False]
+    close((new, new_state), expected[:2])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (dict(num_subnets=4, stratified=True), "has 4 elements.*num_subnets=2, stratified=True"),
+        (dict(num_subnets=2), "stratified partition"),
+    ],
+)
+def test_a_selection_that_is_no_stratified_partition_among_the_workers_is_refused(draw, message):
+    sizes, optimizer = {"h1": 18, "h2": 18}, OPTIMIZERS[0]
+    if draw["num_subnets"] == 4:
+        sizes = {"h1": 16, "h2": 16}
+    params = init(sizes["h1"], sizes["h2"], jnp.float32)
+    selection = psjax.ist.membership(0, 0, AXES, sizes, **draw)
+    mesh = jax.make_mesh((2,), ("w",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    specs = psjax.ist.store_specs(AXES, sizes, "w")
+    body = psjax.ist.exchange(psjax.local_update(loss_fn, optimizer), "w")
+    state = optimizer.init(params)
+    round = jax.shard_map(
+        body, mesh=mesh, in_specs=(specs, P(), P(), P("w")), out_specs=(specs, P(), P("w"))
+    )
+    batches = jax.tree.map(lambda x: x[0], make_batches(2, jnp.float32))
+    with pytest.raises(ValueError, match=message):
+        round(params, state, selection, batches)
