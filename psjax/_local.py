@@ -67,7 +67,7 @@ def local_update(
       mutable: names of top-level entries of the parameters that are not trained but overwritten
         (Flax's mutable collections, `("batch_stats",)` with `params` the whole variables).
         `loss_fn` then returns `(loss, {name: new value})`, and the optimizer's state is that of the
-        other entries.
+        other entries, `optimizer.init({"params": variables["params"]})`.
       chunk_size: elements trained at once; None: 1 on the CPU, all elsewhere.
 
     Returns:
@@ -117,10 +117,7 @@ def local_update(
             clean = lambda tree: _zero_padding(tree, params, selection.specs, masks)
             step = _step(loss_fn, optimizer, mutable, clean)
             (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
-            finite = jnp.all(jnp.isfinite(loss))
-            for x in jax.tree.leaves((params, opt_state)):
-                if jnp.issubdtype(x.dtype, jnp.inexact):
-                    finite = finite & jnp.all(jnp.isfinite(x))
+            finite = jnp.all(jnp.isfinite(loss)) & _all_finite((params, opt_state))
             return (params, opt_state), loss, finite
 
         varying = elements._varying(operands, operands)
@@ -211,6 +208,11 @@ def _state_specs(params, specs, opt_state):
             raise ValueError(msg)
         found_specs.append(found[0] if found else P())
     return found_specs
+
+
+def _all_finite(tree):
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 def _all_filled(selection, name):

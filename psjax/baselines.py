@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psjax._local import LocalMetrics, local_update
+from psjax._local import LocalMetrics, _all_finite, local_update
 from psjax._separable import value_and_grad
 
 
@@ -75,7 +75,8 @@ def data_parallel(
     Returns:
       A function like that of `psjax.local_update`: `(params, opt_state, selection, batches)`, J
       steps, each on the batches of all workers. `loss [E, J]` is the mean over the workers,
-      repeated, and `finite` is the same for all: a gradient that is not finite reaches everybody.
+      repeated, and `finite` is the same for all: a gradient that is not finite reaches everybody,
+      and nothing is left out.
 
     Raises:
       ValueError: at the call, a selection that divides anything, or other batches.
@@ -105,7 +106,7 @@ def data_parallel(
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
-        finite = jnp.all(jnp.isfinite(loss))
+        finite = jnp.all(jnp.isfinite(loss)) & _all_finite((params, opt_state))
         repeat = lambda x: jnp.broadcast_to(x, (selection.num_elements, *x.shape))
         return params, opt_state, LocalMetrics(repeat(loss), repeat(finite))
 

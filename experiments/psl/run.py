@@ -1,8 +1,5 @@
 """The loop around the compiled epoch: run folder, progress bar, CSV, checkpoints, exact resume."""
 
-import csv
-import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -13,6 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments._checkpoint import Checkpoints
+from experiments._run import NotFiniteError as NotFiniteError
+from experiments._run import open_folder
+from experiments._run import read_rows as read_rows
+from experiments._run import write_rows as write_rows
 from experiments.psl import training
 
 COLUMNS = (
@@ -24,10 +25,6 @@ COLUMNS = (
     "median_grad_norm",
     "max_grad_norm",
 )
-
-
-class NotFiniteError(RuntimeError):
-    """The loss became NaN or Inf."""
 
 
 def train(
@@ -61,7 +58,7 @@ def train(
       OSError: a checkpoint cannot be written.
     """
     folder = pathlib.Path(folder)
-    _open_folder(config, folder, resume)
+    open_folder(config, folder, resume)
     program = training.build(config, data_dir)
     if config.compute != "fused":
         report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
@@ -90,33 +87,12 @@ def train(
                 rows.append(
                     dict(zip(COLUMNS, (epoch, int(seed), *map(float, values)), strict=True))
                 )
+            write_rows(folder / "metrics.csv", rows)
             if epoch % checkpoint_every == 0 or epoch == config.epochs:
                 checkpoints.save(epoch, state)
-            write_rows(folder / "metrics.csv", rows)
             bar.set_postfix(loss=f"{metrics['loss'].mean():.4f}", accuracy=f"{accuracy.mean():.4f}")
             bar.update()
     return rows
-
-
-def _open_folder(config, folder, resume):
-    path = folder / "config.json"
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    elif not resume:
-        msg = (
-            f"run folder {folder} exists; write --resume {folder} to continue it, or another --out."
-        )
-        raise FileExistsError(msg)
-    elif path.exists():
-        # A longer training is the same training; anything else is another one.
-        old, new = json.loads(path.read_text()), dataclasses.asdict(config)
-        differ = [k for k in new if k != "epochs" and old.get(k) != new[k]]
-        if differ:
-            changes = ", ".join(f"{k} {old.get(k)} there, {new[k]} here" for k in differ)
-            msg = f"run folder {folder} holds another training ({changes}); write another --out."
-            raise ValueError(msg)
-    _replace(path, text)
 
 
 def _check_finite(metrics, seeds, epoch, checkpoints):
@@ -135,28 +111,3 @@ def _check_finite(metrics, seeds, epoch, checkpoints):
         "--margin-bound."
     )
     raise NotFiniteError(msg)
-
-
-def _replace(path, text):
-    """Write a file whole or not at all."""
-    aside = path.with_suffix(path.suffix + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
-    lines = [",".join(rows[0]) if rows else ",".join(COLUMNS)]
-    lines += [
-        ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values())
-        for row in rows
-    ]
-    _replace(path, "\n".join(lines) + "\n")
-
-
-def read_rows(path: pathlib.Path) -> list[dict]:
-    """Rows of a metrics CSV, numbers as numbers."""
-    with open(path, newline="") as file:
-        return [
-            {k: int(v) if k in ("epoch", "seed") else float(v) for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]

@@ -13,7 +13,6 @@ The run folder gets config.json, metrics.csv, learning_curve.png and checkpoints
 """
 
 import dataclasses
-import json
 import pathlib
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from experiments._run import saved_config
 from experiments.psl import figures, run, training
 
 
@@ -54,7 +54,7 @@ def main(args: Args) -> pathlib.Path:
         if folder is not None:
             msg = f"--out {folder} --resume {args.resume}: write one of them."
             raise ValueError(msg)
-        folder, config = args.resume, _saved_config(args.resume, config)
+        folder, config = args.resume, saved_config(args.resume, config)
     if folder is None:
         words = ("psl", config.dataset, config.model, config.loss, config.compute)
         folder = pathlib.Path("runs") / "-".join((*words, time.strftime("%Y%m%d-%H%M%S")))
@@ -73,21 +73,6 @@ def main(args: Args) -> pathlib.Path:
     spread = f" +- {std:.4f} ({len(last)} seeds)" if len(last) > 1 else ""
     print(f"test accuracy {mean:.4f}{spread}; run folder {folder}")
     return folder
-
-
-def _saved_config(folder: pathlib.Path, given: training.Config) -> training.Config:
-    """The folder's configuration, with whatever was given on the command line."""
-    path = folder / "config.json"
-    if not path.is_file():
-        msg = f"--resume {folder}: no run there (no config.json)."
-        raise ValueError(msg)
-    default = training.Config()
-    changed = {
-        f.name: getattr(given, f.name)
-        for f in dataclasses.fields(given)
-        if getattr(given, f.name) != getattr(default, f.name)
-    }
-    return training.Config(**{**json.loads(path.read_text()), **changed})
 
 
 def _stop(signum, _):

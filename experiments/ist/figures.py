@@ -1,0 +1,131 @@
+"""Figures of trainings in independent subnets: the learning curve."""
+
+import os
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.psl.figures import band, panel, save, series
+
+ACCURACIES = {  # column: how it is called, its colour (Okabe and Ito's)
+    "test_accuracy": ("calibrated", "#D55E00"),
+    "test_accuracy_uncalibrated": ("with the statistics that travelled", "#009E73"),
+}
+
+
+def learning_curve(rows: list[dict], path: str | os.PathLike, title: str) -> None:
+    """Training loss and test accuracy against the epoch; of several seeds mean and band.
+
+    Args:
+      rows: of `run.train`, a report and seed each.
+      path: of the PNG.
+      title: above both panels.
+    """
+    epochs, loss = series(rows, "train_loss")
+    seeds = len(loss)
+    label = "one seed" if seeds == 1 else f"mean ± one standard deviation, {seeds} seeds"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marker = "o" if len(epochs) == 1 else None
+    band(left, epochs, loss, color="#0072B2", label=label, marker=marker)
+    columns = [column for column in ACCURACIES if column in rows[0]]
+    for column in columns:
+        name, colour = ACCURACIES[column]
+        own = label if len(columns) == 1 else f"{name}, {label}"
+        values = 100 * series(rows, column)[1]
+        band(right, epochs, values, color=colour, label=own, marker=marker)
+    panel(left, "Training loss", "epoch", "loss (mean of a sample, over the subnets)")
+    panel(right, "Test accuracy of the whole network", "epoch", "test accuracy (%)")
+    if loss.min() > 0 and loss.max() > 50 * loss.min():
+        left.set_yscale("log")
+        left.set_ylim(bottom=0.8 * loss.mean(0).min())  # mean - std may well be negative
+    for ax in (left, right):
+        ax.legend(frameon=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    save(figure, path)
+
+
+# ----------------------------------------------------------------------------- figures 3, 4
+
+COLOURS = {
+    "one worker": "#000000",
+    "data-parallel": "#D55E00",
+    "local-sgd": "#009E73",
+    "ist": "#0072B2",
+}
+DASHES = {1: "-", 5: ":", 10: "-", 50: "--"}  # by local steps
+MARKERS = {1: "o", 5: "v", 10: "s", 50: "D"}
+
+
+def figure3(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
+    """Speed-up of an epoch against one worker.
+
+    Args:
+      path: of the PNG.
+      panels: of every network the lines: `label`, `method`, `local_steps`, and for 2, 4 and 8
+        workers the speed-up with the network (`wired`) and without (`alone`).
+    """
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    workers = (2, 4, 8)
+    for ax, (name, lines) in zip(figure.subplots(2, 2).flat, panels.items()):
+        for line in lines:
+            colour, j = COLOURS[line["method"]], line["local_steps"]
+            style = {"color": colour, "linestyle": DASHES[j], "marker": MARKERS[j]}
+            ax.plot(
+                workers, line["wired"], linewidth=1.6, markersize=4, label=line["label"], **style
+            )
+        for method in ("data-parallel", "ist"):  # the same for every J, and for local SGD
+            alone = next(line["alone"] for line in lines if line["method"] == method)
+            whose = "IST" if method == "ist" else "data parallel, local SGD"
+            style = {"color": COLOURS[method], "alpha": 0.3, "linewidth": 5}
+            ax.plot(workers, alone, label=f"{whose}: compute alone", zorder=0, **style)
+        ax.axhline(1, color="0.5", linewidth=0.8)
+        panel(ax, name, "workers", "speed-up of an epoch against one worker")
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(workers, [str(n) for n in workers])
+        ax.minorticks_off()
+        low, high = ax.get_ylim()
+        ticks = [t for e in range(-3, 4) for t in (10.0**e, 3 * 10.0**e) if low <= t <= high]
+        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    figure.suptitle(
+        "Figure 3 again: compute measured on one core a worker, network modelled at 1 Gbit/s"
+    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def figure4(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
+    """Test accuracy against modelled time, samples and bytes, mean over seeds and band.
+
+    Args:
+      path: of the PNG.
+      panels: of every network the lines: `label`, `method`, `local_steps`, `accuracy [seeds, E]`
+        in %, and `seconds`, `samples`, `bytes`, `[E]` each.
+    """
+    if not panels:
+        return
+    figure = Figure(figsize=(13, 4.4 * len(panels) + 0.4), layout="constrained")
+    grid = figure.subplots(len(panels), 3, sharey=True, squeeze=False)
+    axes_of = {
+        "seconds": "seconds (compute + network at 1 Gbit/s)",
+        "samples": "samples, all workers together",
+        "bytes": "bytes sent, all workers together",
+    }
+    for row, (name, lines) in zip(grid, panels.items()):
+        for ax, (column, text) in zip(row, axes_of.items()):
+            for line in lines:
+                if column == "bytes" and not line["bytes"].any():
+                    continue  # one worker sends nothing
+                colour, j = COLOURS[line["method"]], line["local_steps"]
+                style = {"color": colour, "linestyle": DASHES[j], "label": line["label"]}
+                band(ax, line[column], line["accuracy"], **style)
+            panel(ax, name, text, "test accuracy (%)" if column == "seconds" else "")
+            ax.set_xscale("log")
+    named = {}
+    for ax in grid[:, 0]:
+        named |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Figure 4 again: mean ± one standard deviation over seeds")
+    save(figure, path)

@@ -1,0 +1,131 @@
+"""The loop around the compiled rounds: run folder, progress bar, CSV, checkpoints, exact resume."""
+
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments._checkpoint import Checkpoints
+from experiments._run import NotFiniteError, open_folder, read_rows, write_rows
+from experiments.ist import training
+
+
+def train(
+    config: training.Config,
+    folder: str | os.PathLike,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 5,
+    data_dir: str | None = None,
+    stop=lambda rows: False,
+    report=lambda line: print(line, file=sys.stderr, flush=True),
+) -> list[dict]:
+    """Train as `config` says, in a run folder; returns the metrics, a row a report and seed.
+
+    The folder gets `config.json`, `metrics.csv` (rewritten whole after every epoch) and
+    `checkpoints/`. A training that was interrupted at any moment and resumed ends with the same
+    parameters, bit for bit, as one that was not: every round follows from the state and (seed,
+    round) alone.
+
+    A row has the `epoch` (see `experiments.ist.training`), `seed`, `round` and `samples` (n J B
+    each round) so far; since the row before it, `train_loss` (mean over the local steps of the
+    subnets that stayed finite) and `left_out` (subnets of a round that did not); `test_accuracy`
+    of the whole network, and with `--normalization travelling` `test_accuracy_uncalibrated`; and
+    the `seconds` of the rounds so far, of all seeds together, without compilation and evaluation.
+
+    Args:
+      config: the training.
+      folder: the run folder.
+      resume: continue from the newest good checkpoint in `folder`; without one, from the start.
+      checkpoint_every: epochs between checkpoints; there is always one at the end.
+      data_dir: where TFDS keeps its sets.
+      stop: told the rows after every report, whether to end before `config.epochs`.
+      report: told, a line at a time, what a person should know.
+
+    Raises:
+      FileExistsError: the folder exists and `resume` is False.
+      ValueError: the folder holds a run of another configuration.
+      NotFiniteError: every worker became NaN or Inf; the last good checkpoint stays.
+      OSError: a checkpoint cannot be written.
+    """
+    folder, config = pathlib.Path(folder), training.resolve(config, data_dir)
+    open_folder(config, folder, resume)
+    program = training.build(config, data_dir)
+    stream, state, rows, start, seconds = program.stream, program.state, [], 0, 0.0
+    checkpoints = Checkpoints(folder / "checkpoints")
+    restored = checkpoints.restore(state, report) if resume else None
+    if restored is not None:
+        start, state = restored
+        rows = [row for row in read_rows(folder / "metrics.csv") if row["epoch"] <= start]
+        seconds = rows[-1]["seconds"] if rows else 0.0
+        report(f"continuing after epoch {start}.")
+
+    def rounds(state, first, last):
+        indices = stream(first, max(last, first + 1))
+        numbers = np.int32(first), np.int32(last - first)
+        return program.rounds(state, program.seeds, indices, *numbers, program.train)
+
+    done = stream.rounds(start)
+    state, _ = rounds(state, done, done)  # compiles; no round, the state as it was
+    jax.block_until_ready(state)
+    saved = start
+    with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
+        for epoch in stream.reports(start):
+            first, done, before = done, stream.rounds(epoch), time.perf_counter()
+            state, metrics = rounds(state, first, done)
+            metrics = jax.tree.map(np.asarray, metrics)
+            seconds += time.perf_counter() - before
+            loss, finite = (metrics[name][:, : done - first] for name in ("loss", "finite"))
+            _check_finite(finite, metrics["sound"], stream.seeds, first, epoch, checkpoints)
+            accuracy = program.accuracy(
+                state["params"], program.test, program.train, program.sample
+            )
+            accuracy = jax.tree.map(np.asarray, accuracy)
+            for s, seed in enumerate(stream.seeds):
+                row = {
+                    "epoch": epoch,
+                    "seed": seed,
+                    "round": done,
+                    "samples": done * stream.samples_a_round,
+                    "train_loss": float(loss[s][finite[s]].mean()),
+                    **{name: float(values[s]) for name, values in accuracy.items()},
+                    "left_out": int(np.sum(~finite[s])),
+                    "seconds": seconds,
+                }
+                rows.append(row)
+                if row["left_out"]:
+                    report(
+                        f"epoch {epoch}, seed {seed}: {row['left_out']} times a subnet became NaN "
+                        "or Inf and was left out of its round."
+                    )
+            write_rows(folder / "metrics.csv", rows)
+            last = epoch == config.epochs or stop(rows)
+            if epoch >= saved + checkpoint_every or last:
+                checkpoints.save(epoch, state)
+                saved = epoch
+            mean = accuracy["test_accuracy"].mean()
+            bar.set_postfix(loss=f"{loss[finite].mean():.4f}", accuracy=f"{mean:.4f}")
+            bar.update(epoch - bar.n)
+            if last:
+                break
+    return rows
+
+
+def _check_finite(finite, sound, seeds, first, epoch, checkpoints):
+    """Stop where nobody is left: a round in which no worker stayed finite, or NaN in the state."""
+    nobody = ~finite.any(axis=2)  # [seeds, rounds]
+    if sound.all() and not nobody.any():
+        return
+    bad = [(np.argmax(row) if row.any() else len(row) - 1, s) for s, row in enumerate(nobody)]
+    place, s = min((place, s) for place, s in bad if nobody[s].any() or not sound[s])
+    last = checkpoints.steps()
+    msg = (
+        f"round {first + place} (epoch {epoch}), seed {seeds[s]}: every worker became NaN or Inf. "
+        f"The last good checkpoint is that of epoch {last[-1] if last else 0}; try a lower "
+        "--learning-rate, or --clip."
+    )
+    raise NotFiniteError(msg)

@@ -1,0 +1,468 @@
+"""Independent subnet training and what it is compared with: many rounds as one compiled program.
+
+A researcher's own script needs the ten lines of `round_fn`; the rest is data, seeds and devices.
+
+Samples come as one stream for each seed, the concatenation of the epochs' permutations. A local
+step of all n workers takes the next n B of them, a round of J steps the next n J B; a round may lie
+across the end of an epoch, so that no step is lost and none is short. What is reported of epoch e
+is the state after the first round by which e N samples have been seen. Where a round is longer than
+an epoch, the epochs that end in it are reported as the last of them.
+"""
+
+import dataclasses
+import difflib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import psjax
+from experiments.psl.training import over_seeds
+
+METHODS = ("ist", "ist-fixed", "local-sgd", "data-parallel", "data-parallel-dropout")
+MODELS = {"mlp": (2, 1024), "vgg11": (3, 4096)}  # dense layers, neurons of each hidden one
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adam-entry")
+NORMALIZATIONS = ("batch", "none", "travelling")
+DEVICES = ("one", "pmap", "shard_map")
+SPEECH = {
+    "spoken_digit": {},
+    "speech_commands": {},
+    "speech_commands_words": {"labels": "words", "split_by": "hash", "only_full": True},
+}
+DATASETS = ("digits", *SPEECH, "mnist", "fashion_mnist", "cifar10", "cifar100")
+IMAGES_OF_32 = ("cifar10", "cifar100")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training."""
+
+    dataset: str | None = None
+    """digits, spoken_digit, speech_commands (12 labels), speech_commands_words (the paper's 35, its
+    code's split; --data-dir is the unpacked archive), mnist, fashion_mnist, cifar10 or cifar100.
+    Default: spoken_digit where it is prepared, else digits."""
+    method: str = "ist"
+    """ist; ist-fixed (the subnets of the first round for ever); local-sgd; data-parallel;
+    data-parallel-dropout (hidden neurons dropped at the rate 1 - 1/n)."""
+    subnets: int = 4
+    """n, subnets or workers."""
+    local_steps: int = 10
+    """J, steps between two exchanges (data-parallel exchanges at every step)."""
+    model: str = "mlp"
+    """mlp, or vgg11 for images of 32x32."""
+    depth: int | None = None
+    """Dense layers; 2 are one hidden layer. Default: 2, for vgg11 3."""
+    width: int | None = None
+    """Neurons of every hidden dense layer. Default: 1024, for vgg11 4096."""
+    normalization: str = "batch"
+    """batch: statistics calibrated with the whole network before every evaluation. none: dense
+    layers with biases (vgg11 still normalises its convolutions). travelling: as batch, and also
+    running statistics that travel with the subnets, whose accuracy is a column of its own."""
+    normalize_output: bool = True
+    """Normalise the scores too, without scale and shift, as the paper's public code does."""
+    scale_shift: bool = True
+    """Learn a scale and a shift of every normalised hidden neuron."""
+    calibration_batches: int = 10
+    """Batches of 128 training samples that the statistics are computed from."""
+    stratified: bool = False
+    """Every owner of 1/n of the neurons divides its own equally among the subnets."""
+    optimizer: str = "sgd"
+    """sgd, momentum (0.9), adam, adamw or adam-entry (a count of steps for every entry)."""
+    learning_rate: float = 1e-2
+    clip: float | None = None
+    """Clip the global norm of every subnet's gradient (data-parallel: the mean one) to this."""
+    batch_size: int = 128
+    """B, samples of one worker's step."""
+    epochs: int = 100
+    seeds: int = 1
+    """Trainings with different initial weights, subnets and order, in one program."""
+    first_seed: int = 0
+    devices: str = "one"
+    """one, pmap or shard_map, over all devices there are, at most n."""
+
+    def __post_init__(self):
+        for name, choices in (
+            ("dataset", DATASETS),
+            ("method", METHODS),
+            ("model", tuple(MODELS)),
+            ("normalization", NORMALIZATIONS),
+            ("optimizer", OPTIMIZERS),
+            ("devices", DEVICES),
+        ):
+            value = getattr(self, name)
+            if value not in choices and not (name == "dataset" and value is None):
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                msg = f"--{name} {value}: write one of {', '.join(choices)}.{hint}"
+                raise ValueError(msg)
+        for name, least in (
+            ("subnets", 1),
+            ("local_steps", 1),
+            ("depth", 2),
+            ("width", 1),
+            ("calibration_batches", 1),
+            ("batch_size", 2 if self.normalization != "none" else 1),
+            ("epochs", 1),
+            ("seeds", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                msg = f"--{name.replace('_', '-')} {value}: write {least} or more."
+                raise ValueError(msg)
+        if self.model == "vgg11" and self.dataset not in IMAGES_OF_32:
+            msg = (
+                f"--model vgg11 --dataset {self.dataset}: it needs images of 32x32; write "
+                f"--dataset {' or '.join(IMAGES_OF_32)}."
+            )
+            raise ValueError(msg)
+        if self.normalization == "travelling" and not self.divided:
+            msg = (
+                f"--normalization travelling --method {self.method}: statistics travel with "
+                "subnets; write --method ist or ist-fixed."
+            )
+            raise ValueError(msg)
+        n, width = self.subnets, self.hidden[0]
+        if self.divided and n > width:
+            msg = (
+                f"--subnets {n}: the hidden layers have {width} neurons; write {width} or fewer, "
+                "or a larger --width."
+            )
+            raise ValueError(msg)
+        if self.stratified and (not self.divided or width % n or width // n < n):
+            msg = (
+                f"--stratified --method {self.method} --subnets {n}: {width} neurons; write "
+                "--method ist and a --width that is n blocks of n neurons or more."
+            )
+            raise ValueError(msg)
+
+    @property
+    def divided(self) -> bool:
+        """Whether workers hold subnets; else all hold the whole network."""
+        return self.method.startswith("ist")
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Neurons of every hidden dense layer."""
+        depth, width = MODELS[self.model]
+        return (self.width or width,) * ((self.depth or depth) - 1)
+
+
+# ------------------------------------------------------------------------------------------- pieces
+
+
+def resolve(config: Config, data_dir: str | None = None) -> Config:
+    """The configuration with a data set: spoken_digit where it is prepared, else digits."""
+    if config.dataset is not None:
+        return config
+    try:
+        psjax.data.load_speech("spoken_digit", "test", data_dir)
+    except (FileNotFoundError, ImportError):
+        return dataclasses.replace(config, dataset="digits")
+    return dataclasses.replace(config, dataset="spoken_digit")
+
+
+def load(config: Config, split: str, data_dir: str | None = None) -> tuple[dict[str, Any], int]:
+    """A split, and its number of classes.
+
+    `x` are features in dB, `[N, 4096]`, or images in uint8, which `inputs` brings into [0, 1]:
+    times `scale` plus `shift`.
+    """
+    if config.dataset in SPEECH:
+        name = config.dataset.removesuffix("_words")
+        speech = psjax.data.load_speech(name, split, data_dir, **SPEECH[config.dataset])
+        scale = 1 / psjax.data.LogMel().dynamic_range
+        x, labels, classes, shift = speech.features, speech.labels, speech.num_classes, 1
+    else:
+        images = psjax.data.load(config.dataset or "digits", split, data_dir)
+        x, labels, classes = images.images, images.labels, images.num_classes
+        scale, shift = images.scale, 0
+    labels = psjax.data.check_labels(labels, classes)
+    return {"x": x, "y": labels, "scale": np.float32(scale), "shift": np.float32(shift)}, classes
+
+
+def inputs(data, index):
+    """The inputs of some samples, in [0, 1]; `[*index.shape, ...]`."""
+    return psjax.data.take(data["x"], index, data["scale"]) + data["shift"]
+
+
+def make_model(config: Config, num_classes: int):
+    normalize = config.normalization != "none"
+    make = {"mlp": psjax.models.MLP, "vgg11": psjax.models.VGG11}[config.model]
+    return make(
+        num_classes=num_classes,
+        hidden=config.hidden,
+        normalize=normalize,
+        normalize_output=normalize and config.normalize_output,
+        use_scale=config.scale_shift,
+        use_bias=config.scale_shift,
+        dropout=1 - 1 / config.subnets if config.method == "data-parallel-dropout" else 0.0,
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    rate = config.learning_rate
+    optimizer = {
+        "sgd": lambda: optax.sgd(rate),
+        "momentum": lambda: optax.sgd(rate, momentum=0.9),
+        "adam": lambda: optax.adam(rate),
+        "adamw": lambda: optax.adamw(rate),
+        "adam-entry": lambda: optax.chain(
+            psjax.ist.scale_by_adam(), optax.scale_by_learning_rate(rate)
+        ),
+    }[config.optimizer]()
+    if config.clip is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+
+
+def num_devices(config: Config) -> int:
+    return 1 if config.devices == "one" else min(config.subnets, jax.device_count())
+
+
+# ------------------------------------------------------------------------------------------- stream
+
+
+class Stream:
+    """The samples of every seed, in rounds."""
+
+    def __init__(self, config: Config, num_samples: int):
+        self.config, self.num_samples = config, num_samples
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
+        self.shape = (config.local_steps, config.subnets, config.batch_size)
+        self.samples_a_round = int(np.prod(self.shape))
+        self.most_rounds = self.rounds(1)  # between two reports
+
+    def rounds(self, epoch: int) -> int:
+        """Rounds by which so many epochs have been seen."""
+        return -(-epoch * self.num_samples // self.samples_a_round)
+
+    def reports(self, after: int = 0) -> list[int]:
+        """The epochs to report, later than `after`; of those that end in one round the last."""
+        by_round = {self.rounds(e): e for e in range(1, self.config.epochs + 1)}
+        return [e for r, e in by_round.items() if r > self.rounds(after)]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """An epoch's samples in order, from (seed, epoch) alone."""
+        return np.random.default_rng([seed, epoch]).permutation(self.num_samples)
+
+    def _one(self, seed, first, last):
+        start, stop = first * self.samples_a_round, last * self.samples_a_round
+        epochs = range(start // self.num_samples, -(-stop // self.num_samples))
+        drawn = np.concatenate([self.order(seed, epoch) for epoch in epochs])
+        skip = start - epochs[0] * self.num_samples
+        own = drawn[skip : skip + stop - start].reshape(-1, *self.shape)
+        room = np.zeros((self.most_rounds, *self.shape), np.int32)
+        room[: last - first] = own
+        return np.swapaxes(room, 1, 2)
+
+    def __call__(self, first: int, last: int) -> np.ndarray:
+        """Indices of the rounds `first` to `last - 1`: int32 `[seeds, most_rounds, n, J, B]`."""
+        return np.stack([self._one(seed, first, last) for seed in self.seeds])
+
+
+# ------------------------------------------------------------------------------------------ program
+
+
+def round_fn(config: Config, net, optimizer, axes):
+    """`(params, opt_state, seed, round, index [n, J, B], data) -> params, opt_state, metrics`.
+
+    With travelling statistics `params` are the whole variables.
+    """
+    n, devices = config.subnets, num_devices(config)
+    worker = net.subnet(n) if config.divided else net
+    travelling = config.normalization == "travelling"
+    axis_name = None if config.devices == "one" else "workers"
+
+    def update_fn(data):
+        def loss_fn(params, batch):
+            variables = params if travelling else {"params": params}
+            mutable = ["batch_stats"] if travelling else []
+            rngs = {"dropout": batch["key"]} if net.dropout else {}
+            x, y = inputs(data, batch["index"]), psjax.data.take(data["y"], batch["index"])
+            scores, moved = worker.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
+            loss = psjax.losses.nll_with_integer_labels(scores, y).mean()
+            return (loss, moved) if travelling else loss
+
+        if config.method == "local-sgd":
+            return psjax.baselines.local_sgd(loss_fn, optimizer, axis_name=axis_name)
+        if not config.divided:
+            return psjax.baselines.data_parallel(loss_fn, optimizer, axis_name=axis_name)
+        mutable = ("batch_stats",) if travelling else ()
+        return psjax.local_update(loss_fn, optimizer, axis_name=axis_name, mutable=mutable)
+
+    def one_round(params, opt_state, seed, round, index, data):
+        batch = {"index": index}
+        if net.dropout:
+            key = jax.random.fold_in(jax.random.key(seed), round)
+            batch["key"] = jax.random.split(key, index.shape[:2])
+        if config.divided:
+            drawn = 0 if config.method == "ist-fixed" else round
+            selection = psjax.ist.membership(seed, drawn, axes, net.sizes, n, config.stratified)
+        else:
+            selection = psjax.replicas(params, n)
+        if axis_name is None:
+            return update_fn(data)(params, opt_state, selection, batch)
+        mine, each = jax.lax.axis_index(axis_name), -(-n // devices)
+        selection = jax.tree.map(lambda x: jnp.asarray(x)[mine], selection.split(devices))
+        rows = jnp.minimum(mine * each + jnp.arange(each), n - 1)
+        batch = jax.tree.map(lambda x: x[rows], batch)
+        params, opt_state, metrics = update_fn(data)(params, opt_state, selection, batch)
+        everyone = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:n]
+        return params, opt_state, jax.tree.map(everyone, metrics)
+
+    return one_round
+
+
+def rounds_fn(config: Config, one_round):
+    """`(state, seeds, indices, first, count, data) -> state, metrics`: rounds of all seeds, jitted.
+
+    Runs `count` rounds, numbered from `first`; both may be any number without a new compilation.
+    Metrics are `loss [seeds, most_rounds, n]`, mean over the local steps, `finite` of the same
+    shape, of which the first `count` rounds count, and `sound [seeds]`: no NaN in the state.
+    """
+
+    def one_seed(state, seed, indices, first, count, data):
+        shape = indices.shape[:2]
+        metrics = {"loss": jnp.zeros(shape), "finite": jnp.ones(shape, bool)}
+
+        def body(i, carry):
+            state, metrics = carry
+            params, opt_state, own = one_round(
+                state["params"], state["opt_state"], seed, first + i, indices[i], data
+            )
+            own = {"loss": own.loss.mean(axis=1), "finite": own.finite}
+            metrics = jax.tree.map(lambda all, x: all.at[i].set(x), metrics, own)
+            return {"params": params, "opt_state": opt_state}, metrics
+
+        state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
+        leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+        return state, {**metrics, "sound": sound}
+
+    def rounds(state, seeds, indices, first, count, data, _=None):
+        run = lambda state, seed, indices: one_seed(state, seed, indices, first, count, data)
+        return over_seeds(run)(state, seeds, indices)
+
+    if config.devices == "one":
+        return jax.jit(rounds, donate_argnums=0)
+    if config.devices == "pmap":
+        devices = num_devices(config)
+        mapped = jax.pmap(
+            rounds,
+            axis_name="workers",
+            in_axes=(*[None] * 6, 0),
+            out_axes=None,
+            devices=jax.devices()[:devices],
+        )
+        return functools.partial(_with_numbers, mapped, np.arange(devices))
+    # check_vma=False: parameters replicated in a loop's carry are not seen to stay so.
+    return jax.jit(
+        jax.shard_map(rounds, mesh=_mesh(config), in_specs=P(), out_specs=P(), check_vma=False),
+        donate_argnums=0,
+    )
+
+
+def _with_numbers(mapped, numbers, *args):
+    return mapped(*args, numbers)  # pmap wants one argument to map over
+
+
+def _mesh(config):
+    devices = num_devices(config)
+    return jax.make_mesh(
+        (devices,),
+        ("workers",),
+        (jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+
+
+def accuracy_fn(config: Config, net, normalized: bool, batch_size: int = 1000):
+    """`(params [seeds, ...], test, train, sample [K, B]) -> {column: accuracy [seeds]}`, jitted.
+
+    `sample` are the training samples that the statistics of a `normalized` network are calibrated
+    with.
+    """
+
+    def one(params, test, train, sample):
+        variables = params if config.normalization == "travelling" else {"params": params}
+        columns = {"test_accuracy": variables}
+        if normalized:
+            statistics = psjax.ist.calibrate(net, variables["params"], inputs(train, sample))
+            columns["test_accuracy"] = {"params": variables["params"], "batch_stats": statistics}
+        if config.normalization == "travelling":
+            columns["test_accuracy_uncalibrated"] = variables
+        n = test["y"].shape[0]
+        size = min(batch_size, n)
+        index = jnp.arange(-(-n // size) * size).reshape(-1, size)
+
+        def correct(variables, i):
+            best = jnp.argmax(net.apply(variables, inputs(test, i)), -1)
+            return jnp.sum((best == psjax.data.take(test["y"], i)) & (i < n))
+
+        return {
+            name: jnp.sum(jax.lax.map(functools.partial(correct, variables), index)) / n
+            for name, variables in columns.items()
+        }
+
+    return jax.jit(
+        lambda params, test, train, sample: over_seeds(lambda p: one(p, test, train, sample))(
+            params
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything a training loop calls."""
+
+    net: Any
+    state: dict[str, Any]
+    stream: Stream
+    rounds: Any
+    """`(state, seeds, indices, first, count, train) -> state, metrics`."""
+    accuracy: Any
+    """`(params, test, train, sample) -> {column: accuracy [seeds]}`."""
+    seeds: Any
+    train: dict[str, Any]
+    test: dict[str, Any]
+    sample: Any
+
+
+def build(config: Config, data_dir: str | None = None) -> Program:
+    """Load the data, make the model and the compiled functions of a training."""
+    train, num_classes = load(config, "train", data_dir)
+    test, _ = load(config, "test", data_dir)
+    net, optimizer = make_model(config, num_classes), make_optimizer(config)
+    example = jnp.zeros((1, *train["x"].shape[1:]))
+    travelling = config.normalization == "travelling"
+    axes = nn.get_partition_spec(jax.eval_shape(net.init, jax.random.key(0), example))
+    own_axes = axes if travelling else axes["params"]
+
+    def start(seed):
+        variables = nn.unbox(net.init(jax.random.key(seed), example))
+        trained = {"params": variables["params"]}
+        if travelling:
+            return {"params": variables, "opt_state": optimizer.init(trained)}
+        return {**trained, "opt_state": optimizer.init(trained["params"])}
+
+    stream = Stream(config, len(train["y"]))
+    seeds = jnp.asarray(stream.seeds, jnp.int32)
+    state = jax.jit(lambda seeds: jax.lax.map(start, seeds))(seeds)
+    rounds = rounds_fn(config, round_fn(config, net, optimizer, own_axes))
+    size = min(128, stream.num_samples)
+    batches = min(config.calibration_batches, stream.num_samples // size)
+    sample = np.random.default_rng(0).permutation(stream.num_samples)[: batches * size]
+    arrays = (state, seeds, train, test, sample.reshape(batches, size).astype(np.int32))
+    if config.devices == "one":
+        arrays = jax.device_put(arrays)
+    else:  # once on every device
+        arrays = jax.device_put(arrays, NamedSharding(_mesh(config), P()))
+    state, seeds, train, test, sample = arrays
+    accuracy = accuracy_fn(config, net, "batch_stats" in axes)
+    return Program(net, state, stream, rounds, accuracy, seeds, train, test, sample)

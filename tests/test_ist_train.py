@@ -1,0 +1,296 @@
+"""Trainings in independent subnets as a user runs them: resumed, over devices, diverged."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+from experiments._checkpoint import Checkpoints
+from experiments.ist import run, train, training
+
+SMALL = training.Config(
+    dataset="digits",
+    width=32,
+    subnets=2,
+    local_steps=2,
+    batch_size=64,
+    learning_rate=0.1,
+    epochs=3,
+)
+
+
+def fit(folder, config=SMALL, **kwargs):
+    return run.train(config, folder, report=kwargs.pop("report", lambda line: None), **kwargs)
+
+
+def saved(folder, config=SMALL):
+    """The newest checkpoint."""
+    like = jax.eval_shape(lambda: training.build(config).state)
+    like = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), like)
+    return Checkpoints(folder / "checkpoints").restore(like, pytest.fail)
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+class Compilations(logging.Handler):
+    """What XLA compiles while this is open."""
+
+    def __enter__(self):
+        self.names, self.logger = [], logging.getLogger("jax")
+        self.logger.addHandler(self)
+        jax.config.update("jax_log_compiles", True)
+        return self.names
+
+    def __exit__(self, *_):
+        jax.config.update("jax_log_compiles", False)
+        self.logger.removeHandler(self)
+
+    def emit(self, record):
+        if (line := record.getMessage()).startswith("Finished XLA compilation"):
+            self.names.append(line)
+
+
+def state_after(config, spans):
+    """The state after the rounds `first` to `last - 1` of every span, and what compiled for it."""
+    program = training.build(config)
+    state = program.state
+
+    def call(state, first, last):
+        indices, numbers = program.stream(first, last), (np.int32(first), np.int32(last - first))
+        return program.rounds(state, program.seeds, indices, *numbers, program.train)
+
+    state, metrics = call(state, *spans[0])
+    with Compilations() as names:
+        for span in spans[1:]:
+            state, metrics = call(state, *span)
+        jax.block_until_ready(state)
+    return jax.device_get(state), metrics, names
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+def test_the_command_reaches_nine_tenths_on_digits(tmp_path, capsys):
+    sizes = "--width 64 --subnets 2 --local-steps 20 --batch-size 64 --epochs 12"
+    options = f"--dataset digits --learning-rate 0.1 {sizes}"
+    folder = tmp_path / "run"
+    args = tyro.cli(train.Args, args=[*options.split(), "--out", str(folder)])
+    assert train.main(args) == folder
+    rows = run.read_rows(folder / "metrics.csv")
+    # A round is longer than an epoch: of the epochs that end in it, the last is reported.
+    assert [row["epoch"] for row in rows] == [1, 3, 5, 7, 8, 10, 12]
+    row = rows[-1]
+    assert row["test_accuracy"] > 0.9
+    assert (row["round"], row["seed"], row["left_out"]) == (7, 0, 0)
+    assert row["samples"] == 7 * 2 * 20 * 64 >= 12 * 1437
+    assert (folder / "learning_curve.png").stat().st_size
+    assert "test accuracy 0.9" in capsys.readouterr().out
+    args = tyro.cli(train.Args, args=["--resume", str(folder), "--epochs", "14"])
+    train.main(args)
+    assert run.read_rows(folder / "metrics.csv")[-1]["epoch"] == 14
+    assert json.loads((folder / "config.json").read_text())["width"] == 64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"devices": "shard_map"}, {"optimizer": "adam", "normalization": "travelling", "seeds": 2}],
+)
+def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(options, tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, epochs=5, **options)
+    rows = fit(tmp_path / "whole", config)
+
+    def interrupt(path, rows, write=run.write_rows):
+        write(path, rows)
+        if rows[-1]["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "cut", config, checkpoint_every=2)
+    assert Checkpoints(tmp_path / "cut" / "checkpoints").steps() == [2]
+    lines = []
+    again = fit(tmp_path / "cut", config, resume=True, report=lines.append)
+    assert "continuing after epoch 2." in lines
+    equal(saved(tmp_path / "cut", config), saved(tmp_path / "whole", config))
+    whole, cut = ([{**row, "seconds": 0} for row in r] for r in (rows, again))
+    assert [row["epoch"] for row in whole] == [e for e in range(1, 6) for _ in range(config.seeds)]
+    for one, other in zip(whole, cut, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)  # the CSV has 6 digits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 3, "subnets": 5, "optimizer": "adam-entry", "learning_rate": 1e-2},
+        {"method": "ist-fixed", "optimizer": "momentum", "clip": 1.0, "learning_rate": 3e-2},
+        {"stratified": True, "normalization": "none", "optimizer": "adamw", "learning_rate": 1e-2},
+        {"method": "local-sgd", "normalize_output": False, "calibration_batches": 1},
+        {"method": "data-parallel", "scale_shift": False, "seeds": 2},
+        {"method": "data-parallel-dropout"},
+    ],
+)
+def test_methods_and_options_train(options, tmp_path):
+    rows = fit(tmp_path / "run", dataclasses.replace(SMALL, epochs=2, **options))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[-1]["test_accuracy"] > 0.4
+    assert "test_accuracy_uncalibrated" not in rows[0]
+
+
+def test_one_compilation_for_a_whole_training(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=4, local_steps=7)
+    assert len({training.Stream(config, 1437).rounds(e) % 4 for e in range(5)}) > 1
+    with Compilations() as names:
+        fit(tmp_path / "run", config)
+    assert sum("jit(rounds)" in name for name in names) == 1, names
+
+
+# ------------------------------------------------------------------------------------------- stream
+
+
+def test_the_stream_is_every_epoch_once_and_loses_no_step():
+    config = dataclasses.replace(SMALL, subnets=3, local_steps=4, batch_size=5, seeds=2)
+    stream, size = training.Stream(config, 143), 3 * 4 * 5
+    seen, at = [[], []], 0
+    for epoch in (1, 2, 7):
+        last = stream.rounds(epoch) if epoch < 7 else at + stream.most_rounds
+        rounds = stream(at, last)
+        assert rounds.shape == (2, 3, 3, 4, 5)
+        for own, part in zip(seen, rounds[:, : last - at]):
+            own.append(np.swapaxes(part, 1, 2).ravel())  # a step of all workers after the other
+        at = last
+    for seed, own in enumerate(map(np.concatenate, seen)):
+        assert len(own) == at * size
+        for epoch in range(len(own) // 143):
+            np.testing.assert_array_equal(
+                own[143 * epoch : 143 * (epoch + 1)], stream.order(seed, epoch)
+            )
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        ("pmap", {"optimizer": "adam", "learning_rate": 1e-2}),
+        ("pmap", {"method": "local-sgd"}),
+        ("shard_map", {"subnets": 3}),  # one of the two devices has one subnet
+        ("shard_map", {"method": "data-parallel-dropout"}),
+    ],
+)
+def test_devices_agree_with_one_and_never_recompile(devices, options, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    config = dataclasses.replace(SMALL, width=15, **options)
+    spans = [(0, 1), (1, 4), (4, 5)]
+    expected, _, none = state_after(config, spans)
+    state, metrics, names = state_after(dataclasses.replace(config, devices=devices), spans)
+    assert names == none == []
+    assert metrics["finite"].shape == (1, training.Stream(config, 1437).most_rounds, config.subnets)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, state, expected)
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def one_bad_sample(monkeypatch):
+    """NaN in a training sample that the calibration does not use; returns its index."""
+    bad, load = int(np.random.default_rng(0).permutation(1437)[-1]), training.load
+
+    def load_bad(config, split, data_dir=None):
+        data, classes = load(config, split, data_dir)
+        x = data["x"].astype(np.float32)
+        if split == "train":
+            x[bad] = np.nan
+        return {**data, "x": x}, classes
+
+    monkeypatch.setattr(training, "load", load_bad)
+    return bad
+
+
+def test_subnets_that_are_not_finite_are_left_out_and_counted(one_bad_sample, tmp_path):
+    lines = []
+    rows = fit(tmp_path / "run", report=lines.append)
+    stream = training.Stream(SMALL, 1437)
+    indices = stream(0, stream.rounds(1))[0]
+    assert rows[0]["left_out"] == np.any(indices == one_bad_sample, axis=(2, 3)).sum() == 1
+    assert rows[-1]["test_accuracy"] > 0.5
+    assert np.isfinite(rows[0]["train_loss"])
+    assert "epoch 1, seed 0: 1 times a subnet became NaN" in lines[0]
+
+
+def test_data_parallel_stops_at_the_first_loss_that_is_not_finite(one_bad_sample, tmp_path):
+    stream = training.Stream(SMALL, 1437)
+    indices = stream(0, stream.rounds(1))[0]
+    bad_round = int(np.argmax(np.any(indices == one_bad_sample, axis=(1, 2, 3))))
+    config = dataclasses.replace(SMALL, method="data-parallel")
+    with pytest.raises(run.NotFiniteError, match=rf"round {bad_round} \(epoch 1\), seed 0: every"):
+        fit(tmp_path / "run", config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished small training, not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    fit(folder, dataclasses.replace(SMALL, epochs=2))
+    return folder
+
+
+def test_divergence_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    before = saved(trained)
+
+    def diverge(config, make=training.make_optimizer):
+        return make(dataclasses.replace(config, learning_rate=1e38))
+
+    monkeypatch.setattr(training, "make_optimizer", diverge)
+    with pytest.raises(run.NotFiniteError, match="last good checkpoint is that of epoch 2; try"):
+        fit(tmp_path / "run", dataclasses.replace(SMALL, epochs=4), resume=True)
+    equal(saved(tmp_path / "run"), before)
+
+
+def test_a_run_folder_is_left_alone(trained, tmp_path):
+    before = (trained / "metrics.csv").read_text()
+    with pytest.raises(FileExistsError, match="exists; write --resume"):
+        fit(trained)
+    other = dataclasses.replace(SMALL, method="local-sgd")
+    with pytest.raises(ValueError, match="another training .method ist there, local-sgd here"):
+        fit(trained, other, resume=True)
+    assert (trained / "metrics.csv").read_text() == before
+    with pytest.raises(ValueError, match="no run there"):
+        train.main(train.Args(resume=tmp_path / "nothing"))
+
+
+def test_without_a_prepared_set_the_default_is_digits(tmp_path):
+    assert training.resolve(training.Config(), str(tmp_path)).dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "spoken_digt"}, "Did you mean 'spoken_digit'"),
+        ({"method": "localsgd"}, "Did you mean 'local-sgd'"),
+        ({"optimizer": "adamentry"}, "Did you mean 'adam-entry'"),
+        ({"normalization": "traveling"}, "Did you mean 'travelling'"),
+        ({"devices": "shardmap"}, "Did you mean 'shard_map'"),
+        ({"depth": 1}, "--depth 1: write 2 or more"),
+        ({"local_steps": 0}, "--local-steps 0: write 1 or more"),
+        ({"batch_size": 1}, "--batch-size 1: write 2 or more"),
+        ({"model": "vgg11"}, "images of 32x32; write --dataset cifar10 or cifar100"),
+        ({"width": 3, "subnets": 4}, "--subnets 4: the hidden layers have 3 neurons"),
+        ({"stratified": True, "width": 30, "subnets": 4}, "--width that is n blocks of n"),
+        ({"normalization": "travelling", "method": "local-sgd"}, "write --method ist"),
+    ],
+)
+def test_bad_options_say_what_to_write(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **options)
