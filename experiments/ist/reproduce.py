@@ -1,0 +1,279 @@
+"""Tables 1 and 3 and figures 3 and 4 of the IST paper again, at a size that two cores can train.
+
+B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
+Subnet Training*, arXiv:1910.02120, section 6, on spoken_digit: dense networks with 1024 neurons in
+every hidden layer, the paper's batch of 128 a worker, SGD with its learning rate 1e-2.
+
+    python -m experiments.ist.reproduce                     # all, over an hour on one core
+    python -m experiments.ist.reproduce --only steps        # time single local steps, a minute
+    python -m experiments.ist.reproduce --only '2layer-*'   # the 2-layer networks
+    python -m experiments.ist.reproduce --only '*-ist-n8-J10' --seeds 10
+    python -m experiments.ist.reproduce --plot              # tables and figures, nothing is run
+
+Every setting continues where it was interrupted, and one that is done is not run again. What was
+measured goes to `experiments/ist/results/`. Several processes may share the settings; for times
+that mean something give each one core (`taskset -c 0`), and `steps` a quiet one.
+"""
+
+import csv
+import dataclasses
+import fnmatch
+import pathlib
+import shutil
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import psjax
+from experiments import _run
+from experiments.ist import run, tables, training
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+STEPS = "steps"
+WIDTH = 1024
+PATIENCE = 20  # reports without a lower training loss, the end of "while loss keeps improving"
+EPOCHS = {  # at most; a subnet's epoch costs 1/n of the work, and more of them are needed
+    "whole": {1: 40, 2: 40, 4: 60, 8: 80},
+    "ist": {2: 60, 4: 120, 8: 300},
+}
+
+
+class Setting(NamedTuple):
+    """A cell of the tables."""
+
+    depth: int
+    """Dense layers."""
+    method: str
+    """One of `tables.METHODS`."""
+    workers: int
+    local_steps: int
+    seeds: int = 5
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth}layer-{self.method}-n{self.workers}-J{self.local_steps}"
+
+
+def _settings() -> dict[str, Setting]:
+    """All, the most important first: table 3, then what table 1 has beyond it."""
+    every = []
+    for n in (2, 8):
+        for depth in (2, 3):
+            for method in tables.METHODS:
+                every.append(Setting(depth, method, n, tables.steps_of(method)))
+    every += [Setting(depth, "data-parallel", 1, 1, 3) for depth in (2, 3)]
+    for n in (2, 8, 4):
+        for local_steps in (10, 5, 50):
+            for method in ("ist", "local-sgd"):
+                every.append(Setting(2, method, n, local_steps, 3))
+        every.append(Setting(2, "data-parallel", n, 1, 3))
+    for method in ("ist", "local-sgd", "data-parallel"):
+        every.append(Setting(3, method, 4, tables.steps_of(method), 3))
+    named: dict[str, Setting] = {}
+    for setting in every:
+        named.setdefault(setting.name, setting)
+    return named
+
+
+SETTINGS = _settings()
+
+
+@dataclasses.dataclass
+class Args:
+    """Train the settings of tables 1 and 3, time local steps, or draw what was measured."""
+
+    only: tuple[str, ...] = ()
+    """Settings to run, such as 3layer-ist-n8-J10, with * for anything, or steps; default all."""
+    seeds: int | None = None
+    """Trainings a setting; default 5 for those of table 3, 3 for the others."""
+    first_seed: int = 0
+    epochs: int | None = None
+    """At most; default 40 to 300, see EPOCHS."""
+    width: int = WIDTH
+    """Neurons of every hidden layer."""
+    dataset: str = "spoken_digit"
+    data_dir: str | None = None
+    """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
+    repeats: int = 9
+    """Of every timing."""
+    out: pathlib.Path = pathlib.Path("runs/reproduce-ist")
+    """Where run folders go."""
+    results: pathlib.Path = RESULTS
+    """Where rows, tables and figures go."""
+    plot: bool = False
+    """Run nothing; tables and figures from what was measured, the tables also into README.md."""
+
+
+def config_of(setting: Setting, args: Args) -> training.Config:
+    """The training of one setting."""
+    divided = setting.method.startswith("ist")
+    n = setting.workers
+    return training.Config(
+        dataset=args.dataset,
+        method="ist" if setting.method == "ist-none" else setting.method,
+        subnets=n,
+        local_steps=setting.local_steps,
+        depth=setting.depth,
+        width=args.width,
+        # Both accuracies come from one training: statistics that travel do not change the weights.
+        normalization={"ist": "travelling", "ist-none": "none"}.get(setting.method, "batch"),
+        epochs=args.epochs or EPOCHS["ist" if divided else "whole"][n],
+        seeds=args.seeds or setting.seeds,
+        first_seed=args.first_seed,
+    )
+
+
+def loss_stands_still(rows: list[dict], patience: int = PATIENCE) -> bool:
+    """Whether none of the last `patience` reports had the lowest loss, mean over the seeds."""
+    losses: dict[int, list[float]] = {}
+    for row in rows:
+        losses.setdefault(row["epoch"], []).append(row["train_loss"])
+    means = [np.mean(losses[epoch]) for epoch in sorted(losses)]
+    return len(means) - 1 - int(np.argmin(means)) >= patience
+
+
+def train(setting: Setting, args: Args) -> None:
+    """A setting to its end; its rows into the results."""
+    config = config_of(setting, args)
+    last = config.first_seed + config.seeds - 1
+    name = f"{setting.name}-seeds{config.first_seed}-{last}"
+    folder = args.out / name
+    if (folder / "done").exists():
+        print(f"{name}: done before", file=sys.stderr)
+        return
+    start = time.process_time()
+    try:
+        rows = run.train(
+            config,
+            folder,
+            resume=folder.exists(),
+            checkpoint_every=20,
+            data_dir=args.data_dir,
+            stop=loss_stands_still,
+        )
+    except _run.NotFiniteError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        path = folder / "metrics.csv"
+        rows = _run.read_rows(path) if path.exists() else []
+    if rows:
+        (args.results / "trainings").mkdir(parents=True, exist_ok=True)
+        kept = ("epoch", "seed", "samples", "train_loss", "test_accuracy")
+        kept += tuple(c for c in rows[0] if c == "test_accuracy_uncalibrated")
+        path = args.results / "trainings" / f"{name}.csv"
+        _run.write_rows(path, [{column: row[column] for column in kept} for row in rows])
+    (folder / "done").touch()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, over all settings
+    print(f"{name}: done, {time.process_time() - start:.0f} s of a core", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------- step times
+
+
+def local_steps(size: tables.Size, workers: int, number: int):
+    """A call that takes so many of one worker's local steps, on noise."""
+    config = training.Config(dataset="digits", depth=size.depth, width=size.width)
+    net = training.make_model(config, size.labels).subnet(workers)
+    optimizer = training.make_optimizer(config)
+    rng = np.random.default_rng(0)
+    xs = jnp.asarray(rng.random((8, tables.BATCH, size.features), np.float32))
+    ys = jnp.asarray(rng.integers(0, size.labels, (8, tables.BATCH)))
+
+    def loss_fn(params, x, y):
+        scores = net.apply({"params": params}, x, train=True)
+        return psjax.losses.nll_with_integer_labels(scores, y).mean()
+
+    def step(carry, i):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, xs[i % 8], ys[i % 8])
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (jax.tree.map(jnp.add, params, updates), opt_state), loss
+
+    @jax.jit
+    def start():
+        params = nn.unbox(net.init(jax.random.key(0), xs[0]))["params"]
+        return params, optimizer.init(params)
+
+    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(number)), donate_argnums=0)
+    carry = start()
+
+    def call():
+        nonlocal carry
+        carry, _ = jax.block_until_ready(steps(carry))
+
+    return call
+
+
+def time_steps(args: Args) -> list[dict]:
+    """A row for every size and number of workers: seconds of a core a local step.
+
+    Processor time of this process, so that other processes on the machine hardly matter; the
+    programs of a size take turns.
+    """
+    rows = []
+    for size in tables.SIZES:
+        calls = {}
+        for n in (1, 2, 4, 8):
+            number = int(np.clip(20 / tables.gflop(size, n), 2, 50))
+            calls[n] = (local_steps(size, n, number), number)
+        seconds: dict[int, list[float]] = {n: [] for n in calls}
+        for turn in range(-1, args.repeats):
+            for n, (call, number) in calls.items():
+                before = time.process_time()
+                call()
+                if turn >= 0:
+                    seconds[n].append((time.process_time() - before) / number)
+        for n, times in seconds.items():
+            low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+            row = {"seconds": median, "low": low, "high": high, "gflop": tables.gflop(size, n)}
+            rows.append({**size._asdict(), "workers": n, **row})
+            print(f"{size.name}, n = {n}: {1e3 * median:.2f} ms a step", file=sys.stderr)
+    args.results.mkdir(parents=True, exist_ok=True)
+    with open(args.results / tables.STEPS_FILE, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([{k: _short(v) for k, v in row.items()} for row in rows])
+    return rows
+
+
+def _short(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def chosen(only: tuple[str, ...]) -> list[str]:
+    """The names that `--only` means, in the order of `SETTINGS`.
+
+    Raises:
+      ValueError: a name or pattern of nothing.
+    """
+    names = [STEPS, *SETTINGS]
+    for pattern in only:
+        if not fnmatch.filter(names, pattern):
+            msg = f"--only {pattern}: no such setting; write some of {', '.join(names)}."
+            raise ValueError(msg)
+    return [n for n in names if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
+
+
+def main(args: Args) -> None:
+    names = chosen(args.only)
+    if not args.plot:
+        for name in names:
+            if name == STEPS:
+                time_steps(args)
+            else:
+                train(SETTINGS[name], args)
+    else:
+        tables.draw(args.results, args.width, readme=args.results.parent / "README.md")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
