@@ -105,7 +105,7 @@ def _map(fn, specs, *trees):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("indices", "valid"),
-    meta_fields=("specs", "paths", "axis_sizes", "disjoint"),
+    meta_fields=("specs", "paths", "axis_sizes", "disjoint", "blocks"),
 )
 @dataclasses.dataclass(frozen=True)
 class Selection:
@@ -127,6 +127,7 @@ class Selection:
       axis_sizes: `((axis name, size), ...)`, sorted.
       disjoint: names of axes no row of which two elements hold, by construction
         (`psjax.random_partition`); what they alone select goes home faster.
+      blocks: into how many equal blocks the axes were cut before they were divided; 1 if not.
     """
 
     indices: dict[str, Any]
@@ -135,6 +136,7 @@ class Selection:
     paths: tuple[str, ...]
     axis_sizes: tuple[tuple[str, int], ...]
     disjoint: tuple[str, ...] = ()
+    blocks: int = 1
 
     @property
     def num_elements(self) -> int:
@@ -455,12 +457,12 @@ def random_partition(
       sizes: `{axis name: size}` of the axes to divide; other axes stay whole.
       num_elements: n.
       stratified: first cut every axis into n equal blocks, the shards of n owners, and divide each
-        block among the elements. The marginals are the same; between owner and element the same
-        number of rows passes whatever the key, so an exchange is one `all_to_all`.
+        block among the elements; $n^2$ must divide the sizes. The marginals are the same; between
+        owner and element the same number of rows passes whatever the key, so an exchange is one
+        `all_to_all`.
 
     Returns:
-      A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element
-      (within each block, if stratified).
+      A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element.
 
     Raises:
       ValueError: an axis that no parameter has, more elements than rows, blocks of unequal size.
@@ -492,22 +494,23 @@ def random_partition(
             indices[name] = _shares(axis_key, size, num_elements)
             continue
         block, rest = divmod(size, num_elements)
-        if rest or block < num_elements:
+        if rest or block % num_elements:
             msg = (
                 f"random_partition(num_elements={num_elements}, stratified=True): axis {name!r} "
-                f"of size {size} must be {num_elements} equal blocks of {num_elements} rows or "
-                "more; write another size, or stratified=False."
+                f"has size {size}, which {num_elements} * {num_elements} must divide: "
+                f"{num_elements} blocks, each of {num_elements} equal groups. Write another size, "
+                "or stratified=False."
             )
             raise ValueError(msg)
         keys = jax.random.split(axis_key, num_elements)
         share = functools.partial(_shares, size=block, n=num_elements)
         within = jax.vmap(share)(keys)  # [owner, element, m]
         offset = block * jnp.arange(num_elements, dtype=jnp.int32)[:, None, None]
-        rows = jnp.where(within < block, within + offset, jnp.full_like(within, size))
-        indices[name] = jnp.moveaxis(rows, 0, 1).reshape(num_elements, -1)
+        indices[name] = jnp.moveaxis(within + offset, 0, 1).reshape(num_elements, -1)
     found = tuple(sorted(sizes.items()))
     valid = np.ones(num_elements, bool)
-    return Selection(indices, valid, specs, paths, found, disjoint=tuple(sorted(sizes)))
+    blocks = num_elements if stratified else 1
+    return Selection(indices, valid, specs, paths, found, tuple(sorted(sizes)), blocks)
 
 
 def _shares(key, size, n):

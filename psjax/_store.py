@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
 from psjax._local import LocalMetrics, _first, _goes_home, _state_specs
-from psjax._selection import _is_spec, _with_specs
+from psjax._selection import _is_spec, _with_specs, replicas
 
 _HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
 
@@ -90,7 +89,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
             y = jnp.moveaxis(y, 0, homes[i])
             seen[i] = y.reshape(*y.shape[: homes[i]], -1, *y.shape[homes[i] + 2 :])
         subnet, state = treedef.unflatten(seen)
-        subnet, state, metrics = update(subnet, state, _alone(selection, me), batches)
+        subnet, state, metrics = update(subnet, state, replicas(subnet, 1), batches)
 
         finite, new = metrics.finite[0], jax.tree.leaves((subnet, state))
         back = []
@@ -130,8 +129,7 @@ def _part(selection, me, n):
     for name, index in selection.indices.items():
         block = selection.sizes[name] // n
         mine = jax.lax.dynamic_index_in_dim(jnp.asarray(index).reshape(n, n, -1), me, 1, False)
-        local = jnp.where(mine < selection.sizes[name], mine - me * block, block)
-        indices[name + _HOME] = local.astype(jnp.int32)
+        indices[name + _HOME] = (mine - me * block).astype(jnp.int32)
         sizes[name + _HOME] = block
     return dataclasses.replace(
         selection,
@@ -141,34 +139,12 @@ def _part(selection, me, n):
     )
 
 
-def _alone(selection, me):
-    """The fetched subnet as one element that sees all of its slots but the padding."""
-    indices, sizes = {}, {}
-    for name, index in selection.indices.items():
-        slots = index.shape[1]
-        own = jax.lax.dynamic_index_in_dim(jnp.asarray(index), me, 0)
-        places = jnp.arange(slots, dtype=jnp.int32)[None]
-        indices[name] = jnp.where(own < selection.sizes[name], places, slots)
-        sizes[name] = slots
-    return dataclasses.replace(
-        selection,
-        indices=indices,
-        valid=np.ones(1, bool),
-        axis_sizes=tuple(sorted(sizes.items())),
-        disjoint=(),
-    )
-
-
 def _check(selection, n):
-    even = all(
-        index.ndim == 2 and index.shape[1] % n == 0 and selection.sizes[name] % n == 0
-        for name, index in selection.indices.items()
-    )
-    if selection.num_elements != n or not even or set(selection.indices) - set(selection.disjoint):
+    if selection.num_elements != n or selection.blocks != n:
         msg = (
             f"exchange: {n} workers need a stratified partition into {n} subnets; this selection "
-            f"has {selection.num_elements} elements. Write psjax.ist.membership(seed, round, axes, "
-            f"sizes, num_subnets={n}, stratified=True)."
+            f"has {selection.num_elements} elements and {selection.blocks} blocks. Write "
+            f"psjax.ist.membership(seed, round, axes, sizes, num_subnets={n}, stratified=True)."
         )
         raise ValueError(msg)
 

@@ -89,8 +89,8 @@ def data_parallel(
 
     def update(params, opt_state, selection, batches):
         _check_replicas("data_parallel", selection)
+        _check_rows(selection, batches, in_axes)
         if in_axes == 0:
-            _check_rows(selection, batches)
             batches = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches)
         workers = jnp.sum(jnp.asarray(selection.valid))
         if axis_name is not None:
@@ -122,11 +122,15 @@ def _check_replicas(call, selection):
         raise ValueError(msg)
 
 
-def _check_rows(selection, batches):
-    for x in jax.tree.leaves(batches):
-        if jnp.ndim(x) < 2 or x.shape[0] != selection.num_elements or not x.shape[1]:
-            msg = (
-                f"data_parallel: a leaf of batches has shape {jnp.shape(x)}; with in_axes=0 it "
-                f"must begin with [{selection.num_elements}, J], J >= 1 local steps."
-            )
-            raise ValueError(msg)
+def _check_rows(selection, batches, in_axes):
+    lead = [selection.num_elements] if in_axes == 0 else []
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
+    steps = {shape[len(lead)] if len(shape) > len(lead) else 0 for shape in shapes}
+    wrong = [s for s in shapes if list(s[: len(lead)]) != lead]
+    if wrong or len(steps) != 1 or steps == {0}:
+        begin = ", ".join(map(str, [*lead, "J"]))
+        msg = (
+            f"data_parallel: leaves of batches have shapes {shapes}; with in_axes={in_axes} they "
+            f"must all begin with [{begin}], J >= 1 local steps."
+        )
+        raise ValueError(msg)

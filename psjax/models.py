@@ -112,10 +112,11 @@ class _Divided(nn.Module):
           ValueError: fewer neurons in a layer than subnets.
         """
         hidden: tuple[int, ...] = self.hidden  # pyright: ignore[reportAttributeAccessIssue]
-        if num_subnets < 1 or num_subnets > min(hidden):
+        least = min(hidden, default=0)
+        if not 1 <= num_subnets <= least:
             msg = (
                 f"subnet({num_subnets}): the hidden layers have {hidden} neurons; write a number "
-                f"of subnets from 1 to {min(hidden)}."
+                f"of subnets from 1 to {least}, or wider layers."
             )
             raise ValueError(msg)
         return self.clone(hidden=tuple(-(-width // num_subnets) for width in hidden))
@@ -240,7 +241,7 @@ class SparseMLP(_Divided):
         self.bias = self.param("bias", nn.initializers.zeros, (self.num_labels,))
 
     def _features(self, ids, values, train):
-        rows = self.embedding.at[ids].get(mode="fill", fill_value=0)
+        rows = jnp.asarray(self.embedding).at[ids].get(mode="fill", fill_value=0)
         x = jnp.einsum("bk,bkh->bh", values, rows)
         return nn.relu(self.norm(x, train))
 

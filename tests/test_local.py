@@ -379,7 +379,25 @@ def test_with_a_count_per_entry_the_first_steps_are_those_of_adam_from_the_start
     common = (1 - 0.9) / (1 - 0.9 ** (late + 1))
     common /= np.sqrt((1 - 0.999) / (1 - 0.999 ** (late + 1)))
     assert first_step(optax.adam(1.0)) == pytest.approx(common, rel=1e-6)
-    assert common > 0.5
+
+
+def test_with_one_count_an_entry_held_late_takes_steps_of_up_to_six_and_a_half_learning_rates():
+    """What the docstring of `scale_by_adam` says, by optax's Adam and local steps: 3.2 to 6.6."""
+    optimizer = optax.adam(1.0)
+    params = {"w": jnp.zeros(2)}
+    early, late = (psjax.select({"w": P("i")}, {"i": [[i]]}, like=params) for i in (0, 1))
+    update = jax.jit(psjax.local_update(lambda p, x: jnp.sum(p["w"]) * x, optimizer))
+    state = optimizer.init(params)
+    params, state, _ = update(params, state, early, jnp.ones((1, 20_000)))
+    steps = []
+    for _ in range(15):
+        before = params["w"][1]
+        params, state, _ = update(params, state, late, jnp.ones((1, 1)))
+        steps.append(float(before - params["w"][1]))
+    k = np.arange(1, 16)
+    np.testing.assert_allclose(steps, (1 - 0.9**k) / np.sqrt(1 - 0.999**k), rtol=1e-3)
+    assert steps[0] == pytest.approx(3.16, abs=0.01)
+    assert max(steps) == pytest.approx(6.57, abs=0.02)
 
 
 # ------------------------------------------------------------ keys, collections, devices, traces

@@ -41,7 +41,7 @@ PARTITIONS = {
     "random partition": ({"i": 6, "j": 4}, 2, False),
     "random partition, uneven": ({"i": 6, "j": 4}, 4, False),
     "random partition of one axis": ({"j": 4}, 3, False),
-    "random partition, stratified": ({"i": 6, "j": 4}, 2, True),
+    "random partition, stratified": ({"j": 4}, 2, True),
 }
 KINDS = [*INDICES, *PARTITIONS, "replicas", "split with padding", "part of a random partition"]
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -134,7 +134,7 @@ class Config:
                 "or a larger --width."
             )
             raise ValueError(msg)
-        if self.stratified and (not self.divided or width % n or width // n < n):
+        if self.stratified and (not self.divided or width % n**2):
             msg = (
                 f"--stratified --method {self.method} --subnets {n}: {width} neurons; write "
                 "--method ist and a --width that is n blocks of n neurons or more."

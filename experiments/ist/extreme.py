@@ -1,0 +1,758 @@
+"""Very many labels in independent subnets: the paper's Table 2 on Bibtex, Amazon-670k's shapes.
+
+B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
+Subnet Training*, arXiv:1910.02120, section 6: a network of two layers, sparse features -> hidden
+neurons -> labels; the hidden neurons are divided, so that a subnet has 1/n of both layers.
+
+    python -m experiments.ist.extreme --data PATH/TO/Bibtex       # trains; the folder of train.txt
+    python -m experiments.ist.extreme --amazon-shapes             # one round, its memory and time
+    python -m experiments.ist.extreme --amazon-shapes --width 1024
+
+The first writes `bibtex.csv`, a row an epoch and seed, and `bibtex.md` while it trains, and
+continues where it was interrupted. The second adds a row to `amazon_shapes.csv` and
+`amazon_shapes.md`; a size a process, for memory's peak is the process's. Both go to
+`experiments/ist/results/`.
+
+Data sets: K. Bhatia, K. Dahiya, H. Jain, P. Kar, A. Mittal, Y. Prabhu, M. Varma, *The extreme
+classification repository*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import resource
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from tqdm import tqdm
+
+import psjax
+from experiments._checkpoint import Checkpoints
+from experiments._run import NotFiniteError, open_folder, read_rows, replace, write_rows
+from experiments.ist import training
+from experiments.psl.training import over_seeds
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+K = 5  # the largest k of P@k
+METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
+RATES = {  # tried where none is given
+    "sgd": (0.1, 0.3, 1.0, 3.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "adam": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+PAPER = """\
+| Amazon-670k, the paper's Table 2 | P@1, % | P@3, % | P@5, % |
+|---|---|---|---|
+| data parallel, 512 neurons, 4 machines | 38.61 | 34.54 | 31.64 |
+| IST, 512 neurons, 4 machines | 39.62 | 36.04 | 33.13 |
+| IST, 1024 neurons, 8 machines | 40.89 | 36.85 | 33.92 |
+"""
+# Amazon-670K in the repository's table of data sets, 490 449 training points; and features a point.
+AMAZON_FEATURES, AMAZON_LABELS = 135_909, 670_091
+FEATURES_A_POINT, LABELS_A_POINT = 75.7, 5.45
+SHAPES_COLUMNS = (
+    "hidden",
+    "subnets",
+    "local_steps",
+    "batch_size",
+    "weights_gib",
+    "weights_and_state_gib",
+    "round_gib",
+    "round_peak_rss_gib",
+    "subnet_gib",
+    "data_parallel_gib",
+    "seconds",
+    "cpu_seconds",
+    "loss",
+)
+
+
+@dataclasses.dataclass
+class Args:
+    """Train a network with very many labels in independent subnets."""
+
+    data: pathlib.Path | None = None
+    """Folder with train.txt and test.txt in the repository's format, such as Bibtex's."""
+    amazon_shapes: bool = False
+    """One round with Amazon-670k's shapes and synthetic rows; no data needed."""
+    width: int = 512
+    """Hidden neurons; with --data also twice as many, on twice as many subnets."""
+    subnets: int | None = None
+    """n. Default: 4, the paper's for 512 neurons; with --amazon-shapes 8."""
+    local_steps: int | None = None
+    """J, steps between two exchanges. Default: 5; with --amazon-shapes 2."""
+    batch_size: int = 128
+    """Samples of one worker's step."""
+    optimizer: str | None = None
+    """sgd, momentum (0.9) or adam. Default: adam; with --amazon-shapes sgd, which has no state."""
+    learning_rates: tuple[float, ...] = ()
+    """To choose from on the validation part; --amazon-shapes takes the first. Default: four."""
+    epochs: int = 30
+    seeds: int = 5
+    """Trainings a setting, for mean and standard deviation."""
+    validation_seeds: int = 2
+    """Trainings for each learning rate."""
+    out: pathlib.Path = RESULTS
+    """Folder of the CSV and the table."""
+    runs: pathlib.Path = pathlib.Path("runs/extreme")
+    """Where run folders go."""
+
+    def __post_init__(self):
+        if self.amazon_shapes == (self.data is not None):
+            msg = "write --data FOLDER, of train.txt and test.txt, or --amazon-shapes."
+            raise ValueError(msg)
+        self.subnets = self.subnets or (8 if self.amazon_shapes else 4)
+        self.local_steps = self.local_steps or (2 if self.amazon_shapes else 5)
+        self.optimizer = self.optimizer or ("sgd" if self.amazon_shapes else "adam")
+        if self.optimizer not in RATES:
+            msg = f"--optimizer {self.optimizer}: write one of {', '.join(RATES)}."
+            raise ValueError(msg)
+        self.learning_rates = self.learning_rates or RATES[self.optimizer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(training.Config):
+    """One training; `width` is that of the hidden layer."""
+
+    data: str = ""
+    """Name and checksum of the data set."""
+    part: str = "test"
+    """validation: a fifth of the training set is kept back and evaluated; test: trains on all."""
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Points as rows of one width: `ids`, `values` `[N, width]` and `labels [N, most]`."""
+
+    arrays: dict[str, np.ndarray]
+    num_features: int
+    num_labels: int
+
+    def __len__(self):
+        return len(self.arrays["ids"])
+
+    def __getitem__(self, index) -> "Rows":
+        return dataclasses.replace(self, arrays={k: x[index] for k, x in self.arrays.items()})
+
+
+def padded(data: psjax.data.SparseDataset) -> Rows:
+    """All points of a data set, padded past the end of features and labels."""
+    points = np.arange(len(data.indptr) - 1)
+    widest = lambda indptr: int(np.diff(indptr).max(initial=1))
+    ids, values = psjax.data.pad_rows(
+        data.indptr, data.indices, data.values, points, widest(data.indptr), data.num_features
+    )
+    labels, _ = psjax.data.pad_rows(
+        data.label_indptr,
+        data.label_indices,
+        None,
+        points,
+        widest(data.label_indptr),
+        data.num_labels,
+    )
+    arrays = {"ids": ids, "values": values, "labels": labels}
+    return Rows(arrays, data.num_features, data.num_labels)
+
+
+def load(folder: pathlib.Path) -> tuple[Rows, Rows]:
+    """The training set and the test set.
+
+    Raises:
+      FileNotFoundError: no such files.
+      ValueError: a damaged file; two files that are not of one data set.
+    """
+    parts = []
+    for name in ("train.txt", "test.txt"):
+        if not (folder / name).is_file():
+            msg = (
+                f"--data {folder}: no {name} there. It is a folder of train.txt and test.txt in "
+                "the format of http://manikvarma.org/downloads/XC/XMLRepository.html (Bibtex)."
+            )
+            raise FileNotFoundError(msg)
+        parts.append(padded(psjax.data.read_xc(folder / name)))
+    train, test = parts
+    sizes = [(len(p), p.num_features, p.num_labels) for p in parts]
+    if sizes[0][1:] != sizes[1][1:] or min(sizes)[0] < 5:
+        msg = (
+            f"--data {folder}: train.txt and test.txt have {sizes} points, features and labels; "
+            "they must be of one data set, of 5 points or more."
+        )
+        raise ValueError(msg)
+    return train, test
+
+
+def divide(train: Rows) -> tuple[Rows, Rows]:
+    """A training set without every fifth point of a fixed random order, and those points."""
+    order = np.random.default_rng(0).permutation(len(train))
+    kept_back = len(train) // 5
+    return train[np.sort(order[kept_back:])], train[np.sort(order[:kept_back])]
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def make_model(rows: Rows, width: int) -> psjax.models.SparseMLP:
+    return psjax.models.SparseMLP(rows.num_labels, rows.num_features, (width,))
+
+
+def shapes_of(net):
+    """Axes and shapes of a network's parameters."""
+    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
+    variables = jax.eval_shape(net.init, jax.random.key(0), *row)
+    return nn.get_partition_spec(variables)["params"], nn.unbox(variables)["params"]
+
+
+def round_fn(config: training.Config, net):
+    """`(params, opt_state, seed, round, index [n, J, B], data) -> params, opt_state, metrics`."""
+    n, optimizer = config.subnets, training.make_optimizer(config)
+    worker = net.subnet(n) if config.divided else net
+    axes, _ = shapes_of(net)
+
+    def one_round(params, opt_state, seed, round, index, data):
+        def loss_fn(params, index):
+            rows = (data[name][index] for name in ("ids", "values", "labels"))
+            return worker.apply({"params": params}, *rows, method="loss").mean()
+
+        if config.divided:
+            selection = psjax.ist.membership(seed, round, axes, net.sizes, n)
+            update = psjax.local_update(loss_fn, optimizer)
+        else:
+            selection = psjax.replicas(params, n)
+            update = psjax.baselines.data_parallel(loss_fn, optimizer)
+        return update(params, opt_state, selection, index)
+
+    return one_round
+
+
+def best_labels_fn(net, size: int = 500):
+    """`(params [seeds, ...], held_out, sample) -> [seeds, N, 5]`, best first, jitted.
+
+    `held_out` and `sample` are ids and values, `[N, width]` and `[batches, B, width]`; with the
+    sample, of the training set, the whole network is calibrated.
+    """
+
+    def one(params, held_out, sample):
+        statistics = psjax.ist.calibrate(net, params, sample)
+        variables = {"params": params, "batch_stats": statistics}
+        n = len(held_out[0])
+        index = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1).reshape(-1, size)
+        best = lambda i: net.apply(variables, *(x[i] for x in held_out), K, method="top_k")
+        return jax.lax.map(best, index).reshape(-1, K)[:n]
+
+    return jax.jit(
+        lambda params, held_out, sample: over_seeds(lambda p: one(p, held_out, sample))(params)
+    )
+
+
+def scores(best: np.ndarray, held_out: Rows, counts: np.ndarray, num_points: int) -> dict:
+    """All metrics of the predictions `[N, 5]`; counts and points are the training set's."""
+    labels, L = held_out.arrays["labels"], held_out.num_labels
+    found = {
+        "P": psjax.metrics.precision_at_k(best, labels, L, K),
+        "nDCG": psjax.metrics.ndcg_at_k(best, labels, L, K),
+        "PSP": psjax.metrics.propensity_scored_precision_at_k(
+            best, labels, psjax.metrics.propensities(counts, num_points), K
+        ),
+    }
+    return {name: float(found[(m := name.split("@"))[0]][int(m[1]) - 1]) for name in METRICS}
+
+
+def train(
+    config: Config,
+    train: Rows,
+    held_out: Rows,
+    folder: pathlib.Path,
+    written: Callable[[list[dict]], None] = lambda rows: None,
+    checkpoint_every: int = 5,
+) -> list[dict]:
+    """Train as `config` says, or continue, in a run folder; returns the metrics.
+
+    As `experiments.ist.run.train`: every round follows from the state and (seed, round) alone, and
+    an interrupted training ends with the same parameters as one that was not.
+
+    Args:
+      config: the training.
+      train: what it trains on.
+      held_out: what every report's metrics are of.
+      folder: the run folder.
+      written: called with the rows so far, an epoch and seed each.
+      checkpoint_every: epochs between checkpoints.
+
+    Raises:
+      NotFiniteError: NaN or Inf in the parameters, or in all subnets of a round.
+    """
+    report = functools.partial(print, file=sys.stderr, flush=True)
+    open_folder(config, folder, resume=True)
+    path, stream = folder / "metrics.csv", training.Stream(config, len(train))
+    rows = read_rows(path) if path.exists() else []
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    last = rows[-1]["epoch"] if rows else 0
+    if last > config.epochs:
+        msg = f"{folder} has {last} epochs; write --epochs {last} or more, or another --runs."
+        raise ValueError(msg)
+    if last == config.epochs:
+        written(rows)
+        return rows
+    net = make_model(train, config.hidden[0])
+    optimizer = training.make_optimizer(config)
+    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
+
+    def initial(seed):
+        params = nn.unbox(net.init(jax.random.key(seed), *row))["params"]
+        return {"params": params, "opt_state": optimizer.init(params)}
+
+    seeds = jnp.asarray(stream.seeds, jnp.int32)
+    state = jax.jit(lambda seeds: jax.lax.map(initial, seeds))(seeds)
+    restored = checkpoints.restore(state, report)
+    start, state = restored or (0, state)
+    rows = [row for row in rows if row["epoch"] <= start]
+    seconds = rows[-1]["seconds"] if rows else 0.0
+    size = min(128, len(train))
+    batches = min(config.calibration_batches, len(train) // size)
+    index = np.random.default_rng(0).permutation(len(train))[: batches * size].reshape(-1, size)
+    inputs = lambda arrays, *at: tuple(jnp.asarray(arrays[k][at]) for k in ("ids", "values"))
+    sample, queries = inputs(train.arrays, index), inputs(held_out.arrays)
+    labels = train.arrays["labels"]
+    counts = np.bincount(labels[labels < train.num_labels], minlength=train.num_labels)
+    data = jax.device_put(train.arrays)
+    run, best_labels = training.rounds_fn(config, round_fn(config, net)), best_labels_fn(net)
+
+    def rounds(state, first, last):
+        indices = stream(first, max(last, first + 1))
+        return run(state, seeds, indices, np.int32(first), np.int32(last - first), data)
+
+    done, saved = stream.rounds(start), start
+    state, _ = rounds(state, done, done)  # compiles; no round, the state as it was
+    jax.block_until_ready(state)
+    with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
+        for epoch in stream.reports(start):
+            first, done, before = done, stream.rounds(epoch), time.perf_counter()
+            state, metrics = rounds(state, first, done)
+            metrics = jax.tree.map(np.asarray, metrics)
+            seconds += time.perf_counter() - before
+            loss, finite = (metrics[name][:, : done - first] for name in ("loss", "finite"))
+            if not (metrics["sound"].all() and finite.any(axis=2).all()):
+                msg = f"{folder}: NaN or Inf in epoch {epoch}; try lower --learning-rates."
+                raise NotFiniteError(msg)
+            best = np.asarray(best_labels(state["params"], queries, sample))
+            for s, seed in enumerate(stream.seeds):
+                row = {
+                    "epoch": epoch,
+                    "seed": seed,
+                    "round": done,
+                    "samples": done * stream.samples_a_round,
+                    "train_loss": float(loss[s][finite[s]].mean()),
+                    **scores(best[s], held_out, counts, len(train)),
+                    "left_out": int(np.sum(~finite[s])),
+                    "seconds": seconds,
+                }
+                rows.append(row)
+            write_rows(path, rows)
+            written(rows)
+            if epoch >= saved + checkpoint_every or epoch == config.epochs:
+                checkpoints.save(epoch, state)
+                saved = epoch
+            bar.set_postfix(loss=f"{loss[finite].mean():.4f}", p1=f"{rows[-1]['P@1']:.4f}")
+            bar.update(epoch - bar.n)
+    return read_rows(path)  # as a later call returns them
+
+
+# ------------------------------------------------------------------------------------------ Table 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A setting of the table with what the validation part chose, and its test rows so far."""
+
+    name: str
+    config: Config
+    epoch: int
+    rows: list[dict]
+
+
+def settings(args: Args, data: str) -> dict[str, Config]:
+    """Table 2's three: data parallel, subnets, subnets at twice the width."""
+    base = Config(
+        data=data,
+        width=args.width,
+        subnets=args.subnets or 1,
+        local_steps=args.local_steps or 1,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer or "adam",
+        epochs=args.epochs,
+        seeds=args.seeds,
+    )
+    return {
+        "data parallel": dataclasses.replace(base, method="data-parallel"),
+        "IST": base,
+        "IST twice as wide": dataclasses.replace(
+            base, width=2 * args.width, subnets=2 * base.subnets
+        ),
+    }
+
+
+def best_epoch(rows: list[dict]) -> tuple[float, int]:
+    """The largest P@1, mean over the seeds, and the first epoch with it."""
+    epochs = dict.fromkeys(row["epoch"] for row in rows)
+    mean = {e: np.mean([row["P@1"] for row in rows if row["epoch"] == e]) for e in epochs}
+    epoch = max(mean, key=lambda e: (mean[e], -e))
+    return float(mean[epoch]), epoch
+
+
+def table_2(args: Args) -> list[Chosen]:
+    """Choose rate and epoch of every setting on the validation part, then train on everything."""
+    assert args.data is not None
+    whole, test = load(args.data)
+    name = args.data.resolve().name
+    checksum = 0
+    for part, key in itertools.product((whole, test), ("ids", "values", "labels")):
+        checksum = zlib.crc32(part.arrays[key].tobytes(), checksum)
+    part, validation = divide(whole)
+    print(
+        f"{name}: {len(whole)} training points, of which {len(validation)} are kept back to choose "
+        f"on; {len(test)} test points, {whole.num_features} features, {whole.num_labels} labels",
+        file=sys.stderr,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    done, chosen = [], []
+
+    def fit(setting, config, train_on, held_out):
+        words = (config.method, f"{config.width}x{config.subnets}", f"J{config.local_steps}")
+        words += (config.optimizer, f"{config.learning_rate:g}", config.part)
+        before = {
+            "setting": setting,
+            "part": config.part,
+            "width": config.width,
+            "subnets": config.subnets,
+            "local_steps": config.local_steps,
+            "optimizer": config.optimizer,
+            "learning_rate": config.learning_rate,
+        }
+        own = lambda rows: [{**before, **row} for row in rows]
+        write = lambda rows: write_rows(args.out / f"{name.lower()}.csv", done + own(rows))
+        rows = train(config, train_on, held_out, args.runs / "-".join((name, *words)), write)
+        done.extend(own(rows))
+        return rows
+
+    for setting, config in settings(args, f"{name} {checksum:08x}").items():
+        tried = {}
+        for rate in args.learning_rates:
+            own = dataclasses.replace(config, learning_rate=rate, part="validation")
+            own = dataclasses.replace(own, seeds=args.validation_seeds)
+            try:
+                tried[rate] = best_epoch(fit(setting, own, part, validation))
+            except NotFiniteError as error:
+                print(error, file=sys.stderr)
+        if not tried:
+            msg = f"{setting}: NaN or Inf with every learning rate; write lower --learning-rates."
+            raise NotFiniteError(msg)
+        rate = max(tried, key=lambda rate: tried[rate])
+        config = dataclasses.replace(config, learning_rate=rate)
+        rows = fit(setting, config, whole, test)
+        # With more points a round may end in another epoch: the first one reported from there on.
+        epoch = min(row["epoch"] for row in rows if row["epoch"] >= tried[rate][1])
+        chosen.append(Chosen(setting, config, epoch, [r for r in rows if r["epoch"] == epoch]))
+        replace(args.out / f"{name.lower()}.md", table(args, name, chosen))
+    return chosen
+
+
+def table(args: Args, name: str, chosen: list[Chosen]) -> str:
+    """What was measured, in Markdown, beside the paper's."""
+    columns = [m for m in METRICS if m != "nDCG@1"]  # which is P@1 where every point has a label
+    head = ["setting", "learning rate", "epochs", *(f"{m}, %" for m in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for own in chosen:
+        c = own.config
+        words = (
+            f"{own.name}, {c.width} neurons, {c.subnets} {'subnets' if c.divided else 'workers'}"
+        )
+        cells = [words, f"{c.learning_rate:g}", str(own.epoch)]
+        for m in columns:
+            values = 100 * np.array([row[m] for row in own.rows])
+            cells.append(f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return (
+        f"# Table 2 in small: {name}\n\n" + "\n".join(lines) + f"\n\n"
+        f"Test set of {name}, mean ± standard deviation over {args.seeds} seeds; P and nDCG: "
+        "precision and discounted gain at k, PSP: precision weighted by propensity. Batches of "
+        f"{args.batch_size} a worker, {args.optimizer}, {args.local_steps} local steps between "
+        "exchanges in subnets; data parallel averages the gradients at every step. The whole "
+        "network is calibrated with training points before it predicts. Learning rate, of "
+        f"{', '.join(f'{rate:g}' for rate in args.learning_rates)}, and epochs, at most "
+        f"{args.epochs}, are those of the largest P@1 on a fifth of the training set, kept back "
+        f"({args.validation_seeds} seeds); then all of it was trained on. Nothing was chosen on "
+        "the test set.\n\n"
+        "The paper's numbers are **of another data set**, Amazon-670k with its 670 091 labels: the "
+        f"order of the rows can be compared, the values cannot.\n\n{PAPER}"
+    )
+
+
+# ----------------------------------------------------------------------------- Amazon-670k's shapes
+
+
+def synthetic(
+    num_points: int,
+    num_features: int = AMAZON_FEATURES,
+    num_labels: int = AMAZON_LABELS,
+    features_a_point: float = FEATURES_A_POINT,
+    labels_a_point: float = LABELS_A_POINT,
+    seed: int = 0,
+) -> psjax.data.SparseDataset:
+    """Points with the statistics of Amazon-670k.
+
+    Numbers of features and labels of a point are 1 + Poisson. Labels follow a power law, frequency
+    ~ rank^-0.5: with the real numbers of points and labels, 3.99 points a label, the most frequent
+    one has 1600 and the rarest 2. Features follow Zipf's law, ~ 1 / rank; their values are
+    tf * log(N / df) with geometric term frequencies, each row of norm 1.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(mean, size, exponent):
+        weights = np.arange(1, size + 1, dtype=np.float64) ** -exponent
+        cdf = np.cumsum(weights / weights.sum())
+        cdf /= cdf[-1]
+        names = rng.permutation(size).astype(np.int32)  # no order of frequency in the ids
+        counts = np.clip(1 + rng.poisson(mean - 1, num_points), 1, max(1, size // 2))
+        ranks = [_distinct(rng, cdf, count) for count in counts]
+        return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(ranks), names, cdf
+
+    indptr, ranks, names, cdf = draw(features_a_point, num_features, 1.0)
+    share = np.diff(cdf, prepend=0)[ranks]
+    df = -np.expm1(features_a_point * np.log1p(-np.minimum(share, 0.999)))  # of a point to have it
+    values = rng.geometric(0.7, len(ranks)) * -np.log(np.minimum(df, 0.999))
+    norms = np.sqrt(np.add.reduceat(values**2, indptr[:-1]))
+    values /= np.repeat(norms, np.diff(indptr))
+    label_indptr, label_ranks, label_names, _ = draw(labels_a_point, num_labels, 0.5)
+    return psjax.data.SparseDataset(
+        indptr,
+        names[ranks],
+        values.astype(np.float32),
+        label_indptr,
+        label_names[label_ranks],
+        num_features,
+        num_labels,
+    )
+
+
+def _distinct(rng, cdf, count):
+    """So many different ranks, drawn one after the other."""
+    found = np.zeros(0, np.int64)
+    while len(found) < count:
+        found = np.append(found, np.searchsorted(cdf, rng.random(2 * count), side="right"))
+        found = found[np.sort(np.unique(found, return_index=True)[1])]
+    return found[:count]
+
+
+def initial_params(net, key) -> dict[str, Any]:
+    """As `net.init` has them, but drawn a block of rows after the other, in place.
+
+    `net.init` of so large a network holds almost three times its weights beside them.
+    """
+    _, shapes = shapes_of(net)
+
+    def normal(key, like):
+        deviation = math.sqrt(2 / like.shape[0]) / 0.87962566103423978  # of a normal cut at 2
+        block = min(like.shape[0], max(1, 2**20 // like.shape[1]))
+
+        def body(i, x):
+            own = jax.random.fold_in(key, i)
+            drawn = jax.random.truncated_normal(own, -2, 2, (block, like.shape[1]), like.dtype)
+            # The last block overlaps the one before.
+            return jax.lax.dynamic_update_slice(x, deviation * drawn, (i * block, 0))
+
+        return jax.lax.fori_loop(0, -(-like.shape[0] // block), body, jnp.zeros_like(like))
+
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    keys = jax.random.split(key)
+    return {
+        "embedding": normal(keys[0], shapes["embedding"]),
+        "kernel": normal(keys[1], shapes["kernel"]),
+        "bias": zeros(shapes["bias"]),
+        "norm": {
+            **jax.tree.map(zeros, shapes["norm"]),
+            "scale": 1 + zeros(shapes["norm"]["scale"]),
+        },
+    }
+
+
+def compiled_round(config: training.Config, net, data):
+    """One round of J steps, compiled for the shapes of `data`; parameters and state are donated."""
+    _, params = shapes_of(net)
+    state = jax.eval_shape(training.make_optimizer(config).init, params)
+    n, J, B = config.subnets, config.local_steps, config.batch_size
+    index = jax.ShapeDtypeStruct((n, J, B), jnp.int32)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), data)
+    step = jax.jit(round_fn(config, net), donate_argnums=(0, 1))
+    return step.lower(params, state, number, number, index, like).compile()
+
+
+def needs(compiled) -> float:
+    """GiB of a compiled program, of its arguments, results and temporaries together."""
+    m = compiled.memory_analysis()
+    total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    return (total - m.alias_size_in_bytes) / 2**30
+
+
+def peak_rss() -> float:
+    """GiB, the most that this process has held until now."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def gib(tree) -> float:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
+
+
+def amazon_shapes(
+    args: Args, num_features: int = AMAZON_FEATURES, num_labels: int = AMAZON_LABELS
+) -> dict:
+    """One round in subnets with so many features and labels: the row of its table."""
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    config = training.Config(
+        width=args.width,
+        subnets=args.subnets or 1,
+        local_steps=args.local_steps or 1,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer or "sgd",
+        learning_rate=args.learning_rates[0],
+    )
+    n, J, B = config.subnets, config.local_steps, config.batch_size
+    data = synthetic(n * J * B, num_features, num_labels)
+    per_point = [np.diff(x).mean() for x in (data.indptr, data.label_indptr)]
+    say(
+        f"{n * J * B} points, {per_point[0]:.1f} of {num_features} features and "
+        f"{per_point[1]:.2f} of {num_labels} labels each"
+    )
+    rows = padded(data)
+    net = make_model(rows, args.width)
+    _, like = shapes_of(net)
+    optimizer = training.make_optimizer(config)
+    compiled = compiled_round(config, net, rows.arrays)
+    alone = dataclasses.replace(config, method="data-parallel", subnets=1)
+    whole = dataclasses.replace(alone, local_steps=1)
+    row = {
+        "hidden": args.width,
+        "subnets": n,
+        "local_steps": J,
+        "batch_size": B,
+        "weights_gib": gib(like),
+        "weights_and_state_gib": gib((like, jax.eval_shape(optimizer.init, like))),
+        "round_gib": needs(compiled),
+        "subnet_gib": needs(compiled_round(alone, net.subnet(n), rows.arrays)),
+        "data_parallel_gib": needs(compiled_round(whole, net, rows.arrays)),
+    }
+    say(
+        f"the whole network's weights {row['weights_gib']:.2f} GiB; compiled for: all {n} subnets "
+        f"on this machine {row['round_gib']:.2f} GiB, a machine that trains one of them "
+        f"{row['subnet_gib']:.2f} GiB, one that trains the whole data-parallel "
+        f"{row['data_parallel_gib']:.2f} GiB; held until here {peak_rss():.2f} GiB"
+    )
+    params = jax.jit(functools.partial(initial_params, net))(jax.random.key(0))
+    opt_state = jax.jit(optimizer.init)(params)
+    index = jnp.arange(n * J * B, dtype=jnp.int32).reshape(n, J, B)
+    arrays, numbers = jax.device_put((rows.arrays, (np.int32(0), np.int32(0))))
+    jax.block_until_ready((params, opt_state))
+    say(f"initial weights drawn; peak {peak_rss():.2f} GiB")
+    before = time.perf_counter(), time.process_time()
+    params, opt_state, metrics = compiled(params, opt_state, *numbers, index, arrays)
+    jax.block_until_ready(params)
+    row["seconds"] = time.perf_counter() - before[0]
+    row["cpu_seconds"] = time.process_time() - before[1]
+    row["round_peak_rss_gib"] = peak_rss()
+    row["loss"] = float(jnp.mean(metrics.loss))
+    if not bool(metrics.finite.all()):
+        msg = f"subnets became NaN or Inf: {np.flatnonzero(~np.asarray(metrics.finite))}."
+        raise NotFiniteError(msg)
+    say(
+        f"one round: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of the CPU), "
+        f"peak {row['round_peak_rss_gib']:.2f} GiB resident, "
+        f"loss {row['loss']:.3f} (log {num_labels} is {math.log(num_labels):.3f})"
+    )
+    row = {name: row[name] for name in SHAPES_COLUMNS}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "amazon_shapes.csv"
+    same = lambda old: all(old[name] == row[name] for name in SHAPES_COLUMNS[:4])
+    table = [old for old in (read_rows(path) if path.exists() else []) if not same(old)]
+    table = sorted([*table, row], key=lambda row: [row[name] for name in SHAPES_COLUMNS[:4]])
+    write_rows(path, table)
+    replace(args.out / "amazon_shapes.md", shapes_table(table, num_features, num_labels))
+    return row
+
+
+def shapes_table(rows: list[dict], num_features: int, num_labels: int) -> str:
+    """The rows of `amazon_shapes.csv` in Markdown."""
+    head = (
+        "hidden neurons",
+        "subnets × local steps × batch",
+        "weights, GiB",
+        "a machine data-parallel, GiB",
+        "a machine with one subnet, GiB",
+        "all subnets on one machine, GiB",
+        "peak of that process, GiB",
+        "a round, s",
+        "of CPU time, s",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in rows:
+        shape = " × ".join(f"{r[name]:g}" for name in ("subnets", "local_steps", "batch_size"))
+        sizes = ("weights_gib", "data_parallel_gib", "subnet_gib", "round_gib")
+        cells = [f"{r['hidden']:g}", shape, *(f"{r[name]:.2f}" for name in sizes)]
+        cells += [
+            f"{r['round_peak_rss_gib']:.2f}",
+            f"{r['seconds']:.0f}",
+            f"{r['cpu_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return (
+        f"# Amazon-670k's shapes: {num_features} features, {num_labels} labels\n\n"
+        + "\n".join(lines)
+        + "\n\nOne round in subnets, trained one after the other on the CPU, on synthetic rows "
+        f"({FEATURES_A_POINT} features and {LABELS_A_POINT} labels a point on average). The peak "
+        "is that of the resident memory of the process from its start, initial weights, compiler "
+        "and Python included; the three columns before it are what XLA's compiled programs need "
+        "for arguments, results and temporaries: a data-parallel step of the whole network on one "
+        "machine, the local steps of one subnet, and the whole round.\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def main(args: Args) -> None:
+    if args.amazon_shapes:
+        amazon_shapes(args)
+        print(args.out / "amazon_shapes.md")
+    else:
+        table_2(args)
+        assert args.data is not None
+        print((args.out / f"{args.data.resolve().name.lower()}.md").read_text())
+
+
+def _stop(signum, _):
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues.")
+    except (ValueError, OSError, NotFiniteError) as error:
+        sys.exit(f"error: {error}")
