@@ -22,7 +22,7 @@ class LocalMetrics(NamedTuple):
     """What a round reports.
 
     Attributes:
-      loss: `[E, J]`, loss of every local step.
+      loss: `[E, J]`, loss of every local step; that of an element which is not valid means nothing.
       finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
         and state were left out: the entries it held are as before the round.
     """
@@ -56,7 +56,8 @@ def local_update(
     Args:
       loss_fn: `loss_fn(element_params, batch) -> scalar`, a mean over the element's batch as in
         any training step. Leaves of `element_params` are the selected rows; a module's dropout keys
-        are leaves of the batch.
+        are leaves of the batch. No layer may reduce over a divided axis (`psjax.ist.check_subnets`
+        finds one that does).
       optimizer: an `optax.GradientTransformation`. It sees one element: `optax.clip_by_global_norm`
         clips the subnet's norm.
       in_axes: which batches an element sees: 0, row e of leaves `[E, J, ...]`; None, all see the
@@ -198,11 +199,11 @@ def _state_specs(params, specs, opt_state):
         x = x if hasattr(x, "dtype") else jnp.asarray(x)
         tails = [path[i:] for i in range(len(path) + 1)]
         found = [owners[tail][0] for tail in tails if owners.get(tail, (0, None))[1] == x.shape]
-        if not found and x.ndim and jnp.issubdtype(x.dtype, jnp.inexact):
+        if not found and x.ndim:
             msg = (
                 f"local_update(optimizer=...): the optimizer's state {keystr(path)} has shape "
                 f"{x.shape} and no parameter it belongs to has it; only trees shaped like the "
-                "parameters, scalars and integers can travel with the weights. Write an optimizer "
+                "parameters and scalars can travel with the weights. Write an optimizer "
                 "whose state is per entry, such as optax.sgd or optax.adam."
             )
             raise ValueError(msg)

@@ -42,6 +42,12 @@ class SubnetNorm(nn.Module):
           ValueError: prediction without statistics.
         """
         if self.is_mutable_collection("moments") and not self.is_initializing():
+            if self.has_variable("moments", "mean"):
+                msg = (
+                    f"SubnetNorm {'/'.join(self.path)}: called twice in one pass, but it has one "
+                    "mean and variance; write a SubnetNorm for each place."
+                )
+                raise ValueError(msg)
             mean, var = _moments(x)
             count = jnp.asarray(x.size // x.shape[-1], x.dtype)
             for name, value in (("mean", mean), ("var", var), ("count", count)):

@@ -23,7 +23,7 @@ def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 819
     and the kernel is neither padded nor copied. It costs four products of the size of $h W$ where
     the plain formula costs three.
 
-    Made for the extreme classification of *Distributed Learning of Deep Neural Networks using
+    Made for the extreme classification of *Distributed Learning of Neural Networks using
     Independent Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), section 6
     (Amazon-670k), where a subnet holds some rows of the kernel and all of its columns. The paper
     does not say which loss it trained; for lists of labels, this one is a choice.

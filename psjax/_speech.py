@@ -1,10 +1,10 @@
 """Spoken words as log-mel features: 128 mel bands x 32 frames = 4096 numbers a recording.
 
-What Independent Subnet Training feeds its fully connected networks with (Yuan, Wolfe, Dun, Tang,
-Kyrillidis, Jermaine: *Distributed learning of fully connected neural networks using independent
-subnet training*, https://arxiv.org/abs/1910.02120, section 5). The mel scale is that of Stevens,
-Volkmann, Newman: *A scale for the measurement of the psychological magnitude pitch*, JASA 8, 1937,
-in the formula of Slaney's Auditory Toolbox (Interval Research, technical report 1998-010).
+What independent subnet training is measured on: B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed
+Learning of Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. The mel
+scale is that of Stevens, Volkmann, Newman: *A scale for the measurement of the psychological
+magnitude pitch*, JASA 8, 1937, in the formula of Slaney's Auditory Toolbox (Interval Research,
+technical report 1998-010).
 """
 
 import dataclasses

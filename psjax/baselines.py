@@ -9,7 +9,7 @@ keys as leaves of the batches. A partition that is never redrawn is `psjax.ist.m
 and the same round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ def local_sgd(
     in_axes: Any = 0,
     axis_name: str | None = None,
     *,
+    mutable: Sequence[str] = (),
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
     """Local SGD: every worker trains the whole network for J steps; then all are averaged.
@@ -38,6 +39,7 @@ def local_sgd(
       optimizer: as there; its state is averaged too.
       in_axes: as there.
       axis_name: as there.
+      mutable: as there; overwritten entries are averaged like the weights.
       chunk_size: as there.
 
     Returns:
@@ -46,7 +48,9 @@ def local_sgd(
     Raises:
       ValueError: at the call, a selection that divides anything.
     """
-    update = local_update(loss_fn, optimizer, in_axes, axis_name, chunk_size=chunk_size)
+    update = local_update(
+        loss_fn, optimizer, in_axes, axis_name, mutable=mutable, chunk_size=chunk_size
+    )
 
     def checked(params, opt_state, selection, batches):
         _check_replicas("local_sgd", selection)
@@ -61,6 +65,7 @@ def data_parallel(
     in_axes: Any = 0,
     axis_name: str | None = None,
     *,
+    mutable: Sequence[str] = (),
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
     """Data-parallel training: the workers' gradients are averaged at every step.
@@ -70,6 +75,7 @@ def data_parallel(
       optimizer: any optax optimizer.
       in_axes: 0, worker e has row e of batches `[E, J, ...]`; None, all have the same `[J, ...]`.
       axis_name: name of a mapped axis over which the workers are spread.
+      mutable: must be empty; it is there because `psjax.local_update` has it.
       chunk_size: workers evaluated at once, as in `psjax.value_and_grad`.
 
     Returns:
@@ -81,6 +87,12 @@ def data_parallel(
     Raises:
       ValueError: at the call, a selection that divides anything, or other batches.
     """
+    if mutable:
+        msg = (
+            f"data_parallel(mutable={tuple(mutable)}): gradients are averaged, overwritten entries "
+            "cannot be; train without them and psjax.ist.calibrate before predicting."
+        )
+        raise ValueError(msg)
     if in_axes not in (0, None):
         msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
         raise ValueError(msg)

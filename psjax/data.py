@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from psjax._speech import WORDS as WORDS
 from psjax._speech import LogMel as LogMel
 from psjax._speech import SpeechDataset as SpeechDataset
 from psjax._speech import load_speech as load_speech

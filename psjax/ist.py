@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
+from jax.tree_util import keystr
 
 from psjax._selection import Selection, random_partition
 from psjax._separable import element_value_and_grad
@@ -63,8 +65,8 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
     of the training data with the whole network. Layer by layer: the statistics of a layer are those
     of its inputs once all layers before it use theirs, so that there are as many passes over the
-    batches as layers of normalisation. With one hidden layer there is nothing to correct for but
-    noise, because its inputs are whole in a subnet too.
+    batches as layers of normalisation. With one hidden layer, and scores that are not normalised,
+    there is nothing to correct but noise, because its inputs are whole in a subnet too.
 
     Args:
       model: a module whose call without `train=True` predicts.
@@ -94,7 +96,7 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
 
     def moments(args):
         variables = {"params": params, "batch_stats": stats}
-        return model.apply(variables, *args, mutable=["moments"], **kwargs)[1]["moments"]
+        return model.apply(variables, *args, mutable=["moments"], **kwargs)[1].get("moments", {})
 
     def pool(mean, var, count):
         weight = (count / jnp.sum(count))[:, None]
@@ -105,12 +107,24 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     num_norms = len(jax.tree.leaves(stats, is_leaf=is_norm))
     for _ in range(num_norms):  # each pass settles at least one layer more
         found = jax.lax.map(moments, batches)
+        if _norm_paths(found, is_norm) != _norm_paths(stats, is_norm):
+            odd = sorted(_norm_paths(found, is_norm) ^ _norm_paths(stats, is_norm))
+            msg = (
+                f"calibrate({type(model).__name__}): 'batch_stats' has {', '.join(odd)}, which no "
+                "psjax.nn.SubnetNorm computes; write SubnetNorm in the place of BatchNorm."
+            )
+            raise ValueError(msg)
         stats = jax.tree.map(
             lambda m: dict(zip(("mean", "var"), pool(m["mean"], m["var"], m["count"]))),
             found,
             is_leaf=is_norm,
         )
     return stats
+
+
+def _norm_paths(tree, is_norm):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_norm)
+    return {keystr(path) for path, _ in leaves}
 
 
 class GradientBias(NamedTuple):
@@ -141,8 +155,9 @@ def gradient_bias(
     E. Shulgin, P. Richtarik, *Towards a Better Theoretical Understanding of Independent Subnetwork
     Training*, arXiv:2306.16484: outside interpolation it does not vanish. The mean is over the
     draws, and over the holders of an entry within a draw; where nobody holds an entry it counts as
-    0. In a linear network with h hidden layers the mean of all draws is the whole gradient times
-    $n^{1 - h}$, in every layer: cosine 1, and the norm ratio and distance that follow.
+    0. In a linear network with h hidden layers, under a loss linear in the scores, the mean of all
+    draws is the whole gradient times $n^{1 - h}$ in every layer: cosine 1, and the norm ratio and
+    distance that follow.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar` of the whole network.
@@ -201,6 +216,12 @@ def check_subnets(
         alone = selection.scatter_mean(seen, zeros, where=own)
         small = subnet_fn(jax.tree.map(lambda x, e=e: x[e], seen), *args)
         large = fn(alone, *args)
+        if jnp.shape(small) != jnp.shape(large):
+            msg = (
+                f"check_subnets: a subnet's scores have shape {jnp.shape(small)}, those of the "
+                f"whole network {jnp.shape(large)}; write two functions of the same output."
+            )
+            raise ValueError(msg)
         largest = float(jnp.max(jnp.abs(large)))
         if not 0 < largest < float("inf"):
             msg = (
@@ -271,8 +292,23 @@ def scale_by_adam(
 
 
 def non_finite(selection: Selection, metrics: Any) -> str | None:
-    """A line that names the subnets a round left out for NaN or Inf, or None: for the host."""
-    bad = [int(e) for e in (~metrics.finite & selection.valid).nonzero()[0]]
+    """A line that names the subnets a round left out for NaN or Inf, or None: for the host.
+
+    Args:
+      selection: that of the round, whole `[E]` or as `split` divided it, `[devices, E / devices]`.
+      metrics: the round's, of the same leading shape.
+
+    Raises:
+      ValueError: other shapes.
+    """
+    finite, valid = np.asarray(metrics.finite), np.asarray(selection.valid)
+    if finite.shape != valid.shape:
+        msg = (
+            f"non_finite: metrics.finite has shape {finite.shape} but the selection "
+            f"{valid.shape}; give the selection that the round was called with."
+        )
+        raise ValueError(msg)
+    bad = np.flatnonzero(~finite & valid).tolist()  # split keeps the order, its padding is last
     if not bad:
         return None
     return (

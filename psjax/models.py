@@ -218,7 +218,7 @@ class SparseMLP(_Divided):
 
     Attributes:
       num_labels: L.
-      num_features: F; the id F, past the end, is padding.
+      num_features: F; the id F, past the end, is padding, any other outside [0, F) gives NaN.
       hidden: `(neurons,)` of the one hidden layer, the embedding dimension.
       use_scale, use_bias: scale and shift of the normalisation.
       chunk_size: labels whose scores are held at once by `loss` and `top_k`.
@@ -242,7 +242,8 @@ class SparseMLP(_Divided):
 
     def _features(self, ids, values, train):
         rows = jnp.asarray(self.embedding).at[ids].get(mode="fill", fill_value=0)
-        x = jnp.einsum("bk,bkh->bh", values, rows)
+        bad = (ids < 0) | (ids > self.num_features)  # F itself is padding
+        x = jnp.einsum("bk,bkh->bh", jnp.where(bad, jnp.nan, values), rows)
         return nn.relu(self.norm(x, train))
 
     def __call__(self, ids, values, train: bool = False):

@@ -1,7 +1,7 @@
 """A slow NumPy reference of independent subnet training in float64, written from the paper alone.
 
-*Distributed Learning of Deep Neural Networks using Independent Subnet Training* (B. Yuan, C. R.
-Wolfe, C. Dun, Y. Tang, A. Kyrillidis, C. M. Jermaine), arXiv:1910.02120: Algorithm 1 (a round),
+*Distributed Learning of Neural Networks using Independent Subnet Training* (B. Yuan,
+A. Kyrillidis, C. Jermaine), arXiv:1910.02120: Algorithm 1 (a round),
 Algorithm 2 (local steps) and section 5 (every neuron's input is normalised over the batch, in place
 of the factor n^2 of equation (2)). Made for tiny cases; a reader should be able to check every loop
 by eye.

@@ -7,6 +7,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -319,3 +320,37 @@ def test_no_array_has_the_batch_and_all_features_or_all_labels(what):
     assert any(batch in shape for shape in found)
     large = {s for s in found if np.prod(s, dtype=float) >= batch * min(features, labels)}
     assert large == ({(batch, labels)} if what == "all scores" else set())
+
+
+def test_convolutions_under_divided_dense_layers_are_averaged():
+    """Section 4.3: every subnet trains them whole; a round leaves the mean of what they became."""
+    n, steps = 2, 2
+    net = psjax.models.VGG11(num_classes=3, convolutions=(4, 0, 5, 0), hidden=(6, 4))
+    x = jax.random.normal(jax.random.key(0), (n, steps, 5, 8, 8, 3))
+    y = jax.random.randint(jax.random.key(1), (n, steps, 5), 0, 3)
+    variables = net.init(jax.random.key(2), x[0, 0])
+    params, axes = nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    small = net.subnet(n)
+
+    def loss_fn(params, batch):
+        scores = small.apply({"params": params}, batch["x"], train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"])
+        return jnp.mean(losses)
+
+    optimizer = optax.sgd(0.1)
+    selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
+    update = jit(psjax.local_update(loss_fn, optimizer))
+    new, _, _ = update(params, optimizer.init(params), selection, {"x": x, "y": y})
+
+    def alone(own, batches):
+        step = lambda w, batch: (
+            jax.tree.map(lambda a, g: a - 0.1 * g, w, jax.grad(loss_fn)(w, batch)),
+            None,
+        )
+        return jax.lax.scan(step, own, batches)[0]
+
+    ends = jit(jax.vmap(alone))(selection.gather(params), {"x": x, "y": y})
+    for name in ("convolution_0", "convolution_2"):
+        mean = np.mean(np.asarray(ends[name]), axis=0)
+        np.testing.assert_allclose(new[name], mean, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(new[name], params[name], atol=1e-4)

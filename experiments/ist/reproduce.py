@@ -18,6 +18,7 @@ that mean something give each one core (`taskset -c 0`), and `steps` a quiet one
 import csv
 import dataclasses
 import fnmatch
+import math
 import pathlib
 import shutil
 import sys
@@ -144,6 +145,7 @@ def train(setting: Setting, args: Args) -> None:
     name = f"{setting.name}-seeds{config.first_seed}-{last}"
     folder = args.out / name
     if (folder / "done").exists():
+        _run.open_folder(config, folder, resume=True)  # refuses another training of this name
         print(f"{name}: done before", file=sys.stderr)
         return
     start = time.process_time()
@@ -160,6 +162,11 @@ def train(setting: Setting, args: Args) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         path = folder / "metrics.csv"
         rows = _run.read_rows(path) if path.exists() else []
+        # The tables show a training that diverged as NaN, from where it did.
+        after = {"epoch": max((row["epoch"] for row in rows), default=0) + 1, "samples": 0}
+        nan = {"train_loss": math.nan, "test_accuracy": math.nan}
+        seeds = range(config.first_seed, config.first_seed + config.seeds)
+        rows += [{**(rows[0] if rows else {}), **after, **nan, "seed": seed} for seed in seeds]
     if rows:
         (args.results / "trainings").mkdir(parents=True, exist_ok=True)
         kept = ("epoch", "seed", "samples", "train_loss", "test_accuracy")

@@ -185,10 +185,12 @@ def samples_to(rows: list[dict], accuracy: float) -> tuple[np.ndarray, int]:
 
 
 def final(rows: list[dict], column: str, epoch: int | None = None) -> np.ndarray:
-    """Of every seed at the last report, or the last one by `epoch`, %."""
-    epochs, values = series(rows, column)
-    until = len(epochs) if epoch is None else max(int(np.sum(epochs <= epoch)), 1)
-    return 100 * values[:, until - 1]
+    """Of every seed at its last report, or the last one by `epoch`, %."""
+    last: dict[int, dict] = {}
+    for row in sorted(rows, key=lambda row: row["epoch"]):
+        if epoch is None or row["epoch"] <= epoch or row["seed"] not in last:
+            last[row["seed"]] = row
+    return 100 * np.array([last[seed][column] for seed in sorted(last)])
 
 
 def table3(trained: dict[Key, list[dict]]) -> str:
