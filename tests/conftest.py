@@ -1,18 +1,10 @@
-"""Eight virtual CPU devices before JAX looks at them; data where it is; programs compiled once."""
+"""Eight virtual CPU devices, before JAX looks at them; data where it is."""
 
-import atexit
 import os
 import pathlib
-import shutil
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # both processes, and what the tests start
-    _cache = tempfile.mkdtemp(prefix="psjax-tests-")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import pytest
