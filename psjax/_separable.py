@@ -316,19 +316,23 @@ class _Elements:
         return value
 
     def _varying(self, tree, operands):
-        """Make every leaf vary over the mapped axes that the selection or any operand varies over.
+        return _vary(tree, (self.selection, operands))
 
-        Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is
-        summed over devices by JAX; the contract is this device's sum. Shared leaves must therefore
-        vary before they are differentiated, and the loop's carry from its start. A `where` with a
-        varying mask does it, and XLA removes it.
-        """
-        mask = jnp.asarray(True)
-        for x in jax.tree.leaves((self.selection, operands)):
-            if jnp.size(x):
-                x = jax.random.key_data(x) if _is_key(x) else x
-                mask = mask | jnp.ravel(x)[0].astype(bool)
-        return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
+
+def _vary(tree, over):
+    """Make every leaf vary over the mapped axes that any leaf of `over` varies over.
+
+    Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
+    over devices by JAX; the contract is this device's sum. Shared leaves must therefore vary before
+    they are differentiated, and a loop's carry from its start. A `where` with a varying mask does
+    it, and XLA removes it.
+    """
+    mask = jnp.asarray(True)
+    for x in jax.tree.leaves(over):
+        if jnp.size(x):
+            x = jax.random.key_data(x) if _is_key(x) else x
+            mask = mask | jnp.ravel(x)[0].astype(bool)
+    return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
 
 
 def _is_key(x):

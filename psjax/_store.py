@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
 from psjax._local import LocalMetrics, _first, _goes_home, _state_specs
-from psjax._selection import _is_spec, _with_specs, replicas
+from psjax._select import replicas
+from psjax._selection import _is_spec, _with_specs
 
 _HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from psjax._local import LocalMetrics, _all_finite, local_update
+from psjax._scores import score_exchange as score_exchange
 from psjax._separable import value_and_grad
 
 

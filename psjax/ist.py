@@ -28,7 +28,8 @@ import optax
 from flax import linen as nn
 from jax.tree_util import keystr
 
-from psjax._selection import Selection, random_partition
+from psjax._partition import random_partition
+from psjax._selection import Selection
 from psjax._separable import element_value_and_grad
 from psjax._store import exchange as exchange
 from psjax._store import state_axes as state_axes

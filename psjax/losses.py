@@ -157,12 +157,12 @@ def pair(scores, weight, margin_fn: MarginFn = exponential):
 
 
 def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
-    r"""Sum of the elements $h_{ab}$ among $s$ classes for which `pairs[a, b]` is 1.
+    r"""Sum of the elements $h_{ab}$ among $s$ classes for which `pairs[a, b]` is not 0.
 
     Args:
-      scores: `[s, slots, s]`: the scores of all $s$ classes, for the samples of each.
-      weight: `[s, slots]`, of each sample: $1/L$ with $L$ the whole batch, 0 for an empty slot.
-      pairs: `[s, s]`, which ordered pairs (label, other) are this block's; the diagonal is 0.
+      scores: `[l, slots, s]`: the scores of all $s$ classes, for the samples of the first $l$.
+      weight: `[l, slots]`, of each sample: $1/L$ with $L$ the whole batch, 0 for an empty slot.
+      pairs: `[l, s]`, which ordered pairs (label, other) are this block's; the diagonal is 0.
       margin_fn: $\varphi$.
 
     Returns:
@@ -171,16 +171,16 @@ def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
     Raises:
       ValueError: scores of another shape.
     """
-    s = jnp.shape(pairs)[0]
-    if jnp.shape(scores) != (*jnp.shape(weight), s) or jnp.shape(weight)[0] != s:
+    rows, s = jnp.shape(pairs)
+    if jnp.shape(scores) != (*jnp.shape(weight), s) or jnp.shape(weight)[0] != rows or rows > s:
         msg = (
             f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight "
-            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [s, slots, s], weight "
-            "[s, slots], pairs [s, s]."
+            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [l, slots, s], weight "
+            "[l, slots], pairs [l, s] with l <= s."
         )
         raise ValueError(msg)
-    own = jnp.diagonal(scores, axis1=0, axis2=2).T[..., None]  # [s, slots, 1]
-    used = pairs[:, None, :] * weight[..., None]
+    own = jnp.diagonal(scores, axis1=0, axis2=2).T[..., None]  # [l, slots, 1]
+    used = jnp.where(pairs[:, None, :] != 0, weight[..., None], 0)
     return _weighted(used, margin_fn(scores - own))
 
 

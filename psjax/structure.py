@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._selection import Selection, _axis_sizes, select
+from psjax._select import _axis_sizes, select
+from psjax._selection import Selection
 
 
 class WeightCounts(NamedTuple):

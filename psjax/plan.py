@@ -1,0 +1,338 @@
+r"""Which worker evaluates which elements of a partially-separable loss, on which samples.
+
+Section 5.4 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
+neural network training*, G-2023-36. The loss is a sum of elements $h_{kj}$, one an ordered pair of
+classes. A `Plan` gives every pair to one worker, which must hold both its classes' weights and see
+the samples labelled $k$. A worker that holds $s$ classes evaluates the shared layers once for all
+pairs among them; one that has several tasks takes them in turn, in the memory of one.
+
+- `elements`: a task is one pair $(k, j)$; `pairs`: $(k, j)$ and $(j, k)$ together, the only merging
+  that costs no memory; `blocks`: all pairs among a few classes.
+- `cyclic`: the classes in groups, worker $w$ holds the groups $w + D$, where the differences of $D$
+  cover all; every worker does the same work.
+
+Where there are more workers than tasks, some do the same task on disjoint samples.
+
+`value_and_grad` runs a plan with the weights in shards (`Store`); `table` says what each plan
+costs, beside data parallelism, score exchange and independent subnets; `best` chooses.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from psjax import data
+from psjax._covers import difference_cover as difference_cover
+from psjax._masters import Store as Store
+from psjax._masters import value_and_grad as value_and_grad
+from psjax._predict import Prediction as Prediction
+from psjax._predict import Table as Table
+from psjax._predict import Workload as Workload
+from psjax._predict import best as best
+from psjax._predict import table as table
+from psjax._predict import workload as workload
+from psjax._select import select
+from psjax._selection import Selection
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Tasks of every worker: which classes it holds, which pairs it computes, on which samples.
+
+    Made by `elements`, `pairs`, `blocks` or `cyclic`. Arrays are NumPy's; W workers take T turns,
+    each with a task of at most s classes, of which the first l are those of its samples.
+
+    Attributes:
+      kind: name of the factory.
+      num_classes: C.
+      classes: int32 `[W, T, s]`, ascending in each part; C, past the end, where there is none.
+      pairs: bool `[W, T, l, s]`; whether the task has the pair of the label `classes[..., a]` and
+        the other `classes[..., b]`.
+      shares: int32 `[W, T, 2]`, `(i, r)`: of each label's slots the task takes i, i + r, i + 2r...
+      base: the difference cover of a cyclic plan, in groups; else empty.
+      num_groups: of a cyclic plan; else 0.
+      costs: what `best` compared.
+    """
+
+    kind: str
+    num_classes: int
+    classes: np.ndarray
+    pairs: np.ndarray
+    shares: np.ndarray
+    base: tuple[int, ...] = ()
+    num_groups: int = 0
+    costs: Table | None = None
+
+    def __str__(self):
+        """The table of costs if `best` made the plan, else who holds and computes what."""
+        return str(self.costs) if self.costs is not None else _describe(self)
+
+    @property
+    def num_workers(self) -> int:
+        """W."""
+        return self.classes.shape[0]
+
+    @property
+    def num_turns(self) -> int:
+        """T: tasks a worker takes one after the other; more than 1 is the paper's switching."""
+        return self.classes.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """s: the most classes that a task holds."""
+        return self.classes.shape[2]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 `[W, T, l]`: the classes whose samples a task sees; C where it has none."""
+        first = self.classes[:, :, : self.pairs.shape[2]]
+        return np.where(self.pairs.any(axis=3), first, self.num_classes).astype(np.int32)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks on disjoint samples counted once."""
+        return int(np.sum(self.pairs.any(axis=(2, 3)) & (self.shares[..., 0] == 0)))
+
+    def slots(self, room: int) -> np.ndarray:
+        """The slots of a label that each task takes: int32 `[W, T, S]`, `room` where it has none.
+
+        Args:
+          room: slots of a batch by label, `psjax.data.batches_by_label`.
+
+        Raises:
+          ValueError: fewer than one slot.
+        """
+        if room < 1:
+            msg = f"Plan.slots({room}): write the number of slots of a batch by label, 1 or more."
+            raise ValueError(msg)
+        index, step = self.shares[..., :1], self.shares[..., 1:]
+        most = -(-room // int(self.shares[..., 1].min()))
+        return np.minimum(index + step * np.arange(most), room).astype(np.int32)
+
+    def selection(self, axes: Any, like: Any, room: int, axis: str = "class") -> Selection:
+        """The plan's tasks as index sets, for `psjax.value_and_grad` on whole parameters.
+
+        With `h(params, batch, pairs)` the element function,
+        `psjax.value_and_grad(h, in_axes=(P("label", "slot"), 0))(params, selection, batch, pairs)`
+        is the whole gradient, where `batch` is by label, `[C, room, ...]`, and `pairs` is
+        `plan.pairs` as `[W * T, l, s]`. `split(W)` gives each worker its own tasks.
+
+        Args:
+          axes: as in `psjax.select`.
+          like: the parameters, or `jax.ShapeDtypeStruct`s of them.
+          room: slots of a batch by label.
+          axis: name of the class axis.
+        """
+        num = self.num_classes
+        rows = lambda x, end: [row[row < end] for row in x.reshape(-1, x.shape[2])]
+        indices = {"class": self.classes, "label": self.labels}
+        lists: dict[str, Any] = {
+            axis if name == "class" else name: rows(x, num) for name, x in indices.items()
+        }
+        lists["slot"] = rows(self.slots(room), room)
+        return select(axes, lists, like=like, sizes={"label": num, "slot": room})
+
+    def batches(
+        self,
+        labels: Any,
+        batch_size: int,
+        order: Any = None,
+        room: int | None = None,
+        *,
+        replicas: int = 1,
+    ) -> data.Batches:
+        """Index batches of every worker, who so reads only the samples of its own labels.
+
+        Args:
+          labels: `[N]`, of the whole set.
+          batch_size: L, samples of all workers at a step.
+          order: the epoch's samples in order, as in `psjax.data.batches_by_label`.
+          room: slots a label of a batch; None: the most of this epoch. Give the most of all epochs
+            (`psjax.data.most_of_a_label`), so that nothing recompiles.
+          replicas: copies of all W workers with disjoint samples: the second axis of a mesh.
+
+        Returns:
+          `psjax.data.Batches`: `indices` int32 and `weights` float32
+          `[steps, replicas * W, T, l, S]`, replica-major; `labels` `[steps, replicas * W, T, l]`.
+
+        Raises:
+          ValueError: fewer than one replica; labels outside `[0, C)`; as `batches_by_label`.
+        """
+        if replicas < 1:
+            msg = f"Plan.batches(replicas={replicas}): write 1 or more."
+            raise ValueError(msg)
+        rows = data.batches_by_label(labels, self.num_classes, batch_size, order, room)
+        index, step = self.shares[..., 0], self.shares[..., 1]
+        copies = [
+            dataclasses.replace(self, shares=np.stack([index + step * r, step * replicas], -1))
+            for r in range(replicas)
+        ]
+        most = rows.indices.shape[2]
+        slots = np.concatenate([copy.slots(most) for copy in copies])[:, :, None]
+        own = np.concatenate([self.labels] * replicas)
+        pad = lambda x, value: np.pad(x, [(0, 0), (0, 1), (0, 1)], constant_values=value)
+        take = lambda x, value: pad(x, value)[:, own[..., None], slots]
+        return data.Batches(
+            take(rows.indices, len(labels)),
+            take(rows.weights, 0),
+            np.broadcast_to(own, (len(rows.indices), *own.shape)),
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def elements(num_classes: int, num_workers: int) -> Plan:
+    """A task is one element $h_{kj}$: the straightforward plan, the least memory.
+
+    Args:
+      num_classes: C; there are C (C - 1) tasks.
+      num_workers: W.
+
+    Raises:
+      ValueError: fewer than two classes or than one worker.
+    """
+    _check("elements", num_classes, num_workers)
+    tasks = [[pair] for pair in itertools.permutations(range(num_classes), 2)]
+    return _plan("elements", num_classes, num_workers, tasks)
+
+
+def pairs(num_classes: int, num_workers: int) -> Plan:
+    """A task is $h_{kj} + h_{jk}$, the only merging that holds no more weights.
+
+    Args and errors as `elements`; there are C (C - 1) / 2 tasks.
+    """
+    _check("pairs", num_classes, num_workers)
+    return dataclasses.replace(blocks(num_classes, num_workers, 2), kind="pairs")
+
+
+def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
+    """A task is all pairs between two groups of `block_size / 2` classes.
+
+    The pairs within a group go to the first task that holds it. Any size and any number of
+    workers; a cyclic plan has fewer tasks where it fits.
+
+    Args:
+      num_classes: C.
+      num_workers: W.
+      block_size: s, even, or at least C for a single task.
+
+    Raises:
+      ValueError: as `elements`; an odd size that is less than C.
+    """
+    _check("blocks", num_classes, num_workers)
+    if block_size < 2 or (block_size % 2 and block_size < num_classes):
+        msg = (
+            f"blocks({num_classes}, {num_workers}, block_size={block_size}): a task holds two "
+            "equal groups; write an even number, 2 or more."
+        )
+        raise ValueError(msg)
+    half = block_size // 2
+    if block_size >= num_classes:
+        groups = [range(num_classes)]
+    else:
+        groups = [range(a, min(a + half, num_classes)) for a in range(0, num_classes, half)]
+    tasks, seen = [], set()
+    for a, b in itertools.combinations(range(len(groups)), 2) if groups[1:] else [(0, 0)]:
+        task = [p for k, j in itertools.product(groups[a], groups[b]) for p in [(k, j), (j, k)]]
+        for g in {a, b} - seen:
+            task += list(itertools.permutations(groups[g], 2))
+        seen |= {a, b}
+        tasks.append(sorted({(k, j) for k, j in task if k != j}))
+    return _plan("blocks", num_classes, num_workers, tasks)
+
+
+def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
+    r"""Worker $w$ holds the groups $\{w + d \bmod G : d \in D\}$: cyclic quorums.
+
+    The differences of $D$ cover $\mathbb Z_G$ (`difference_cover`), so that every two groups meet
+    at some worker, and all workers do the same work; $|D| \ge \sqrt G$ about. A sample is evaluated
+    by at most $|D|$ workers, not by C - 1. What a worker needs comes by $|D| - 1$ shifts.
+
+    Args:
+      num_classes: C.
+      num_workers: W.
+      num_groups: G, groups of equal size, give or take one class; None: the smaller of W and C.
+        More groups than workers: less memory, several turns.
+
+    Raises:
+      ValueError: as `elements`; fewer than one group or more than classes.
+    """
+    _check("cyclic", num_classes, num_workers)
+    num = min(num_workers, num_classes) if num_groups is None else num_groups
+    if not 1 <= num <= num_classes:
+        msg = (
+            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): write a number of "
+            f"groups from 1 to {num_classes}, the classes."
+        )
+        raise ValueError(msg)
+    base = difference_cover(num)
+    groups = np.array_split(np.arange(num_classes), num)
+    places = {0: (0, 0)}
+    for a, b in itertools.permutations(base, 2):
+        if (b - a) % num not in places:
+            places[(b - a) % num], places[(a - b) % num] = (a, b), (b, a)
+    used = sorted(places.values())
+    tasks = []
+    for w in range(num):
+        meet = (itertools.product(groups[(w + a) % num], groups[(w + b) % num]) for a, b in used)
+        tasks.append([(int(k), int(j)) for pair in meet for k, j in pair if k != j])
+    plan = _plan("cyclic", num_classes, num_workers, tasks)
+    return dataclasses.replace(plan, base=base, num_groups=num)
+
+
+def _plan(kind, num_classes, num_workers, tasks: Sequence[Sequence[tuple[int, int]]]) -> Plan:
+    """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer."""
+    tasks = [task for task in tasks if task]
+    n, W = len(tasks), num_workers
+    if n >= W:
+        own = [list(part) for part in np.array_split(np.arange(n), W)]
+        shares = {t: [(0, 1)] for t in range(n)}
+    else:
+        own = [[w % n] for w in range(W)]
+        times = [len(range(t, W, n)) for t in range(n)]
+        shares = {t: [(i, times[t]) for i in range(times[t])] for t in range(n)}
+    turns = max(map(len, own))
+    held = []
+    for task in tasks:  # classes with samples first
+        labels = sorted({k for k, _ in task})
+        held.append((labels, labels + sorted({j for _, j in task} - set(labels))))
+    rows = max(len(labels) for labels, _ in held)
+    size = max(len(all_) for _, all_ in held)
+    classes = np.full((W, turns, size), num_classes, np.int32)
+    mask = np.zeros((W, turns, rows, size), bool)
+    share = np.tile(np.array([0, 1], np.int32), (W, turns, 1))
+    for w, t in np.argwhere(np.arange(turns) < np.array([[len(part)] for part in own])):
+        task = own[w][t]
+        place = {c: i for i, c in enumerate(held[task][1])}
+        classes[w, t, : len(place)] = list(place)
+        for k, j in tasks[task]:
+            mask[w, t, place[k], place[j]] = True
+        share[w, t] = shares[task].pop(0)
+    return Plan(kind, num_classes, classes, mask, share)
+
+
+def _describe(plan):
+    lines = [
+        f"{plan.kind}: {plan.num_tasks} tasks of {plan.num_classes} classes on {plan.num_workers} "
+        f"workers, {plan.num_turns} turn{'s' if plan.num_turns > 1 else ''}"
+    ]
+    for w, t in np.ndindex(plan.classes.shape[:2]):
+        held = [int(c) for c in sorted(plan.classes[w, t]) if c < plan.num_classes]
+        i, r = plan.shares[w, t]
+        share = f", samples {i}, {i + r}, ... of each label" if r > 1 else ""
+        turn = f" turn {t}" if plan.num_turns > 1 else ""
+        lines.append(f"worker {w}{turn}: classes {held}, {plan.pairs[w, t].sum()} pairs{share}")
+    return "\n".join(lines)
+
+
+def _check(call, num_classes, num_workers):
+    if num_classes < 2:
+        msg = f"{call}(num_classes={num_classes}): one class has no pairs; write 2 or more."
+        raise ValueError(msg)
+    if num_workers < 1:
+        msg = f"{call}(num_workers={num_workers}): write 1 worker or more."
+        raise ValueError(msg)
