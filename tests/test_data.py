@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from psjax import data
+from psjax import data, plan
 
 LABELS = np.random.default_rng(0).integers(0, 7, 230)
 LABELS = np.where(LABELS == 5, 3, LABELS)  # label 5 does not occur
@@ -134,6 +134,33 @@ def test_any_tfds_image_set_loads_by_name(tmp_path):
 class _Records(list):
     def __getitems__(self, indices):
         return [self[i] for i in indices]
+
+
+def own_batches_are_the_whole_ones(name):
+    """A plan's worker that reads its own classes sees the samples that the whole set has there."""
+    halves = plan.cyclic(10, 5)
+    whole = data.load(name, "test")
+    rows = halves.batches(whole.labels, 50)
+    for w in (0, 3):
+        own = data.load_classes(halves.labels[w], name, "test")
+        wanted = sorted(set(halves.labels[w].ravel().tolist()) - {10})
+        assert sorted(set(own.dataset.labels.tolist())) == wanted
+        np.testing.assert_array_equal(own.all_labels, whole.labels)
+        index = rows.indices[:3, w]
+        mine = data.take(own.dataset.images, own.places[index])
+        np.testing.assert_array_equal(mine, data.take(whole.images, index))
+
+
+def test_a_worker_reads_its_own_classes():
+    own_batches_are_the_whole_ones("digits")
+    with pytest.raises(ValueError, match=r"no sample of 'train' is labelled \[11\]"):
+        data.load_classes([3, 11])
+
+
+def test_a_worker_decodes_only_the_images_of_its_own_classes():
+    if not (pathlib.Path(os.environ.get("TFDS_DATA_DIR", "nowhere")) / "mnist").is_dir():
+        pytest.skip("mnist is not prepared in TFDS_DATA_DIR")
+    own_batches_are_the_whole_ones("mnist")
 
 
 def test_a_set_that_is_not_prepared_says_how_to(tmp_path):
