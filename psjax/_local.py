@@ -5,6 +5,7 @@ A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Indep
 Training*, arXiv:1910.02120. Replicas make it local SGD.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import _gather_leaf, _with_specs
+from psjax._selection import _gather_leaf, _kept, _with_specs
 from psjax._separable import _check_chunk_size, _Elements
 
 
@@ -44,7 +45,8 @@ def local_update(
 
     Element e starts from $y_e = U_e w$ and the same entries of the optimizer's state, takes J steps
     on its own batches, and $w + U^+(y - U w)$ is the new $w$: an entry held by one element is set,
-    one held by several (shared leaves too) is averaged, one that nobody holds keeps its bits.
+    one held by several (shared leaves too) is averaged, one that nobody holds keeps its bits. A
+    weight that `Selection.drop` dropped is 0 at every local step, and nobody holds it.
     Algorithm 2 of arXiv:1910.02120, with any optax optimizer in the place of SGD.
 
     Optimizer state travels with the weights: its trees shaped like the parameters (moments, traces)
@@ -101,21 +103,37 @@ def local_update(
         num_params = len(selection.specs)
         _check_steps(elements, operands[num_params:], specs[num_params:])
         state, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, opt_state))
-        state_specs = _state_specs(params, selection.specs, opt_state)
+        owners = _state_owners(params, opt_state)
+        state_specs = [P() if i is None else selection.specs[i] for i in owners]
+        keep = selection.keep or (None,) * num_params
+        keep = [*keep, *(None if i is None else keep[i] for i in owners)]
         filled = {  # which slots of an element are rows and not padding
             name: jnp.ones(selection.sizes[name], bool)
             for name, index in selection.indices.items()
             if index.ndim == 2 and not _all_filled(selection, name)
         }
-        operands = [*operands, *state, *filled.values()]
-        specs = [*specs, *state_specs, *(P(name) for name in filled)]
+        old = [*operands[:num_params], *state]
+        start = [_kept(k, x) for k, x in zip(keep, old, strict=True)]
+        kept = {  # the masks of the weights, which their elements see as they see the weights
+            i: _kept(keep[i], jnp.ones(operands[i].shape, bool))
+            for i in range(num_params)
+            if keep[i] is not None
+        }
+        operands = [*start[:num_params], *operands[num_params:], *start[num_params:]]
+        operands = [*operands, *filled.values(), *kept.values()]
+        own_specs = (selection.specs[i] for i in kept)
+        specs = [*specs, *state_specs, *(P(name) for name in filled), *own_specs]
 
         def train(*seen):
-            seen, masks = seen[: len(seen) - len(filled)], seen[len(seen) - len(filled) :]
-            masks = dict(zip(filled, masks, strict=True))
-            params, batches = treedef.unflatten(seen[: treedef.num_leaves])
-            opt_state = state_def.unflatten(seen[treedef.num_leaves :])
-            clean = lambda tree: _zero_padding(tree, params, selection.specs, masks)
+            seen = iter(seen)
+            take = lambda n: list(itertools.islice(seen, n))
+            params, batches = treedef.unflatten(take(treedef.num_leaves))
+            opt_state = state_def.unflatten(take(state_def.num_leaves))
+            masks = dict(zip(filled, take(len(filled)), strict=True))
+            own = dict(zip(kept, take(len(kept)), strict=True))
+            clean = lambda tree: _zero_dropped(
+                _zero_padding(tree, params, selection.specs, masks), params, own
+            )
             step = _step(loss_fn, optimizer, mutable, clean)
             (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
             finite = jnp.all(jnp.isfinite(loss)) & _all_finite((params, opt_state))
@@ -128,16 +146,16 @@ def local_update(
             return None, elements._map(train, varying, specs, indices, valid)
 
         stacked, loss, finite = elements._rows(elements._loop(body, None)[1])
-        old, new = [*operands[:num_params], *state], jax.tree.leaves(stacked)
+        new = jax.tree.leaves(stacked)
         specs = [*selection.specs, *state_specs]
         home = [_goes_home(x, spec) for x, spec in zip(old, specs)]
         those = lambda leaves: [x for x, yes in zip(leaves, home) if yes]
-        seen = _with_specs(selection, those(old), those(specs))
+        seen = _with_specs(selection, those(old), those(specs), those(keep))
         mean = iter(seen.scatter_mean(those(new), those(old), where=finite, axis_name=axis_name))
         good = finite & selection.valid
         leaves = [
-            next(mean) if yes else _first(y, x, good, axis_name)
-            for yes, x, y in zip(home, old, new)
+            next(mean) if yes else _kept(k, _first(y, x, good, axis_name), x)
+            for yes, k, x, y in zip(home, keep, old, new)
         ]
         params = jax.tree.structure(params).unflatten(leaves[:num_params])
         return params, state_def.unflatten(leaves[num_params:]), LocalMetrics(loss, finite)
@@ -185,16 +203,33 @@ def _zero_padding(tree, params, specs, masks):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def _zero_dropped(tree, params, masks):
+    """Zero in the dropped weights of a tree like `params`, or like some of its top-level entries.
+
+    `masks` are those of the leaves by number, of the shapes of what the element sees.
+    """
+    if not masks:
+        return tree
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    mask_of = {paths[i]: mask for i, mask in masks.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, x: _kept(mask_of.get(path), x), tree)
+
+
 def _state_specs(params, specs, opt_state):
-    """How each leaf of the optimizer's state travels: like the parameter it belongs to, or whole.
+    """How each leaf of the optimizer's state travels: like the parameter it belongs to, or whole."""
+    return [P() if i is None else specs[i] for i in _state_owners(params, opt_state)]
+
+
+def _state_owners(params, opt_state):
+    """Number of the parameter that each leaf of the optimizer's state belongs to, or None.
 
     A leaf belongs to the parameter whose path its own path ends with, and whose shape it has.
     """
     owners = {
-        path: (spec, jnp.shape(x))
-        for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True)
+        path: (i, jnp.shape(x))
+        for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(params))
     }
-    found_specs = []
+    found_owners = []
     for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
         x = x if hasattr(x, "dtype") else jnp.asarray(x)
         tails = [path[i:] for i in range(len(path) + 1)]
@@ -207,8 +242,8 @@ def _state_specs(params, specs, opt_state):
                 "whose state is per entry, such as optax.sgd or optax.adam."
             )
             raise ValueError(msg)
-        found_specs.append(found[0] if found else P())
-    return found_specs
+        found_owners.append(found[0] if found else None)
+    return found_owners
 
 
 def _all_finite(tree):

@@ -319,7 +319,7 @@ def _subnets(work, store, batch_size, moments, local_steps):
     moved = work.itemsize * (1 + moments) * (sent + shared) * (W - 1) / W / local_steps
     each = math.ceil(batch_size / W)
     whole = each * (work.common_flops + store.num_classes * work.class_flops)
-    kept = (n - shared) / W + shared
+    kept = (n - shared) / W
     memory = work.itemsize * ((1 + moments) * kept + (2 + moments) * (sent + shared))
     name = f"independent subnets, J = {local_steps}"
     row = Prediction(

@@ -45,7 +45,8 @@ def _gather_leaf(x, spec, indices, lead):
     else:  # one mask an axis: filling by a mask of all axes at once takes 5 times as long
         y = y.at[mesh].get(mode="clip")
         for index, size in zip(mesh, (x.shape[d] for d in dims)):
-            y = jnp.where((index < size).reshape(*index.shape, *[1] * (y.ndim - index.ndim)), y, 0)
+            real = (index < size).reshape(*index.shape, *[1] * (y.ndim - index.ndim))
+            y = jnp.where(real, y, jnp.zeros((), y.dtype))
     return jnp.moveaxis(y, range(lead, lead + len(home)), home)
 
 
@@ -90,6 +91,15 @@ def _held(ndim, spec, owners):
     return held
 
 
+def _kept(keep, x, other=0):
+    """`x` where `keep` is True, `other` where a weight is dropped; `x` itself without a mask."""
+    if keep is None:
+        return x
+    keep, x = jnp.asarray(keep), jnp.asarray(x)
+    keep = keep.reshape(*[1] * (x.ndim - keep.ndim), *keep.shape)
+    return jnp.where(keep, x, jnp.asarray(other, x.dtype))
+
+
 def _map(fn, specs, *trees):
     """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
     leaves, treedef = jax.tree.flatten(trees[0])
@@ -102,7 +112,7 @@ def _map(fn, specs, *trees):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("indices", "valid"),
+    data_fields=("indices", "valid", "keep"),
     meta_fields=("specs", "paths", "axis_sizes", "disjoint", "blocks"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +136,7 @@ class Selection:
       disjoint: names of axes no row of which two elements hold, by construction
         (`psjax.random_partition`); what they alone select goes home faster.
       blocks: into how many equal blocks the axes were cut before they were divided; 1 if not.
+      keep: a mask of every leaf, flat, or None: what `drop` has dropped.
     """
 
     indices: dict[str, Any]
@@ -135,6 +146,7 @@ class Selection:
     axis_sizes: tuple[tuple[str, int], ...]
     disjoint: tuple[str, ...] = ()
     blocks: int = 1
+    keep: tuple[Any, ...] | None = None
 
     @property
     def num_elements(self) -> int:
@@ -165,7 +177,7 @@ class Selection:
                 y = jnp.broadcast_to(y, (self.num_elements, *y.shape))
             return jnp.where(valid.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.zeros_like(y))
 
-        return _map(leaf, self.specs, params)
+        return _map(leaf, self.specs, self._dropped(params))
 
     def scatter_add(self, stacked, like):
         r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
@@ -176,7 +188,7 @@ class Selection:
         """
         self._check("scatter_add(stacked, like)", like)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return self._add(zeros, stacked, jnp.asarray(self.valid))
+        return self._dropped(self._add(zeros, stacked, jnp.asarray(self.valid)))
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
@@ -229,7 +241,57 @@ class Selection:
         each = -(-self.num_elements // n)
         own = np.arange(n * each).reshape(n, each) < self.num_elements
         indices = jax.tree.map(divide, self.indices)
-        return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own)
+        keep = jax.tree.map(lambda x: _repeat(x, n), self.keep)
+        return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own, keep=keep)
+
+    def drop(self, keep) -> "Selection":
+        """The same elements, none of which sees the weights that `keep` drops: dropout.
+
+        A dropped weight is 0 to every element and nobody holds it: its gradient is 0,
+        `scatter_mean` keeps its bits, `counts` says 0, `psjax.local_update` leaves it and its
+        moments alone. Nothing is rescaled; `psjax.dropout_mask` draws masks and says how to.
+
+        Masks are data, as index sets are: another one, of the same shapes, is a new argument of a
+        jitted step and never a recompilation. `s.drop(a).drop(b)` drops what either does. The
+        gradient of a dropped weight is 0, but an optimizer outside, its momentum or weight decay,
+        may still move it.
+
+        Args:
+          keep: tree like the parameters with leaves None (nothing is dropped), a bool (the whole
+            leaf is kept or dropped) or a bool array that broadcasts to the leaf, such as
+            `[rows, 1]`. They may be traced.
+
+        Raises:
+          ValueError: a tree that is not like the parameters; a selection that is split already; at
+            the first use, a mask that does not broadcast to its leaf.
+          TypeError: masks that are not bool.
+
+        Example:
+          >>> import jax.numpy as jnp, psjax
+          >>> w = {"trunk": jnp.ones(2), "own": jnp.ones(3)}
+          >>> s = psjax.replicas(w, 4).drop({"trunk": False, "own": [True, True, False]})
+          >>> s.counts(w)
+          {'own': Array([4, 4, 0], dtype=int32), 'trunk': Array([0, 0], dtype=int32)}
+        """
+        if self.valid.ndim != 1:
+            msg = (
+                f"Selection.drop(keep): the selection has leaves of shape {self.valid.shape}; drop "
+                "first and split then, or take this device's part, [E], first."
+            )
+            raise ValueError(msg)
+        masks = _masks(keep, self.paths)
+        if self.keep is not None:
+            masks = tuple(
+                _both(path, a, b) for path, a, b in zip(self.paths, self.keep, masks, strict=True)
+            )
+        return dataclasses.replace(self, keep=masks)
+
+    def _dropped(self, tree):
+        """A tree like the parameters with 0 for every weight that is dropped."""
+        if self.keep is None:
+            return tree
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten([_kept(k, x) for k, x in zip(self.keep, leaves, strict=True)])
 
     def _add(self, zeros, stacked, valid):
         owners, places = self._owners(valid)
@@ -256,7 +318,7 @@ class Selection:
             count = _scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
-        return _map(leaf, self.specs, params)
+        return self._dropped(_map(leaf, self.specs, params))
 
     def _one_holder(self, spec):
         """Whether no entry of such a leaf can have two holders."""
@@ -294,10 +356,82 @@ class Selection:
         _check_like(f"Selection.{call}", self, params)
 
 
-def _with_specs(selection, tree, specs):
+def _with_specs(selection, tree, specs, keep=None):
     """The same index sets for another tree of the same axes, such as an optimizer's state."""
+    if selection.keep is not None and keep is None:
+        msg = (
+            "exchange: the selection drops weights (Selection.drop), which does not work with "
+            "weights in shards; write psjax.local_update alone, or a selection that drops nothing."
+        )
+        raise ValueError(msg)
     paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
-    return dataclasses.replace(selection, specs=tuple(specs), paths=paths)
+    keep = None if selection.keep is None else tuple(keep)
+    return dataclasses.replace(selection, specs=tuple(specs), paths=paths, keep=keep)
+
+
+def _masks(keep, paths):
+    """The leaves of a tree of masks, flat, one for every path."""
+    found = jax.tree_util.tree_leaves_with_path(
+        keep, is_leaf=lambda x: x is None or _is_list_of_bools(x)
+    )
+    by_path = {keystr(path): x for path, x in found}
+    wrong = [p for p in by_path if p not in paths and by_path[p] is not None]
+    odd = sorted({*wrong, *(p for p in paths if p not in by_path)})
+    if odd:
+        msg = (
+            "Selection.drop(keep): keep is not a tree like the parameters; they differ in "
+            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}. Write None where nothing is "
+            "dropped."
+        )
+        raise ValueError(msg)
+    return tuple(_mask(path, by_path[path]) for path in paths)
+
+
+def _mask(path, x):
+    if x is None:
+        return None
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    if x.dtype != bool:
+        msg = (
+            f"Selection.drop(keep): {path} is {x.dtype}{list(x.shape)}; write None, a bool or an "
+            "array of bool, True for what is kept."
+        )
+        raise TypeError(msg)
+    return x
+
+
+def _is_list_of_bools(x):
+    return isinstance(x, list) and bool(x) and all(isinstance(b, bool | np.bool_) for b in x)
+
+
+def _both(path, a, b):
+    """What two masks of one leaf keep together."""
+    if a is None or b is None:
+        return b if a is None else a
+    if not _broadcasts(a.shape, b.shape, either=True):
+        msg = (
+            f"Selection.drop(keep): {path} has a mask of shape {b.shape}, but one of shape "
+            f"{a.shape} already; both must broadcast to the leaf."
+        )
+        raise ValueError(msg)
+    ndim = max(a.ndim, b.ndim)
+    align = lambda x: x.reshape(*[1] * (ndim - x.ndim), *x.shape)
+    return align(a) & align(b)
+
+
+def _broadcasts(shape, to, either=False):
+    """Whether an array broadcasts to a shape; with `either`, whether two do to a third."""
+    try:
+        wide = np.broadcast_shapes(shape, to)
+    except ValueError:
+        return False
+    return either or wide == tuple(to)
+
+
+def _repeat(x, n):
+    """`[...] -> [n, ...]`; NumPy's arrays stay so."""
+    lib = np if isinstance(x, np.ndarray | np.generic) else jnp
+    return lib.broadcast_to(x, (n, *x.shape))
 
 
 def _divide_rows(x, n):
@@ -329,3 +463,10 @@ def _check_like(call, selection, params):
                     f"(dimension {d}) had size {selection.sizes[name]} in select(like=...)."
                 )
                 raise ValueError(msg)
+    for (path, x), keep in zip(leaves, selection.keep or ()):
+        if keep is not None and not _broadcasts(keep.shape, x.shape):
+            msg = (
+                f"{call}: the mask that Selection.drop got for {keystr(path)} has shape "
+                f"{tuple(keep.shape)}, which does not broadcast to the leaf's {tuple(x.shape)}."
+            )
+            raise ValueError(msg)

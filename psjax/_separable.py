@@ -16,7 +16,14 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import _check_like, _gather_leaf, _scatter_leaf, _selected
+from psjax._selection import (
+    _check_like,
+    _gather_leaf,
+    _kept,
+    _merge_leaf,
+    _scatter_leaf,
+    _selected,
+)
 
 _ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
 
@@ -167,6 +174,7 @@ class _Elements:
     def sum(self, params, args, argnums):
         """Sum of values, and of gradients of the operands in `argnums`, a list."""
         operands, specs, treedef = self._operands(params, args)
+        operands = self._dropped(operands)
         fn = self._fn_of_leaves(treedef)
         zeros = [jnp.zeros_like(operands[i]) for i in argnums]
         value_type = self._value_type(fn, operands, specs)
@@ -179,16 +187,18 @@ class _Elements:
             values, grads = self._chunk(fn, operands, specs, indices, valid, argnums)
             value = value + jnp.sum(jnp.where(valid, values, 0))
             totals = [
-                _scatter_leaf(total, grad, specs[i], indices, valid)
+                self._add(total, grad, specs[i], indices, valid)
                 for i, total, grad in zip(argnums, totals, grads)
             ]
             return (value, totals), None
 
-        return self._loop(body, init)[0]
+        value, totals = self._loop(body, init)[0]
+        return value, [_kept(self._keep(i), total) for i, total in zip(argnums, totals)]
 
     def stack(self, params, args):
         """Values `[E]` and gradients `[E, ...]` of the parameters."""
         operands, specs, treedef = self._operands(params, args)
+        operands = self._dropped(operands)
         fn = self._fn_of_leaves(treedef)
         self._value_type(fn, operands, specs)
         operands = self._varying(operands, operands)
@@ -203,7 +213,9 @@ class _Elements:
                 ones = (1,) * (y.ndim - valid.ndim)
                 return jnp.where(valid.reshape(*valid.shape, *ones), y, 0)
 
-            return carry, jax.tree.map(clean, stacked)
+            values, grads = jax.tree.map(clean, stacked)
+            kept = [self._seen(i, operands[i], specs[i], indices, valid.ndim) for i in argnums]
+            return carry, (values, [_kept(k, grad) for k, grad in zip(kept, grads)])
 
         values, grads = self._rows(self._loop(body, None)[1])
         return values, treedef.unflatten(grads)
@@ -230,6 +242,27 @@ class _Elements:
             repeat = lambda y: jnp.broadcast_to(y, (*valid.shape, *y.shape))
             return jax.tree.map(repeat, fn(*seen))
         return jax.vmap(fn, in_axes=mapped)(*seen)
+
+    def _add(self, total, grad, spec, indices, valid):
+        """Add the gradients of a chunk; of all elements, without a scatter where none meet."""
+        if self.num_chunks > 1 or not valid.ndim or not self.selection._one_holder(spec):
+            return _scatter_leaf(total, grad, spec, indices, valid)
+        return _merge_leaf(grad, spec, *self.selection._owners(valid))[0].astype(total.dtype)
+
+    def _keep(self, i):
+        """The mask of an operand, None where nothing of it is dropped."""
+        keep = self.selection.keep
+        return keep[i] if keep is not None and i < len(keep) else None
+
+    def _dropped(self, operands):
+        return [_kept(self._keep(i), x) for i, x in enumerate(operands)]
+
+    def _seen(self, i, x, spec, indices, lead):
+        """An operand's mask as the elements of a chunk see it."""
+        keep = self._keep(i)
+        if keep is None:
+            return None
+        return _gather_leaf(_kept(keep, jnp.ones(x.shape, bool)), spec, indices, lead)
 
     def _rows(self, stacked):
         """What `_loop` has stacked chunk by chunk, a row an element."""

@@ -39,7 +39,8 @@ class PSNet(nn.Module):
       num_classes: number of class groups, C.
       trunk: kernels of each shared convolution; may be empty (the ideal network of section 5.3).
       fan_out: kernels **a class** of the convolution that leads from all channels to each class.
-      hidden: neurons **a class** of each separable dense layer before the last.
+      hidden: neurons **a class** of each separable dense layer before the last; their axes are
+        `hidden_0`, `hidden_1`, ..., which `psjax.random_partition` can divide.
       kernel_sizes, pools: side of the kernel and of the pooling window of every convolution, the
         trunk's and then the fan-out's.
       implementation: see `psjax.nn.conv`.
@@ -67,9 +68,12 @@ class PSNet(nn.Module):
             implementation=self.implementation,
         )(x)
         x = psnn.flatten_groups(psnn.sigmoid(x))
-        for features in self.hidden:
-            x = psnn.sigmoid(psnn.SeparableDense(self.num_classes, features)(x))
-        return psnn.SeparableDense(self.num_classes, 1)(x)[..., 0]
+        before = None
+        for i, features in enumerate(self.hidden):
+            names = {"in_axis": before, "out_axis": f"hidden_{i}"}
+            x = psnn.sigmoid(psnn.SeparableDense(self.num_classes, features, **names)(x))
+            before = f"hidden_{i}"
+        return psnn.SeparableDense(self.num_classes, 1, in_axis=before)(x)[..., 0]
 
 
 class LeNet(nn.Module):

@@ -286,18 +286,28 @@ class SeparableDense(nn.Module):
 
     Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first:
     `groups` times fewer weights than a dense layer (section 5.2, figure 2).
+
+    Attributes:
+      groups: number of groups.
+      features: outputs of one group.
+      axis: name of the groups' axis.
+      in_axis, out_axis: names of the inputs and outputs of a group, where subnets divide them.
     """
 
     groups: int
     features: int
     axis: str = "class"
+    in_axis: str | None = None
+    out_axis: str | None = None
 
     @nn.compact
     def __call__(self, x):
         _check_groups(self, x, 3, "[batch, groups, in]")
         shape = (self.groups, x.shape[-1], self.features)
-        kernel = self.param("kernel", _grouped(_separable_init, self.axis, len(shape)), shape)
-        bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
+        names = self.axis, self.in_axis, self.out_axis
+        kernel = self.param("kernel", annotated(_separable_init, *names), shape)
+        bias_init = annotated(_zeros, self.axis, self.out_axis)
+        bias = self.param("bias", bias_init, (self.groups, self.features))
         return jnp.einsum("bgi,gio->bgo", x, kernel) + bias
 
 
