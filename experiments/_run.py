@@ -1,17 +1,106 @@
-"""What every training loop does with its run folder: open it, write rows of metrics, read them."""
+"""What the scripts share: their command lines and their endings, run folders, rows of metrics."""
 
 import csv
 import dataclasses
 import json
 import os
 import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 INTEGERS = ("epoch", "seed", "round", "samples", "left_out")
 
 
 class NotFiniteError(RuntimeError):
     """The loss became NaN or Inf."""
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+@dataclasses.dataclass
+class TrainArgs:
+    """What the commands that train have in common."""
+
+    config: Any
+    """The experiment's own options, a dataclass."""
+    out: pathlib.Path | None = None
+    """Run folder; must not exist."""
+    resume: pathlib.Path | None = None
+    """Run folder to continue, with its own configuration; --epochs may be larger."""
+    checkpoint_every: int = 5
+    """Epochs between checkpoints."""
+    num_devices: int | None = None
+    """Virtual devices of the CPU, to try --devices pmap or shard_map without an accelerator."""
+    data_dir: str | None = None
+    """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
+
+
+def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:
+    """Set the number of devices; the configuration, and the run folder where one is given.
+
+    Raises:
+      ValueError: both `out` and `resume`; no run in the folder to resume.
+    """
+    if args.num_devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.num_devices)
+    if args.resume is None:
+        return args.config, args.out
+    if args.out is not None:
+        msg = f"--out {args.out} --resume {args.resume}: write one of them."
+        raise ValueError(msg)
+    return saved_config(args.resume, args.config), args.resume
+
+
+def new_folder(*words: str) -> pathlib.Path:
+    """A run folder under `runs/`, named after the training and the time."""
+    return pathlib.Path("runs") / "-".join((*words, time.strftime("%Y%m%d-%H%M%S")))
+
+
+def mean_at_end(rows: list[dict], column: str) -> str:
+    """Mean over the seeds in the last epoch, and with two seeds or more the standard deviation."""
+    last = [row[column] for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    mean = sum(last) / len(last)
+    std = (sum((x - mean) ** 2 for x in last) / max(len(last) - 1, 1)) ** 0.5
+    return f"{mean:.4f}" + (f" +- {std:.4f} ({len(last)} seeds)" if len(last) > 1 else "")
+
+
+def run_script(
+    main: Callable[[Any], Any],
+    args_type: type,
+    description: str | None,
+    after_interrupt: str = "the same command continues.",
+) -> None:
+    """Call `main` with the command line's arguments; an error the user can mend ends in one line.
+
+    SIGTERM ends the script as Ctrl-C does: what is open is closed, and a line says how to go on.
+
+    Args:
+      main: the script.
+      args_type: the dataclass of its arguments, `main`'s only one.
+      description: the help's first part, the script's docstring.
+      after_interrupt: what to do after an interruption.
+    """
+    import tyro
+
+    def stop(signum, _):
+        raise KeyboardInterrupt(signal.Signals(signum).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main(tyro.cli(args_type, description=description))
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; {after_interrupt}")
+    except (ValueError, OSError, ImportError, NotFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+# -------------------------------------------------------------------------------------- run folders
 
 
 def open_folder(config: Any, folder: pathlib.Path, resume: bool) -> None:

@@ -1,7 +1,8 @@
 """A slow NumPy reference in float64, written from the paper alone; labels count from 0.
 
 Equations are those of sections 4 and 5 of G-2023-36 (partially-separable loss, separable layers);
-(U) is the pair `U_e^T` / `w + U^+ (y - U w)` of DESIGN.md. Made for tiny cases.
+Gradients go home by `U_e^T`, weights by `w + U^+ (y - U w)` with the pseudo-inverse of all U_e,
+one above another: a mean over the elements that hold an entry. Made for tiny cases.
 """
 
 import itertools
@@ -117,12 +118,12 @@ def counts(shape, spec, elements):
 
 
 def sigmoid(z):
-    """1 / (1 + e^-z), the activation of the networks of section 5 (FACTS, item 2)."""
+    """1 / (1 + e^-z), the activation of the networks of section 5, as their authors ran it."""
     return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(z, np.float64)))
 
 
 def conv_avg_pool(x, kernel, bias, pool):
-    """'VALID' correlation, + bias, then the mean over pool x pool windows (FACTS, item 2)."""
+    """'VALID' correlation, + bias, then the mean over pool x pool windows: section 5's layers."""
     x, kernel, bias = (np.asarray(a, np.float64) for a in (x, kernel, bias))
     batch, height, width, inputs = x.shape
     rows, columns, kernel_inputs, outputs = kernel.shape
@@ -216,18 +217,18 @@ def lenet_scores(params, x, pools):
 
 
 def safe_exp(z, bound):
-    """e^min(z, B) (1 + max(z - B, 0)): the exponential of eq. (6c), linear above B (DESIGN)."""
+    """e^min(z, B) (1 + max(z - B, 0)): the exponential of eq. (6c), its tangent above B."""
     z = np.asarray(z, np.float64)
     return np.exp(np.minimum(z, bound)) * (1.0 + np.maximum(z - bound, 0.0))
 
 
 def exp_squared(z):
-    """e^(2z), the phi that the authors ran in place of eq. (6c)'s (FACTS, item 1)."""
+    """e^(2z), the phi that the authors ran in place of eq. (6c)'s."""
     return np.exp(2.0 * z)
 
 
 def softplus(z):
-    """log(1 + e^z), the phi of one-vs-each in the place of eq. (6c)'s exp (FACTS, item 6)."""
+    """log(1 + e^z), the phi of one-vs-each in the place of eq. (6c)'s exp (Titsias 2016)."""
     return np.logaddexp(0.0, z)
 
 
@@ -335,7 +336,7 @@ def finite_difference(f, x, eps=1e-6):
 
 
 def adam(params, grads_fn, steps, lr, b1=0.9, b2=0.999, eps=1e-8):
-    """Adam on a flat vector with grads_fn(w), eq. (4); eps outside the root (FACTS, item 2)."""
+    """Adam on a flat vector with grads_fn(w), eq. (4); eps outside the root, as published."""
     w = np.array(params, np.float64)
     first, second = np.zeros(w.shape), np.zeros(w.shape)
     for t in range(1, steps + 1):

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import psjax
 from tests import reference_ist as ref
+from tests.over_devices import divided, over_devices
 from tests.test_ist import jit
 from tests.test_local import (
     AXES,
@@ -95,37 +95,10 @@ def test_two_devices_are_one(wrapper, n):
     params, state, selection, batches = arguments(optimizer, n)
     expected = expected_of(n)
     inner = psjax.baselines.data_parallel(loss_fn, optimizer, axis_name="workers")
-    devices, each = 2, -(-n // 2)
-    rows = np.minimum(np.arange(devices * each), n - 1).reshape(devices, each)
-    parts, own = selection.split(devices), jax.tree.map(lambda x: x[rows], batches)
-    if wrapper == "pmap":
-        run = jax.pmap(
-            inner,
-            axis_name="workers",
-            in_axes=(None, None, 0, 0),
-            out_axes=(None, None, 0),
-            devices=jax.devices()[:devices],
-        )
-    else:
-        mesh = jax.make_mesh(
-            (devices,), ("workers",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-        )
-
-        def body(params, state, selection, batches):
-            drop = functools.partial(jax.tree.map, lambda x: x[0])
-            params, state, metrics = inner(params, state, drop(selection), drop(batches))
-            return params, state, jax.tree.map(lambda x: x[None], metrics)
-
-        run = jit(
-            jax.shard_map(
-                body,
-                mesh=mesh,
-                in_specs=(P(), P(), P("workers"), P("workers")),
-                out_specs=(P(), P(), P("workers")),
-                check_vma="False" not in wrapper,
-            )
-        )
-    new, new_state, metrics = run(params, state, parts, own)
+    devices = 2
+    run = over_devices(inner, wrapper, devices, jit)
+    parts = selection.split(devices), divided(batches, devices)
+    new, new_state, metrics = run(params, state, *parts)
     close((new, new_state), expected[:2])
     close(metrics.loss.reshape(-1, J)[:n], expected[2].loss)
     assert metrics.finite.all()

@@ -6,12 +6,15 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import psjax
 from psjax import cost
+from tests.over_devices import divided, over_devices
 
 WIDTHS = (3, 4, 5, 2)  # matrices of 12, 20 and 10 weights
 
@@ -597,16 +600,40 @@ def test_the_round_measured_above_is_an_exchange(n):
     np.testing.assert_array_equal(np.sum(np.asarray(w2), axis=0), 16 // n)
 
 
-@pytest.mark.parametrize("n", [2, 8])
-def test_data_parallel_and_local_sgd_send_what_their_formulas_say(n):
+OPTIMIZERS = {0: optax.sgd(0.1), 1: optax.sgd(0.1, momentum=0.9), 2: optax.adam(0.1)}  # by moments
+
+
+def compiled_baseline(baseline, n, moments):
+    """A round of STEPS steps over n devices, of a network of `WIDTHS` without vectors."""
+
+    def loss_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x)
+
     params = [jnp.ones(shape) for shape in zip(WIDTHS, WIDTHS[1:])]
+    optimizer = OPTIMIZERS[moments]
+    update = baseline(loss_fn, optimizer, axis_name="workers")
+    selection, batches = psjax.replicas(params, n), jnp.ones((n, STEPS, BATCH, WIDTHS[0]))
+    arguments = params, optimizer.init(params), selection.split(n), divided(batches, n)
+    return over_devices(update, "shard_map", n).lower(*arguments).compile()
 
-    def average(params, batch):
-        return jax.tree.map(lambda w: lax.pmean(w + batch.sum(), "w"), params)
 
-    program = compiled(spread(average, n, (P(), P("w")), P()), params, jnp.ones((n, 3)))
-    assert cost.ledger(program).bytes == 4 * cost.data_parallel(WIDTHS, 1, n).floats
-    assert cost.ledger(program).bytes == 4 * STEPS * cost.local_sgd(WIDTHS, 1, n, STEPS).floats
+@pytest.mark.parametrize("moments", OPTIMIZERS)
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_round_of_local_sgd_sends_and_computes_what_the_formula_says(n, moments):
+    ledger = cost.ledger(compiled_baseline(psjax.baselines.local_sgd, n, moments))
+    formula = cost.local_sgd(WIDTHS, BATCH, n, STEPS, moments=moments)
+    assert ledger.bytes == pytest.approx(4 * STEPS * formula.floats, abs=0)
+    assert n * ledger.flops == STEPS * formula.flops
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_data_parallel_steps_send_and_compute_what_the_formula_says(n):
+    ledger = cost.ledger(compiled_baseline(psjax.baselines.data_parallel, n, 2))
+    formula = cost.data_parallel(WIDTHS, BATCH, n)
+    assert ledger.bytes == 4 * STEPS * formula.floats
+    assert n * ledger.flops == STEPS * formula.flops
 
 
 # ---------------------------------------------------------------------------------------- figure 2

@@ -115,7 +115,7 @@ def test_shard_wants_a_mesh_of_one_axis():
         psjax.shard(psjax.value_and_grad(element), two)
 
 
-# --------------------------------------------------------------- DESIGN's step, of a Flax network
+# ------------------------------------------------------------- a training step of a Flax network
 
 LABELS = np.array([0, 2, 1, 0, 2, 2, 1])
 SLOTS = 3

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import psjax
 from tests import reference_ist as ref
+from tests.over_devices import divided, over_devices
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -494,40 +494,12 @@ def test_a_round_over_devices_is_the_round_on_one(wrapper, n, devices):
     state = optimizer.init(params)
     expected = psjax.local_update(loss_fn, optimizer)(params, state, selection, batches)
     inner = psjax.local_update(loss_fn, optimizer, axis_name="workers")
-    each = -(-n // devices)
-    rows = np.minimum(np.arange(devices * each), n - 1).reshape(devices, each)
-    parts, own = selection.split(devices), jax.tree.map(lambda x: x[rows], batches)
-    if wrapper == "pmap":
-        run = jax.pmap(
-            inner,
-            axis_name="workers",
-            in_axes=(None, None, 0, 0),
-            out_axes=(None, None, 0),
-            devices=jax.devices()[:devices],
-        )
-    else:
-        mesh = jax.make_mesh(
-            (devices,), ("workers",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-        )
-
-        def body(params, state, selection, batches):
-            drop = functools.partial(jax.tree.map, lambda x: x[0])
-            params, state, metrics = inner(params, state, drop(selection), drop(batches))
-            return params, state, jax.tree.map(lambda x: x[None], metrics)
-
-        run = jax.jit(
-            jax.shard_map(
-                body,
-                mesh=mesh,
-                in_specs=(P(), P(), P("workers"), P("workers")),
-                out_specs=(P(), P(), P("workers")),
-                check_vma="False" not in wrapper,
-            )
-        )
-    new, new_state, metrics = run(params, state, parts, own)
+    run = over_devices(inner, wrapper, devices)
+    parts = selection.split(devices), divided(batches, devices)
+    new, new_state, metrics = run(params, state, *parts)
     close(new, expected[0])
     close(new_state, expected[1])
-    flat = np.asarray(metrics.loss).reshape(devices * each, J)[:n]
+    flat = np.asarray(metrics.loss).reshape(-1, J)[:n]
     np.testing.assert_allclose(flat, expected[2].loss, rtol=1e-12)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments._checkpoint import Checkpoints
-from experiments.psl import run, training
+from experiments.psl import run, train, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = training.Config(compute="pairs", batch_size=240, epochs=6)
@@ -60,6 +60,13 @@ def _wait_for_epoch(folder, epoch, process):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     pytest.fail(f"epoch {epoch} was not reached")
+
+
+def test_without_options_it_reaches_95_percent_on_digits(tmp_path):
+    folder = train.main(train.Args(out=tmp_path / "run"))
+    rows = run.read_rows(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == list(range(1, training.Config().epochs + 1))
+    assert rows[-1]["test_accuracy"] >= 0.95
 
 
 def test_interrupted_three_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):

@@ -22,6 +22,7 @@ AXES = {
     "bias": P(),
 }
 OPTIMIZERS = {0: optax.sgd(0.1), 1: optax.sgd(0.1, momentum=0.9), 2: optax.adam(0.05)}
+ADAM_ENTRY = optax.chain(psjax.ist.scale_by_adam(), optax.scale_by_learning_rate(0.05))
 
 
 def init(h1, h2, dtype):
@@ -71,12 +72,9 @@ def close(a, b):
     jax.tree.map(lambda x, y: check(np.asarray(x), np.asarray(y)), a, b)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("n", "h1", "h2", "moments"), [(2, 8, 4, 0), (4, 16, 32, 1), (8, 64, 64, 2)]
-)
-def test_the_rounds_are_those_of_one_device_that_holds_everything(n, h1, h2, moments):
-    sizes, optimizer = {"h1": h1, "h2": h2}, OPTIMIZERS[moments]
+def three_rounds(n, h1, h2, optimizer):
+    """Between n workers, held against one device's; the state after them."""
+    sizes = {"h1": h1, "h2": h2}
     params, batches = init(h1, h2, float), make_batches(n, float, rounds=3)
     state = optimizer.init(params)
     round, shardings = sharded_round(n, sizes, optimizer, params)
@@ -90,6 +88,25 @@ def test_the_rounds_are_those_of_one_device_that_holds_everything(n, h1, h2, mom
         np.testing.assert_allclose(other.loss, metrics.loss, rtol=1e-12)
     close((sharded, sharded_state), (params, state))
     assert round._cache_size() == 1
+    return sharded_state
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("n", "h1", "h2", "moments"), [(2, 8, 4, 0), (4, 16, 32, 1), (8, 64, 64, 2)]
+)
+def test_the_rounds_are_those_of_one_device_that_holds_everything(n, h1, h2, moments):
+    three_rounds(n, h1, h2, OPTIMIZERS[moments])
+
+
+@pytest.mark.usefixtures("x64")
+def test_counts_of_every_entry_s_steps_travel_with_the_weights():
+    """Integers; an entry between two divided layers is held in one round of n."""
+    counts = three_rounds(2, 8, 4, ADAM_ENTRY)[0].count
+    assert {str(x.dtype) for x in counts.values()} == {"int32"}
+    for name in ("in", "scale", "out", "bias"):
+        np.testing.assert_array_equal(counts[name], 3 * STEPS)
+    assert set(np.unique(counts["between"])) == {0, STEPS, 2 * STEPS, 3 * STEPS}
 
 
 @pytest.mark.parametrize(("n", "moments"), [(2, 0), (4, 0), (8, 0), (2, 2), (4, 1), (8, 2)])
@@ -125,6 +142,24 @@ def test_a_worker_whose_subnet_becomes_nan_gives_back_what_it_fetched():
     close((new, new_state), expected[:2])
 
 
+SIZES = {"h1": 16, "h2": 16}
+SPECS = psjax.ist.store_specs(AXES, SIZES, "w")
+
+
+def refused(draw, specs):
+    """A round between two workers with another selection, or with other shards."""
+    optimizer = OPTIMIZERS[0]
+    params = init(SIZES["h1"], SIZES["h2"], jnp.float32)
+    selection = psjax.ist.membership(0, 0, AXES, SIZES, **draw)
+    mesh = jax.make_mesh((2,), ("w",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    body = psjax.ist.exchange(psjax.local_update(loss_fn, optimizer), "w")
+    round = jax.shard_map(
+        body, mesh=mesh, in_specs=(specs, P(), P(), P("w")), out_specs=(specs, P(), P("w"))
+    )
+    batches = jax.tree.map(lambda x: x[0], make_batches(2, jnp.float32))
+    round(params, optimizer.init(params), selection, batches)
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -133,16 +168,17 @@ def test_a_worker_whose_subnet_becomes_nan_gives_back_what_it_fetched():
     ],
 )
 def test_a_selection_that_is_no_stratified_partition_among_the_workers_is_refused(draw, message):
-    sizes, optimizer = {"h1": 16, "h2": 16}, OPTIMIZERS[0]
-    params = init(sizes["h1"], sizes["h2"], jnp.float32)
-    selection = psjax.ist.membership(0, 0, AXES, sizes, **draw)
-    mesh = jax.make_mesh((2,), ("w",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    specs = psjax.ist.store_specs(AXES, sizes, "w")
-    body = psjax.ist.exchange(psjax.local_update(loss_fn, optimizer), "w")
-    state = optimizer.init(params)
-    round = jax.shard_map(
-        body, mesh=mesh, in_specs=(specs, P(), P(), P("w")), out_specs=(specs, P(), P("w"))
-    )
-    batches = jax.tree.map(lambda x: x[0], make_batches(2, jnp.float32))
     with pytest.raises(ValueError, match=message):
-        round(params, state, selection, batches)
+        refused(draw, SPECS)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"in": P()}, r"\['in'\] has shape \(16, 6\) .* dimension 0, 'h1', must be 8;"),
+        ({"between": P(None, "w")}, r"\['between'\] has shape \(16, 8\) .* 0, 'h1', must be 8"),
+    ],
+)
+def test_shards_of_another_layout_are_refused(specs, message):
+    with pytest.raises(ValueError, match="exchange: " + message):
+        refused(dict(num_subnets=2, stratified=True), SPECS | specs)

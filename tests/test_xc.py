@@ -20,11 +20,15 @@ def write(tmp_path, text, name="small.txt"):
     return tmp_path / name
 
 
-def equal(a, b):
-    assert (a.num_features, a.num_labels) == (b.num_features, b.num_labels)
-    for x, y in zip(a[:5], b[:5]):
+def equal_arrays(a, b):
+    for x, y in zip(a, b, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
+
+
+def equal(a, b):
+    assert (a.num_features, a.num_labels) == (b.num_features, b.num_labels)
+    equal_arrays(a[:5], b[:5])
 
 
 def random_data(seed, num_points=60, num_features=300, num_labels=40):
@@ -71,9 +75,7 @@ def test_reading_by_arrays_is_reading_line_by_line(seed, tmp_path, monkeypatch):
     block = (tmp_path / "a.txt").read_bytes().split(b"\n", 1)[1]
     fast, slow = _xc._parse_block(block, 300, 40), _xc._parse_lines(block, 300, 40, "", 2)
     assert fast is not None
-    for x, y in zip(fast, slow):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    equal_arrays(fast, slow)
 
 
 def test_neither_reader_accepts_what_the_other_does_not():
@@ -96,15 +98,23 @@ def test_neither_reader_accepts_what_the_other_does_not():
                         np.testing.assert_array_equal(x, y, err_msg=repr(block))
 
 
-def test_what_is_unusual_but_clear_is_read(tmp_path):
+@pytest.mark.parametrize(("old", "new"), [(b"\n", b"\r\n"), (b"2:7\n", b" 2:7 \n")])
+def test_other_ends_of_lines_and_more_blanks_are_read(old, new, tmp_path):
     want = data.read_xc(write(tmp_path, SMALL))
-    equal(data.read_xc(write(tmp_path, SMALL.replace(b"\n", b"\r\n"))), want)
-    equal(data.read_xc(write(tmp_path, SMALL.replace(b"2:7\n", b" 2:7 \n"))), want)
-    bare = data.read_xc(write(tmp_path, b"2 5 4\n3\n \n"))  # labels only, and nothing at all
-    assert bare.indptr.tolist() == [0, 0, 0]
-    assert bare.label_indptr.tolist() == [0, 1, 1]
-    nothing = data.read_xc(write(tmp_path, b"0 5 4\n"))
-    assert nothing.indptr.tolist() == nothing.label_indptr.tolist() == [0]
+    equal(data.read_xc(write(tmp_path, SMALL.replace(old, new))), want)
+
+
+@pytest.mark.parametrize(
+    ("text", "indptr", "label_indptr"),
+    [
+        (b"2 5 4\n3\n \n", [0, 0, 0], [0, 1, 1]),  # labels only, and nothing at all
+        (b"0 5 4\n", [0], [0]),
+    ],
+)
+def test_points_may_be_empty_and_files_too(text, indptr, label_indptr, tmp_path):
+    got = data.read_xc(write(tmp_path, text))
+    assert got.indptr.tolist() == indptr
+    assert got.label_indptr.tolist() == label_indptr
 
 
 @pytest.mark.parametrize(
@@ -194,16 +204,26 @@ def test_padded_rows_hold_every_entry_once():
     assert ones.sum() == sum(np.diff(d.label_indptr)[[3, 0]])
 
 
-def test_pad_rows_drops_nothing_in_silence():
+FULLEST = int(np.diff(random_data(5).indptr).argmax())
+MOST = int(np.diff(random_data(5).indptr).max())
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "pad_id", "match"),
+    [
+        ([0, FULLEST], MOST - 1, 300, f"row {FULLEST} has {MOST} ids; write width=.* droppe"),
+        ([61], 9, 300, r"row 61 is outside \[0, 60\]"),
+        ([1], 9, 40, r"pad_id=40\): the largest id is"),
+    ],
+)
+def test_pad_rows_drops_nothing_in_silence(rows, width, pad_id, match):
     d = random_data(5)
-    counts = np.diff(d.indptr)
-    row = int(counts.argmax())
-    with pytest.raises(ValueError, match=f"row {row} has {counts[row]} ids; write width=.* droppe"):
-        data.pad_rows(d.indptr, d.indices, d.values, [0, row], counts[row] - 1, 300)
-    with pytest.raises(ValueError, match=r"row 61 is outside \[0, 60\]"):
-        data.pad_rows(d.indptr, d.indices, d.values, [61], 9, 300)
-    with pytest.raises(ValueError, match=r"pad_id=40\): the largest id is"):
-        data.pad_rows(d.indptr, d.indices, d.values, [1], 9, 40)
+    with pytest.raises(ValueError, match=match):
+        data.pad_rows(d.indptr, d.indices, d.values, rows, width, pad_id)
+
+
+def test_arrays_that_do_not_fit_are_not_written():
+    d = random_data(5)
     with pytest.raises(ValueError, match=r"write_xc.*indptr \[60\] ends at"):
         data.write_xc("unwritten", d._replace(indptr=d.indptr[:-1]))
 

@@ -1,10 +1,26 @@
 """Times of programs that take turns, and ratios of them."""
 
+import csv
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
+
+
+@dataclasses.dataclass
+class Program:
+    """A jitted `(state, *args) -> state, anything` whose state is donated, as a call."""
+
+    fn: Any
+    state: Any
+    args: tuple[Any, ...]
+
+    def __call__(self):
+        self.state, _ = jax.block_until_ready(self.fn(self.state, *self.args))
 
 
 def take_turns(calls: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, np.ndarray]:
@@ -66,3 +82,14 @@ class Ratio:
             f"{self.figure:68} {goal:>5} {self.ratio:6.3f}  {spread:>13} {self.value:9.2f} "
             f"{self.reference:9.2f} {self.unit}{missed}"
         )
+
+
+def write(path: pathlib.Path, rows: list[Ratio]) -> None:
+    """The table as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in dataclasses.fields(Ratio))
+        for row in rows:
+            cells = dataclasses.astuple(row)
+            writer.writerow(f"{x:.4g}" if isinstance(x, float) else x for x in cells)

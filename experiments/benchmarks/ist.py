@@ -16,7 +16,6 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,8 @@ import optax
 from flax import linen as nn
 
 import psjax
-from experiments.benchmarks import _timing, psl
+from experiments.benchmarks import _timing
+from experiments.benchmarks._timing import Program
 
 CLASSES = 35
 BATCH = 128
@@ -96,18 +96,6 @@ def make_loss(net):
         return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean()
 
     return loss_fn
-
-
-@dataclasses.dataclass
-class Program:
-    """A jitted `(state, *args) -> state, anything` whose state is donated, as a call."""
-
-    fn: Any
-    state: Any
-    args: tuple[Any, ...]
-
-    def __call__(self):
-        self.state, _ = jax.block_until_ready(self.fn(self.state, *self.args))
 
 
 class Bench:
@@ -369,7 +357,7 @@ def main(args: Args) -> None:
             print(row, flush=True)
             rows.append(row)
             if args.out is not None:
-                psl.write(args.out, rows)
+                _timing.write(args.out, rows)
     if args.out is not None:
         print(f"\nWritten to {args.out}.")
 

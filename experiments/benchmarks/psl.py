@@ -12,7 +12,6 @@ MNIST is there, its own batches follow: by label, with as many slots as the epoc
 needs, and in tiles of 4.
 """
 
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -182,16 +181,10 @@ def make_steps(loss_and_grad, optimizer):
 
 
 @dataclasses.dataclass
-class Program:
+class Program(_timing.Program):
     """Some training steps as one call that keeps its state."""
 
     steps: int
-    fn: Any
-    state: Any
-    args: tuple[Any, ...]
-
-    def __call__(self):
-        self.state, _ = jax.block_until_ready(self.fn(self.state, *self.args))
 
 
 class Bench:
@@ -226,7 +219,7 @@ class Bench:
         if selection is not None:
             selection = jax.tree.map(jnp.asarray, selection)
         jitted = make_steps(loss_and_grad or fn, self.optimizer)
-        return Program(steps, jitted, state, (rows, data, selection))
+        return Program(jitted, state, (rows, data, selection), steps)
 
     def element(self, net=None):
         """Element (k, j): two scores, the samples labelled k."""
@@ -438,16 +431,6 @@ def count_compilations(bench: Bench) -> int:
     return len(seen)
 
 
-def write(path: pathlib.Path, rows: list[_timing.Ratio]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in dataclasses.fields(_timing.Ratio))
-        for row in rows:
-            cells = dataclasses.astuple(row)
-            writer.writerow(f"{x:.4g}" if isinstance(x, float) else x for x in cells)
-
-
 def main(args: Args) -> None:
     with_torch = not args.skip_torch
     if with_torch and importlib.util.find_spec("torch") is None:
@@ -488,7 +471,7 @@ def main(args: Args) -> None:
         rows += more
     print(*bytes_used, sep="\n")
     rows += bytes_used
-    write(args.out, rows)
+    _timing.write(args.out, rows)
     print(f"\nWritten to {args.out}.")
 
 

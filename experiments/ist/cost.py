@@ -12,11 +12,11 @@ import dataclasses
 import math
 import os
 import pathlib
-import sys
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments._run import run_script
 from experiments.psl.figures import panel, save
 from psjax import cost
 
@@ -115,9 +115,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args, __doc__, "nothing to continue, write the same command.")

@@ -23,7 +23,6 @@ import itertools
 import math
 import pathlib
 import resource
-import signal
 import sys
 import time
 import zlib
@@ -38,8 +37,16 @@ from tqdm import tqdm
 
 import psjax
 from experiments._checkpoint import Checkpoints
-from experiments._run import NotFiniteError, open_folder, read_rows, replace, write_rows
+from experiments._run import (
+    NotFiniteError,
+    open_folder,
+    read_rows,
+    replace,
+    run_script,
+    write_rows,
+)
 from experiments.ist import training
+from experiments.ist.run import report_rows
 from experiments.psl.training import over_seeds
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -348,18 +355,8 @@ def train(
                 msg = f"{folder}: NaN or Inf in epoch {epoch}; try lower --learning-rates."
                 raise NotFiniteError(msg)
             best = np.asarray(best_labels(state["params"], queries, sample))
-            for s, seed in enumerate(stream.seeds):
-                row = {
-                    "epoch": epoch,
-                    "seed": seed,
-                    "round": done,
-                    "samples": done * stream.samples_a_round,
-                    "train_loss": float(loss[s][finite[s]].mean()),
-                    **scores(best[s], held_out, counts, len(train)),
-                    "left_out": int(np.sum(~finite[s])),
-                    "seconds": seconds,
-                }
-                rows.append(row)
+            found = [scores(b, held_out, counts, len(train)) for b in best]
+            rows += report_rows(stream, epoch, done, loss, finite, found, seconds)
             write_rows(path, rows)
             written(rows)
             if epoch >= saved + checkpoint_every or epoch == config.epochs:
@@ -742,17 +739,5 @@ def main(args: Args) -> None:
         print((args.out / f"{args.data.resolve().name.lower()}.md").read_text())
 
 
-def _stop(signum, _):
-    raise KeyboardInterrupt(signal.Signals(signum).name)
-
-
 if __name__ == "__main__":
-    import tyro
-
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues.")
-    except (ValueError, OSError, NotFiniteError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args, __doc__)

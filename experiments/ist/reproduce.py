@@ -278,9 +278,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    _run.run_script(main, Args, __doc__)

@@ -85,22 +85,17 @@ def train(
                 state["params"], program.test, program.train, program.sample
             )
             accuracy = jax.tree.map(np.asarray, accuracy)
-            for s, seed in enumerate(stream.seeds):
-                row = {
-                    "epoch": epoch,
-                    "seed": seed,
-                    "round": done,
-                    "samples": done * stream.samples_a_round,
-                    "train_loss": float(loss[s][finite[s]].mean()),
-                    **{name: float(values[s]) for name, values in accuracy.items()},
-                    "left_out": int(np.sum(~finite[s])),
-                    "seconds": seconds,
-                }
-                rows.append(row)
+            found = [
+                {name: float(values[s]) for name, values in accuracy.items()}
+                for s in range(len(stream.seeds))
+            ]
+            new = report_rows(stream, epoch, done, loss, finite, found, seconds)
+            rows += new
+            for row in new:
                 if row["left_out"]:
                     report(
-                        f"epoch {epoch}, seed {seed}: {row['left_out']} times a subnet became NaN "
-                        "or Inf and was left out of its round."
+                        f"epoch {epoch}, seed {row['seed']}: {row['left_out']} times a subnet "
+                        "became NaN or Inf and was left out of its round."
                     )
             write_rows(folder / "metrics.csv", rows)
             last = epoch == config.epochs or stop(rows)
@@ -113,6 +108,33 @@ def train(
             if last:
                 break
     return rows
+
+
+def report_rows(stream, epoch, done, loss, finite, found, seconds) -> list[dict]:
+    """What a report says, a row a seed; the columns are those of `train`.
+
+    Args:
+      stream: of the training, a `training.Stream`.
+      epoch: the report's.
+      done: rounds so far.
+      loss: of the workers since the last report, `[seeds, rounds, n]`.
+      finite: which of the workers stayed finite, bool like `loss`.
+      found: columns of the evaluation, `{name: value}` a seed.
+      seconds: of the rounds so far.
+    """
+    return [
+        {
+            "epoch": epoch,
+            "seed": seed,
+            "round": done,
+            "samples": done * stream.samples_a_round,
+            "train_loss": float(loss[s][finite[s]].mean()),
+            **found[s],
+            "left_out": int(np.sum(~finite[s])),
+            "seconds": seconds,
+        }
+        for s, seed in enumerate(stream.seeds)
+    ]
 
 
 def _check_finite(finite, sound, seeds, first, epoch, checkpoints):

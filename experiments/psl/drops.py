@@ -22,7 +22,6 @@ interrupted goes on where it was; what `reproduce` has already measured is not r
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import re
@@ -34,7 +33,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-import psjax
+from experiments._run import run_script
 from experiments.psl import figures, reproduce, run, training
 
 VARIANTS = {
@@ -325,40 +324,26 @@ def draw_frequency(results: pathlib.Path) -> None:
 # -------------------------------------------------------------------------------------------- trace
 
 
-def traced_fn(config: training.Config, net, num_classes: int):
-    """`(state, batches, data) -> state, metrics` over any number of steps of one seed, jitted.
+def adam_metrics(config: training.Config):
+    """`step -> loss, gradient, root_v, moved`, of a step with Adam.
 
-    Metrics are per step: `loss`; `gradient`, its norm; `root_v`, the mean over coordinates of
-    Adam's sqrt(v_hat); and `moved`, the root mean square of the update in learning rates.
+    `gradient` is its norm; `root_v` the mean over coordinates of Adam's sqrt(v_hat); `moved` the
+    root mean square of the update in learning rates.
     """
-    optimizer = training.make_optimizer(config)
-    loss_and_grad, _ = training.loss_and_grad_fn(config, net, None, None, num_classes)
 
-    def step(data, state, batch):
-        params = state["params"]
-        index = batch["indices"]
-        images = psjax.data.take(data["images"], index, data["scale"])
-        labels = psjax.data.take(data["labels"], index)
-        own = {"image": images, "weight": batch["weights"], "label": labels}
-        loss, grads = loss_and_grad(params, None, own)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        nu = optax.tree.get(opt_state, "nu")
-        count = optax.tree.get(opt_state, "count")
-        weights = sum(x.size for x in jax.tree.leaves(params))
+    def metrics(step: training.Step):
+        nu = optax.tree.get(step.opt_state, "nu")
+        count = optax.tree.get(step.opt_state, "count")
+        weights = sum(x.size for x in jax.tree.leaves(step.params))
         roots = sum(jnp.sum(jnp.sqrt(x)) for x in jax.tree.leaves(nu))
-        metrics = {
-            "loss": loss,
-            "gradient": optax.tree.norm(grads),
+        return {
+            "loss": step.loss,
+            "gradient": optax.tree.norm(step.grads),
             "root_v": roots / weights / jnp.sqrt(1 - config.b2**count),
-            "moved": optax.tree.norm(updates) / math.sqrt(weights) / config.learning_rate,
+            "moved": optax.tree.norm(step.updates) / math.sqrt(weights) / config.learning_rate,
         }
-        return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, metrics
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def steps(state, batches, data):
-        return jax.lax.scan(functools.partial(step, data), state, batches)
-
-    return steps
+    return metrics
 
 
 def trace(
@@ -385,28 +370,25 @@ def trace(
 
     Returns:
       Rows of equally many steps each: `at_epoch` (the middle), `steps` and, over the steps, median
-      and largest `loss`, `gradient`, `root_v`, `moved` (see `traced_fn`); `accuracy` is NaN in a
+      and largest `loss`, `gradient`, `root_v`, `moved` (see `adam_metrics`); `accuracy` is NaN in a
       row without a measurement. Empty if there was no drop.
     """
     config = dataclasses.replace(config, seeds=1)
-    program = training.build(config, data_dir)
-    steps_fn = traced_fn(config, program.net, int(program.train["labels"].max()) + 1)
-    state = jax.tree.map(lambda x: x[0], program.state)
+    program = training.build(config, data_dir, adam_metrics(config))
+    state = program.state
     kept: list[dict[str, np.ndarray]] = []
     at: list[int] = []  # steps after which the accuracy was measured, from the start
     accuracies: list[float] = []
     total, drop, epoch = 0, None, 0
     while epoch < (config.epochs if drop is None else drop + after):
-        batches = {k: v[0] for k, v in program.batches(epoch).items()}
-        for part in np.array_split(np.arange(len(batches["indices"])), parts):
-            state, metrics = steps_fn(
-                state, {k: v[part] for k, v in batches.items()}, program.train
-            )
-            kept.append(jax.tree.map(np.asarray, metrics))
+        batches = program.batches(epoch)
+        for part in np.array_split(np.arange(batches["indices"].shape[1]), parts):
+            own = {k: v[:, part] for k, v in batches.items()}
+            state, metrics = program.epoch(state, own, program.train)
+            kept.append({k: np.asarray(v)[0] for k, v in metrics.items()})
             total += len(part)
             at.append(total)
-            params = jax.tree.map(lambda x: x[None], state["params"])
-            accuracies.append(float(program.accuracy(params, program.test)[0]))
+            accuracies.append(float(program.accuracy(state["params"], program.test)[0]))
         epoch += 1
         print(f"epoch {epoch}: accuracy {accuracies[-1]:.4f}", file=sys.stderr)
         if drop is None and (drops := find_drops(accuracies[parts - 1 :: parts])):
@@ -538,6 +520,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__))
+    run_script(main, Args, __doc__)

@@ -18,6 +18,7 @@ import itertools
 import pathlib
 import sys
 
+from experiments._run import run_script
 from experiments.psl import run, training
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -90,6 +91,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__))
+    run_script(main, Args, __doc__)

@@ -14,20 +14,16 @@ The run folder gets config.json, metrics.csv, learning_curve.png and checkpoints
 
 import dataclasses
 import pathlib
-import signal
-import sys
-import time
 from typing import Annotated
 
-import jax
 import tyro
 
-from experiments._run import saved_config
+from experiments import _run
 from experiments.psl import figures, run, training
 
 
 @dataclasses.dataclass
-class Args:
+class Args(_run.TrainArgs):
     """Train a classifier with a partially-separable loss."""
 
     config: Annotated[training.Config, tyro.conf.arg(name="")] = dataclasses.field(
@@ -35,29 +31,13 @@ class Args:
     )
     out: pathlib.Path | None = None
     """Run folder; must not exist. Default: runs/psl-<dataset>-<model>-<loss>-<compute>-<time>."""
-    resume: pathlib.Path | None = None
-    """Run folder to continue, with its own configuration; --epochs may be larger."""
-    checkpoint_every: int = 5
-    """Epochs between checkpoints."""
-    num_devices: int | None = None
-    """Virtual devices of the CPU, to try --devices pmap or shard_map without an accelerator."""
-    data_dir: str | None = None
-    """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
 
 
 def main(args: Args) -> pathlib.Path:
     """Train, draw the learning curve, return the run folder."""
-    if args.num_devices is not None:
-        jax.config.update("jax_num_cpu_devices", args.num_devices)
-    config, folder = args.config, args.out
-    if args.resume is not None:
-        if folder is not None:
-            msg = f"--out {folder} --resume {args.resume}: write one of them."
-            raise ValueError(msg)
-        folder, config = args.resume, saved_config(args.resume, config)
+    config, folder = _run.begin(args)
     if folder is None:
-        words = ("psl", config.dataset, config.model, config.loss, config.compute)
-        folder = pathlib.Path("runs") / "-".join((*words, time.strftime("%Y%m%d-%H%M%S")))
+        folder = _run.new_folder("psl", config.dataset, config.model, config.loss, config.compute)
     rows = run.train(
         config,
         folder,
@@ -67,23 +47,9 @@ def main(args: Args) -> pathlib.Path:
     )
     title = f"{config.model} on {config.dataset}, {config.loss} by {config.compute}"
     figures.learning_curve(rows, folder / "learning_curve.png", title)
-    last = [row["test_accuracy"] for row in rows if row["epoch"] == config.epochs]
-    mean = sum(last) / len(last)
-    std = (sum((x - mean) ** 2 for x in last) / max(len(last) - 1, 1)) ** 0.5
-    spread = f" +- {std:.4f} ({len(last)} seeds)" if len(last) > 1 else ""
-    print(f"test accuracy {mean:.4f}{spread}; run folder {folder}")
+    print(f"test accuracy {_run.mean_at_end(rows, 'test_accuracy')}; run folder {folder}")
     return folder
 
 
-def _stop(signum, _):
-    raise KeyboardInterrupt(signal.Signals(signum).name)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; continue with --resume and the run folder.")
-    except (ValueError, OSError, ImportError, run.NotFiniteError) as error:
-        sys.exit(f"error: {error}")
+    _run.run_script(main, Args, __doc__, "continue with --resume and the run folder.")

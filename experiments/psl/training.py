@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -308,12 +308,48 @@ def over_seeds(fn):
     return jax.vmap(fn)
 
 
-def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_classes: int):
-    """`(state, data, batches) -> state, metrics`, one epoch of every seed, jitted.
+class Step(NamedTuple):
+    """What a training step's metrics may be made of."""
 
-    `data` has `images` (uint8), `labels`, `scale`; metrics are per step, `[seeds, steps]`: `loss`,
-    `max_margin` (largest c_j - c_y of the batch) and `grad_norm`.
+    params: Any
+    """Before the step."""
+    batch: dict[str, jax.Array]
+    """`image`, `weight` and `label`."""
+    loss: jax.Array
+    grads: Any
+    updates: Any
+    opt_state: Any
+    """After the step."""
+
+
+def margin_metrics(net, num_classes: int):
+    """`step -> loss, max_margin, grad_norm`: `max_margin` is the largest c_j - c_y of the batch."""
+
+    def metrics(step: Step):
+        # In the fused form XLA shares this forward pass with the loss's.
+        images = step.batch["image"]
+        scores = net.apply({"params": step.params}, images.reshape(-1, *images.shape[-3:]))
+        correct = jax.nn.one_hot(step.batch["label"].ravel(), num_classes, dtype=bool)
+        scored = jnp.sum(jnp.where(correct, scores, 0), -1, keepdims=True)
+        real = (step.batch["weight"].ravel() > 0)[:, None] & ~correct
+        return {
+            "loss": step.loss,
+            "max_margin": jnp.max(jnp.where(real, scores - scored, -jnp.inf)),
+            "grad_norm": optax.tree.norm(step.grads),
+        }
+
+    return metrics
+
+
+def epoch_fn(
+    config: Config, net, optimizer, loss_and_grad, selection, num_classes: int, metrics_fn=None
+):
+    """`(state, batches, data) -> state, metrics`, one epoch of every seed, jitted.
+
+    `data` has `images` (uint8), `labels`, `scale`. `metrics_fn` makes a step's metrics of a `Step`,
+    those of `margin_metrics` by default; they come back as `[seeds, steps]`.
     """
+    metrics_fn = metrics_fn or margin_metrics(net, num_classes)
 
     def psum(x):
         return jax.lax.psum(x, "workers") if config.devices != "one" else x
@@ -323,9 +359,9 @@ def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_class
         index = batch["indices"]
         images = psjax.data.take(data["images"], index, data["scale"])
         labels = psjax.data.take(data["labels"], index)
-        own = {"image": images, "weight": batch["weights"], "label": labels}
-        if config.compute != "fused":
-            del own["label"]
+        whole = {"image": images, "weight": batch["weights"], "label": labels}
+        names = whole if config.compute == "fused" else ("image", "weight")
+        own = {name: whole[name] for name in names}
         if config.tile is not None:
             selection = tile_selection(selection, batch["labels"], num_classes)
             if config.devices != "one":  # this device's share of the elements
@@ -334,17 +370,7 @@ def epoch_fn(config: Config, net, optimizer, loss_and_grad, selection, num_class
                 selection = jax.tree.map(lambda x: x[mine], shares)
         loss, grads = psum(loss_and_grad(params, selection, own))
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        # Largest margin: in the fused form XLA shares this forward pass with the loss's.
-        flat = images.reshape(-1, *images.shape[-3:])
-        scores = net.apply({"params": params}, flat)
-        correct = jax.nn.one_hot(labels.ravel(), num_classes, dtype=bool)
-        scored = jnp.sum(jnp.where(correct, scores, 0), -1, keepdims=True)
-        real = (batch["weights"].ravel() > 0)[:, None] & ~correct
-        metrics = {
-            "loss": loss,
-            "max_margin": jnp.max(jnp.where(real, scores - scored, -jnp.inf)),
-            "grad_norm": optax.tree.norm(grads),
-        }
+        metrics = metrics_fn(Step(params, whole, loss, grads, updates, opt_state))
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def one_seed(state, batches, data, selection):
@@ -417,8 +443,8 @@ class Program:
     test: dict[str, Any]
 
 
-def build(config: Config, data_dir: str | None = None) -> Program:
-    """Load the data, make the model and the compiled functions of a training."""
+def build(config: Config, data_dir: str | None = None, metrics_fn=None) -> Program:
+    """Load the data, make the model and the compiled functions; `metrics_fn` as in `epoch_fn`."""
     train = psjax.data.load(config.dataset, "train", data_dir)
     test = psjax.data.load(config.dataset, "test", data_dir)
     net = make_model(config, train.num_classes)
@@ -435,6 +461,7 @@ def build(config: Config, data_dir: str | None = None) -> Program:
     state = jax.jit(lambda seeds: jax.lax.map(start, seeds))(seeds)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
     loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
-    epoch = epoch_fn(config, net, optimizer, loss_and_grad, selection, train.num_classes)
+    args = config, net, optimizer, loss_and_grad, selection, train.num_classes
+    epoch = epoch_fn(*args, metrics_fn)
     batches = EpochBatches(config, train.labels, train.num_classes)
     return Program(net, state, epoch, accuracy_fn(net), batches, on_device(train), on_device(test))
