@@ -112,28 +112,43 @@ class Plan:
         most = -(-room // int(self.shares[..., 1].min()))
         return np.minimum(index + step * np.arange(most), room).astype(np.int32)
 
-    def selection(self, axes: Any, like: Any, room: int, axis: str = "class") -> Selection:
+    def selection(
+        self, axes: Any, like: Any, room: int | None = None, axis: str = "class"
+    ) -> Selection:
         """The plan's tasks as index sets, for `psjax.value_and_grad` on whole parameters.
 
-        With `h(params, batch, pairs)` the element function,
-        `psjax.value_and_grad(h, in_axes=(P("label", "slot"), 0))(params, selection, batch, pairs)`
-        is the whole gradient, where `batch` is by label, `[C, room, ...]`, and `pairs` is
-        `plan.pairs` as `[W * T, l, s]`. `split(W)` gives each worker its own tasks.
+        With `h(params, batch, pairs)` the element function and `in_axes=(P("label"), P("task"))`,
+        or `(P("label", "slot"), P("task"))` where `room` is given,
+        `psjax.value_and_grad(h, in_axes)(params, selection, batch, pairs)` is the whole gradient;
+        `batch` is by label, `[C, slots, ...]`, and `pairs` is `plan.pairs` as `[W * T, l, s]`.
+        `split(W)` gives each worker its own tasks.
 
         Args:
           axes: as in `psjax.select`.
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
-          room: slots of a batch by label.
+          room: slots of a batch by label; needed where tasks share the samples of a label.
           axis: name of the class axis.
+
+        Raises:
+          ValueError: no `room` for a plan with more workers than tasks; as `psjax.select`.
         """
         num = self.num_classes
+        if room is None and self.shares[..., 1].max() > 1:
+            msg = (
+                f"Plan.selection(): {self.num_workers} workers share the samples of "
+                f"{self.num_tasks} tasks; write room=..., the slots of a batch by label."
+            )
+            raise ValueError(msg)
         rows = lambda x, end: [row[row < end] for row in x.reshape(-1, x.shape[2])]
         indices = {"class": self.classes, "label": self.labels}
         lists: dict[str, Any] = {
             axis if name == "class" else name: rows(x, num) for name, x in indices.items()
         }
-        lists["slot"] = rows(self.slots(room), room)
-        return select(axes, lists, like=like, sizes={"label": num, "slot": room})
+        lists["task"] = np.arange(len(lists["label"]))
+        sizes = {"label": num}
+        if room is not None:
+            lists["slot"], sizes["slot"] = rows(self.slots(room), room), room
+        return select(axes, lists, like=like, sizes=sizes)
 
     def batches(
         self,

@@ -125,7 +125,7 @@ def test_a_plan_as_a_selection_gives_the_whole_gradient(kind, num_classes, num_w
     weight = np.where(rows.weights[0] > 0, 1 / 24, 0)  # float32 would be seen at 1e-12
     batch = {"x": psjax.data.take(x, rows.indices[0]), "weight": jnp.asarray(weight)}
     pairs = plan.pairs.reshape(-1, *plan.pairs.shape[2:])
-    fn = psjax.value_and_grad(model.element, in_axes=(P("label", "slot"), 0))
+    fn = psjax.value_and_grad(model.element, in_axes=(P("label", "slot"), P("task")))
     value, grads = jax.jit(fn)(w, selection, batch, pairs)
     expected, whole = model.whole_value_and_grad(w, x, labels)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
@@ -143,6 +143,7 @@ def test_a_plan_as_a_selection_gives_the_whole_gradient(kind, num_classes, num_w
         (lambda: plans.blocks(10, 4, 1), "block_size=1"),
         (lambda: plans.cyclic(10, 4, 11), "from 1 to 10"),
         (lambda: plans.cyclic(4, 4).slots(0), "1 or more"),
+        (lambda: plans.pairs(3, 5).selection(model.AXES, model.init(3)), "5 workers share"),
         (lambda: plans.cyclic(4, 4).batches([0, 1], 2, replicas=0), "replicas=0"),
         (lambda: plans.cyclic(4, 4).batches([0, 4], 2), "label 4 of sample 1 is outside"),
     ],

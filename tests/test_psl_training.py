@@ -85,24 +85,12 @@ def test_every_way_on_devices_that_do_not_divide_it(x64, way):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), got, grads)
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "size"), [(5, 3), (7, 3), (10, 4), (13, 4), (6, 3), (3, 3)]
-)
-def test_cyclic_blocks_hold_each_ordered_pair_once(num_classes, size):
-    classes, pairs = training.cyclic_blocks(num_classes, size)
-    seen = [
-        (block[i], block[j])
-        for block, own in zip(classes, pairs)
-        for i in range(size)
-        for j in range(size)
-        if own[i, j]
-    ]
-    assert sorted(seen) == [tuple(p) for p in psjax.ordered_pairs(num_classes)]
-
-
-def test_cyclic_blocks_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="no 3 classes have all 10 differences; write a larger"):
-        training.cyclic_blocks(10, 3)
+def test_blocks_are_cyclic_where_their_size_is_that_of_a_difference_cover():
+    of = lambda size: training.make_plan(training.Config(compute="blocks", block_size=size), 10)
+    assert (of(4).kind, of(4).num_turns, of(4).block_size) == ("cyclic", 10, 4)
+    assert (of(6).kind, of(6).num_turns, of(6).block_size) == ("blocks", 6, 6)
+    with pytest.raises(ValueError, match="block_size=3.*an even number"):
+        of(3)
 
 
 def _losses(config, epochs=1):

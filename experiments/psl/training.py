@@ -7,7 +7,6 @@ What `train`, `reproduce` and `drops` have in common. A researcher's own script 
 import dataclasses
 import difflib
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +40,7 @@ class Config:
     compute: str = "elements"
     """fused (whole network), elements (C*C-C of them), pairs (h_kj and h_jk together), blocks (of --block-size classes)."""
     block_size: int = 4
-    """Classes a block, with --compute blocks: cyclic blocks cover every pair once."""
+    """Classes a block, with --compute blocks; cyclic blocks (4 classes of 10) are the fewest."""
     tile: int | None = None
     """With --compute elements: cut each label's samples into tiles of this many, so that work follows the true counts. Default: one row of slots a label."""
     devices: str = "one"
@@ -132,38 +131,17 @@ def sample_loss(config: Config):
     return functools.partial(psjax.losses.psl_with_integer_labels, margin_fn=margin_fn)
 
 
-def cyclic_blocks(num_classes: int, block_size: int):
-    """Cyclic blocks of classes and, for each, the ordered pairs it computes.
+def make_plan(config: Config, num_classes: int) -> psjax.plan.Plan:
+    """The tasks of --compute pairs or blocks, for one worker.
 
-    Block b holds the classes {b + d mod C : d in D} where the differences of D cover all of
-    Z_C; pair (k, j) goes to the first difference of D that equals j - k.
-
-    Returns:
-      Classes `[C, block_size]` and pairs `[C, block_size, block_size]`, float.
-
-    Raises:
-      ValueError: no set of `block_size` classes covers all differences.
+    Blocks are cyclic where a difference cover of the classes has their size, `num_classes` of them;
+    else two groups of half the size each.
     """
-    candidates = (
-        (0, *rest) for rest in itertools.combinations(range(1, num_classes), block_size - 1)
-    )
-    for base in candidates:
-        if len({(b - a) % num_classes for a in base for b in base}) == num_classes:
-            break
-    else:
-        msg = (
-            f"cyclic_blocks({num_classes}, {block_size}): no {block_size} classes have all "
-            f"{num_classes} differences; write a larger block."
-        )
-        raise ValueError(msg)
-    pairs, seen = np.zeros((block_size, block_size), np.float32), set()
-    for i, j in itertools.permutations(range(block_size), 2):
-        difference = (base[j] - base[i]) % num_classes
-        if difference not in seen:
-            pairs[i, j] = 1
-            seen.add(difference)
-    classes = (np.arange(num_classes)[:, None] + np.asarray(base)) % num_classes
-    return classes, np.broadcast_to(pairs, (num_classes, block_size, block_size))
+    if config.compute == "pairs":
+        return psjax.plan.pairs(num_classes, 1)
+    if config.block_size == len(psjax.plan.difference_cover(num_classes)):
+        return psjax.plan.cyclic(num_classes, 1, num_classes)
+    return psjax.plan.blocks(num_classes, 1, config.block_size)
 
 
 def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
@@ -197,25 +175,19 @@ def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
             axes, {"class": pairs, rows: pairs[:, 0]}, like=like, sizes={rows: num_classes}
         )
         return psjax.value_and_grad(h, in_axes=P(rows)), selection
-    if config.compute == "pairs":
-        classes = psjax.unordered_pairs(num_classes)
-        pairs = np.broadcast_to(1 - np.eye(2, dtype=np.float32), (len(classes), 2, 2))
-    else:
-        classes, pairs = cyclic_blocks(num_classes, config.block_size)
-    s = classes.shape[1]
-    small = net.clone(num_classes=s)
+    plan = make_plan(config, num_classes)
+    small = net.clone(num_classes=plan.block_size)
 
     def g(params, batch, pairs):  # a block: s scores, the samples labelled with its classes
         images = batch["image"]
         scores = small.apply({"params": params}, images.reshape(-1, *images.shape[2:]))
         return psjax.losses.block(
-            scores.reshape(*images.shape[:2], s), batch["weight"], pairs, margin_fn
+            scores.reshape(*images.shape[:2], -1), batch["weight"], pairs, margin_fn
         )
 
-    inner = psjax.value_and_grad(g, in_axes=(P("label"), P("block")))
-    block = np.arange(len(classes))
-    selection = psjax.select(axes, {"class": classes, "label": classes, "block": block}, like=like)
-    pairs = jnp.asarray(pairs)
+    inner = psjax.value_and_grad(g, in_axes=(P("label"), P("task")))
+    selection = plan.selection(axes, like)
+    pairs = jnp.asarray(plan.pairs[0])
     return lambda params, selection, batch: inner(params, selection, batch, pairs), selection
 
 
