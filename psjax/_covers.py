@@ -1,11 +1,12 @@
 """Difference covers: small sets of residues whose differences are all residues.
 
 They make cyclic quorums: W sets, w + D modulo W, of which every two meet, and such that every two
-of the W residues lie in one of them together. The table holds covers modulo 1 to 128, made and, but
-for `_UNPROVED`, proved smallest by `python -m experiments.covers`. Its idea is that of W.-S. Luk,
-T.-T. Wong, *Two new quorum based algorithms for distributed mutual exclusion*, ICDCS 1997, who
-searched covers up to 111. Beyond it a construction is as good for the purpose: C. J. Colbourn,
-A. C. H. Ling, *Quorums from difference covers*, Information Processing Letters 75, 2000.
+of the W residues lie in one of them together. The table holds covers modulo 1 to 128, made by
+`python -m experiments.covers`. The same search proved that none is smaller, but for the moduli in
+`_UNPROVED`, where it was not carried to an end. Its idea is that of W.-S. Luk, T.-T. Wong, *Two new
+quorum based algorithms for distributed mutual exclusion*, ICDCS 1997, who searched covers up to
+111. Beyond the table: C. J. Colbourn, A. C. H. Ling, *Quorums from difference covers*, Information
+Processing Letters 75, 2000.
 """
 
 import math
@@ -14,13 +15,13 @@ import math
 def difference_cover(num_groups: int) -> tuple[int, ...]:
     r"""Residues D modulo W, few of them, with $D - D = \mathbb Z_W$.
 
-    $|D| (|D| - 1) \ge W - 1$ whatever D. Up to W = 128 the cover comes from a table and, with the
-    few exceptions named there, none is smaller. Beyond it is a ruler of B. Wichmann (*A note on
-    restricted difference bases*, Journal of the London Mathematical Society 38, 1963): its marks
-    measure every length up to its own, and a ruler of length L covers W up to 2L + 1. Colbourn and
-    Ling take those with gaps $1^r, r + 1, (2r + 1)^r, (4r + 3)^s, (2r + 2)^{r + 1}, 1^r$ and
-    $s = 2r + 1$, which have $6r + 4$ marks and cover $W \le 24 r^2 + 36 r + 13$; here r and s are
-    those with the fewest marks. So $|D| \le \sqrt{1.5 W} + 6$.
+    $|D| (|D| - 1) \ge W - 1$ whatever D. Up to W = 128 the cover comes from a table; up to W = 113
+    none is smaller. Beyond the table it is a ruler of B. Wichmann (*A note on restricted difference
+    bases*, Journal of the London Mathematical Society 38, 1963): its marks measure every length up
+    to its own, and a ruler of length L covers W up to 2L + 1. Colbourn and Ling take those with
+    gaps $1^r, r + 1, (2r + 1)^r, (4r + 3)^s, (2r + 2)^{r + 1}, 1^r$ and $s = 2r + 1$, which have
+    $6r + 4$ marks and cover $W \le 24 r^2 + 36 r + 13$; here r and s are those with the fewest
+    marks. So $|D| \le \sqrt{1.5 W} + 6$.
 
     Args:
       num_groups: W.
@@ -57,7 +58,7 @@ def _ruler(num_groups, r):
     return 4 * r + s + 3, r, s
 
 
-# For each W from 1 the size and what it is at least, because |D| (|D| - 1) >= W - 1.
+# Beside each the modulus, the size and the least k with k (k - 1) >= W - 1.
 _TABLE = (
     (0,),  # 1: 1, bound 1
     (0, 1),  # 2: 2, bound 2
@@ -152,75 +153,42 @@ _TABLE = (
     (0, 26, 27, 31, 34, 44, 46, 55, 69, 85),  # 91: 10, bound 10
     (0, 3, 5, 9, 20, 32, 42, 46, 76, 77, 84),  # 92: 11, bound 11
     (0, 21, 25, 30, 37, 40, 57, 58, 63, 69, 71),  # 93: 11, bound 11
-    (0, 6, 13, 14, 18, 28, 32, 47, 49, 58, 71, 74),  # 94: 12, bound 11, not proved
-    (0, 1, 6, 8, 11, 19, 23, 32, 48, 62, 68),  # 95: 11, bound 11
-    (0, 2, 10, 11, 30, 43, 44, 47, 69, 78, 83, 90),  # 96: 12, bound 11, not proved
-    (0, 1, 9, 22, 29, 33, 67, 71, 73, 83, 89, 92),  # 97: 12, bound 11, not proved
-    (0, 7, 10, 11, 23, 26, 28, 35, 57, 65, 71, 77),  # 98: 12, bound 11, not proved
-    (0, 9, 10, 52, 55, 58, 79, 84, 86, 90, 91, 95),  # 99: 12, bound 11, not proved
-    (0, 3, 7, 19, 29, 30, 32, 50, 53, 58, 67, 73),  # 100: 12, bound 11, not proved
-    (0, 12, 23, 32, 33, 38, 51, 60, 63, 67, 75, 77),  # 101: 12, bound 11, not proved
-    (0, 3, 10, 12, 20, 36, 39, 49, 50, 54, 71, 77),  # 102: 12, bound 11, not proved
-    (0, 3, 5, 15, 19, 46, 47, 55, 67, 73, 80, 84),  # 103: 12, bound 11, not proved
-    (0, 17, 21, 22, 29, 32, 38, 47, 52, 65, 80, 102),  # 104: 12, bound 11, not proved
-    (0, 1, 5, 21, 39, 56, 69, 73, 79, 82, 84, 98),  # 105: 12, bound 11, not proved
-    (0, 12, 25, 32, 34, 36, 42, 58, 63, 77, 78, 81),  # 106: 12, bound 11, not proved
-    (0, 16, 27, 35, 44, 45, 47, 49, 68, 70, 77, 83),  # 107: 12, bound 11, not proved
-    (0, 9, 16, 18, 19, 38, 72, 76, 78, 80, 91, 103),  # 108: 12, bound 11, not proved
-    (0, 26, 27, 39, 47, 49, 58, 63, 64, 67, 102, 106),  # 109: 12, bound 11, not proved
-    (0, 11, 14, 15, 44, 63, 65, 70, 79, 85, 87, 97),  # 110: 12, bound 11, not proved
-    (0, 18, 30, 31, 46, 53, 65, 70, 73, 75, 79, 90),  # 111: 12, bound 11, not proved
-    (0, 2, 21, 22, 28, 31, 45, 58, 63, 70, 74, 78),  # 112: 12, bound 12
-    (0, 6, 7, 8, 12, 23, 41, 44, 54, 63, 68, 93),  # 113: 12, bound 12
-    (0, 9, 28, 36, 41, 42, 57, 59, 66, 69, 77, 99, 103),  # 114: 13, bound 12, not proved
-    (0, 7, 10, 11, 53, 59, 61, 65, 68, 81, 86, 91, 105),  # 115: 13, bound 12, not proved
-    (0, 20, 22, 27, 39, 45, 48, 58, 59, 74, 80, 88, 92),  # 116: 13, bound 12, not proved
-    (0, 34, 39, 46, 58, 72, 74, 78, 86, 87, 96, 97, 114),  # 117: 13, bound 12, not proved
-    (0, 12, 17, 32, 37, 47, 65, 68, 69, 76, 78, 84, 92),  # 118: 13, bound 12, not proved
-    (0, 8, 9, 12, 14, 21, 25, 31, 49, 54, 65, 69, 101),  # 119: 13, bound 12, not proved
-    (0, 13, 21, 36, 46, 50, 70, 76, 81, 88, 97, 98, 100),  # 120: 13, bound 12, not proved
-    (0, 12, 16, 19, 21, 34, 38, 48, 49, 58, 81, 83, 89),  # 121: 13, bound 12, not proved
-    (0, 22, 26, 28, 29, 34, 40, 50, 53, 73, 88, 105, 114),  # 122: 13, bound 12, not proved
-    (0, 2, 10, 14, 17, 26, 35, 46, 65, 78, 83, 84, 106),  # 123: 13, bound 12, not proved
-    (0, 11, 17, 21, 37, 40, 42, 67, 90, 94, 102, 103, 117),  # 124: 13, bound 12, not proved
-    (0, 1, 2, 6, 24, 27, 38, 46, 53, 55, 68, 88, 115),  # 125: 13, bound 12, not proved
-    (0, 7, 9, 12, 20, 23, 24, 42, 49, 56, 77, 83, 87),  # 126: 13, bound 12, not proved
-    (0, 12, 28, 31, 42, 46, 52, 53, 55, 90, 113, 119, 122),  # 127: 13, bound 12, not proved
-    (0, 16, 21, 22, 36, 40, 53, 82, 85, 92, 94, 117, 120),  # 128: 13, bound 12, not proved
+    (0, 1, 13, 20, 23, 27, 31, 32, 56, 73, 77, 79),  # 94: 12, bound 11
+    (0, 16, 23, 29, 31, 34, 43, 53, 57, 78, 79),  # 95: 11, bound 11
+    (0, 4, 21, 32, 34, 39, 45, 48, 54, 57, 58, 88),  # 96: 12, bound 11
+    (0, 9, 12, 16, 32, 45, 50, 51, 59, 61, 73, 76),  # 97: 12, bound 11
+    (0, 4, 10, 16, 46, 47, 55, 70, 76, 81, 95, 96),  # 98: 12, bound 11
+    (0, 4, 6, 14, 27, 36, 39, 40, 51, 56, 58, 67),  # 99: 12, bound 11
+    (0, 6, 8, 9, 20, 25, 42, 46, 52, 70, 77, 93),  # 100: 12, bound 11
+    (0, 4, 22, 27, 28, 36, 38, 40, 43, 53, 73, 82),  # 101: 12, bound 11
+    (0, 1, 7, 15, 31, 32, 34, 38, 43, 56, 72, 82),  # 102: 12, bound 11
+    (0, 7, 8, 11, 13, 22, 30, 51, 63, 69, 79, 89),  # 103: 12, bound 11
+    (0, 3, 12, 17, 19, 37, 41, 47, 52, 64, 65, 73),  # 104: 12, bound 11
+    (0, 6, 15, 17, 20, 32, 33, 45, 67, 74, 82, 101),  # 105: 12, bound 11
+    (0, 5, 30, 31, 33, 39, 47, 51, 58, 74, 87, 96),  # 106: 12, bound 11
+    (0, 12, 16, 19, 22, 27, 40, 51, 60, 74, 76, 77),  # 107: 12, bound 11
+    (0, 3, 4, 10, 24, 26, 28, 39, 58, 66, 70, 75),  # 108: 12, bound 11
+    (0, 16, 17, 21, 24, 29, 35, 44, 66, 68, 90, 100),  # 109: 12, bound 11
+    (0, 5, 13, 37, 39, 48, 49, 51, 55, 70, 78, 95),  # 110: 12, bound 11
+    (0, 10, 14, 16, 17, 29, 37, 51, 53, 62, 67, 93),  # 111: 12, bound 11
+    (0, 6, 7, 10, 26, 28, 39, 53, 62, 70, 77, 82),  # 112: 12, bound 12
+    (0, 26, 29, 50, 56, 59, 60, 62, 73, 78, 98, 105),  # 113: 12, bound 12
+    (0, 7, 10, 16, 18, 40, 41, 55, 59, 68, 73, 76, 88),  # 114: 13, bound 12, not proved
+    (0, 12, 16, 35, 43, 49, 64, 71, 73, 81, 84, 88, 89),  # 115: 13, bound 12, not proved
+    (0, 15, 16, 21, 24, 41, 50, 54, 61, 63, 68, 73, 101),  # 116: 13, bound 12, not proved
+    (0, 4, 8, 10, 16, 19, 35, 53, 57, 58, 71, 97, 104),  # 117: 13, bound 12, not proved
+    (0, 5, 28, 34, 37, 38, 45, 55, 57, 77, 79, 92, 93),  # 118: 13, bound 12, not proved
+    (0, 5, 6, 14, 18, 30, 40, 47, 50, 52, 71, 82, 110),  # 119: 13, bound 12, not proved
+    (0, 9, 14, 17, 30, 36, 38, 58, 63, 69, 70, 73, 111),  # 120: 13, bound 12, not proved
+    (0, 3, 5, 13, 20, 24, 32, 38, 45, 54, 95, 97, 98),  # 121: 13, bound 12, not proved
+    (0, 4, 9, 10, 17, 52, 62, 71, 73, 82, 85, 98, 100),  # 122: 13, bound 12, not proved
+    (0, 5, 17, 25, 34, 41, 43, 62, 63, 73, 76, 113, 117),  # 123: 13, bound 12, not proved
+    (0, 7, 46, 47, 50, 59, 61, 79, 80, 83, 88, 108, 114),  # 124: 13, bound 12
+    (0, 20, 29, 36, 42, 43, 46, 54, 69, 74, 101, 104, 106),  # 125: 13, bound 12, not proved
+    (0, 7, 15, 18, 24, 51, 52, 53, 64, 74, 78, 83, 94),  # 126: 13, bound 12, not proved
+    (0, 1, 8, 10, 22, 29, 71, 77, 81, 84, 111, 112, 117),  # 127: 13, bound 12, not proved
+    (0, 6, 9, 10, 18, 51, 60, 75, 77, 82, 95, 98, 109),  # 128: 13, bound 12
 )
 
 # Moduli whose covers might not be the smallest.
-_UNPROVED = (
-    94,
-    96,
-    97,
-    98,
-    99,
-    100,
-    101,
-    102,
-    103,
-    104,
-    105,
-    106,
-    107,
-    108,
-    109,
-    110,
-    111,
-    114,
-    115,
-    116,
-    117,
-    118,
-    119,
-    120,
-    121,
-    122,
-    123,
-    124,
-    125,
-    126,
-    127,
-    128,
-)
+_UNPROVED = (114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 125, 126, 127)
