@@ -10,6 +10,7 @@ from psjax import models as models
 from psjax import nn as nn
 from psjax import plan as plan
 from psjax import structure as structure
+from psjax._dropout import dropout_mask as dropout_mask
 from psjax._execute import pmap as pmap
 from psjax._execute import shard as shard
 from psjax._local import LocalMetrics as LocalMetrics

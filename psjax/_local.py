@@ -154,7 +154,7 @@ def local_update(
         mean = iter(seen.scatter_mean(those(new), those(old), where=finite, axis_name=axis_name))
         good = finite & selection.valid
         leaves = [
-            next(mean) if yes else _kept(k, _first(y, x, good, axis_name), x)
+            next(mean) if yes else _kept(_anywhere(k, axis_name), _first(y, x, good, axis_name), x)
             for yes, k, x, y in zip(home, keep, old, new)
         ]
         params = jax.tree.structure(params).unflatten(leaves[:num_params])
@@ -216,7 +216,7 @@ def _zero_dropped(tree, params, masks):
 
 
 def _state_specs(params, specs, opt_state):
-    """How each leaf of the optimizer's state travels: like the parameter it belongs to, or whole."""
+    """How each leaf of the optimizer's state travels: as the parameter it belongs to, or whole."""
     return [P() if i is None else specs[i] for i in _state_owners(params, opt_state)]
 
 
@@ -272,6 +272,13 @@ def _first(y, old, good, axis_name):
         value = jax.lax.psum(jnp.where(own, as_int, jnp.zeros_like(as_int)), axis_name)
         value, found = value.astype(y.dtype), jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
     return jnp.where(found, value, old)
+
+
+def _anywhere(keep, axis_name):
+    """What some device keeps."""
+    if keep is None or axis_name is None:
+        return keep
+    return jax.lax.pmax(jnp.asarray(keep).astype(jnp.int32), axis_name) > 0
 
 
 def _check_steps(elements, batches, specs):

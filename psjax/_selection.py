@@ -96,7 +96,7 @@ def _kept(keep, x, other=0):
     if keep is None:
         return x
     keep, x = jnp.asarray(keep), jnp.asarray(x)
-    keep = keep.reshape(*[1] * (x.ndim - keep.ndim), *keep.shape)
+    keep = keep.reshape((1,) * (x.ndim - keep.ndim) + keep.shape)
     return jnp.where(keep, x, jnp.asarray(other, x.dtype))
 
 
@@ -209,6 +209,7 @@ class Selection:
         valid = valid if where is None else valid & where
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, counts = self._add(zeros, stacked, valid), self._counts(params, valid, axis_name)
+        total = self._dropped(total)
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
 
@@ -269,8 +270,8 @@ class Selection:
         Example:
           >>> import jax.numpy as jnp, psjax
           >>> w = {"trunk": jnp.ones(2), "own": jnp.ones(3)}
-          >>> s = psjax.replicas(w, 4).drop({"trunk": False, "own": [True, True, False]})
-          >>> s.counts(w)
+          >>> keep = {"trunk": False, "own": jnp.array([True, True, False])}
+          >>> psjax.replicas(w, 4).drop(keep).counts(w)
           {'own': Array([4, 4, 0], dtype=int32), 'trunk': Array([0, 0], dtype=int32)}
         """
         if self.valid.ndim != 1:
@@ -304,21 +305,29 @@ class Selection:
         return _map(add, self.specs, zeros, stacked)
 
     def _counts(self, params, valid, axis_name=None):
-        """Counts with size 1 on every axis that is not selected: they are the same along it."""
+        """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
         owners, _ = self._owners(valid, axis_name)
+        mine, _ = self._owners(valid) if self.keep is not None else (owners, {})
 
-        def leaf(spec, x):
+        def leaf(spec, keep, x):
             if self._one_holder(spec):
-                return _held(x.ndim, spec, owners).astype(jnp.int32)
+                if keep is None:
+                    return _held(x.ndim, spec, owners).astype(jnp.int32)
+                count = _kept(keep, _held(x.ndim, spec, mine).astype(jnp.int32))
+                return count if axis_name is None else jax.lax.psum(count, axis_name)
             names = [*(spec or ()), *[None] * (x.ndim - len(spec or ()))]
             shape = [n if name in self.indices else 1 for n, name in zip(x.shape, names)]
             ones = _gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1)
             if not _selected(spec, self.indices):
                 ones = jnp.broadcast_to(ones, (self.num_elements, *ones.shape))
             count = _scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
+            count = _kept(keep, count)  # this device's, whose masks may be its own
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
-        return self._dropped(_map(leaf, self.specs, params))
+        leaves, treedef = jax.tree.flatten(params)
+        keep = self.keep or (None,) * len(leaves)
+        counts = [leaf(*args) for args in zip(self.specs, keep, leaves, strict=True)]
+        return treedef.unflatten(counts)
 
     def _one_holder(self, spec):
         """Whether no entry of such a leaf can have two holders."""
@@ -365,15 +374,13 @@ def _with_specs(selection, tree, specs, keep=None):
         )
         raise ValueError(msg)
     paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
-    keep = None if selection.keep is None else tuple(keep)
+    keep = None if selection.keep is None else tuple(keep or ())
     return dataclasses.replace(selection, specs=tuple(specs), paths=paths, keep=keep)
 
 
 def _masks(keep, paths):
     """The leaves of a tree of masks, flat, one for every path."""
-    found = jax.tree_util.tree_leaves_with_path(
-        keep, is_leaf=lambda x: x is None or _is_list_of_bools(x)
-    )
+    found = jax.tree_util.tree_leaves_with_path(keep, is_leaf=lambda x: x is None)
     by_path = {keystr(path): x for path, x in found}
     wrong = [p for p in by_path if p not in paths and by_path[p] is not None]
     odd = sorted({*wrong, *(p for p in paths if p not in by_path)})
@@ -400,10 +407,6 @@ def _mask(path, x):
     return x
 
 
-def _is_list_of_bools(x):
-    return isinstance(x, list) and bool(x) and all(isinstance(b, bool | np.bool_) for b in x)
-
-
 def _both(path, a, b):
     """What two masks of one leaf keep together."""
     if a is None or b is None:
@@ -415,7 +418,7 @@ def _both(path, a, b):
         )
         raise ValueError(msg)
     ndim = max(a.ndim, b.ndim)
-    align = lambda x: x.reshape(*[1] * (ndim - x.ndim), *x.shape)
+    align = lambda x: x.reshape((1,) * (ndim - x.ndim) + x.shape)
     return align(a) & align(b)
 
 
@@ -428,10 +431,10 @@ def _broadcasts(shape, to, either=False):
     return either or wide == tuple(to)
 
 
-def _repeat(x, n):
+def _repeat(x: Any, n: int):
     """`[...] -> [n, ...]`; NumPy's arrays stay so."""
-    lib = np if isinstance(x, np.ndarray | np.generic) else jnp
-    return lib.broadcast_to(x, (n, *x.shape))
+    host = isinstance(x, np.ndarray | np.generic)
+    return (np if host else jnp).broadcast_to(x, (n, *x.shape))
 
 
 def _divide_rows(x, n):

@@ -1,8 +1,27 @@
-"""How many weights a score and an element loss depend on, and which.
+r"""How many weights a score and an element loss depend on, and which.
 
 Section 5 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
 neural network training*, G-2023-36: a score sees the common weights and its class's own, an element
 of two classes the common weights and two classes' own.
+
+**Under dropout** (section 6.1 and figure 5) weights go, by `Selection.drop` or the `keep` of the
+functions here, and the structure with them. Without the layers that all scores share, two scores
+share nothing, $U_j U_{j_2}^\top = 0$, and two elements only what is their common class's own;
+`overlap` counts it. Elements that share no weight can be evaluated together, each weight by one of
+them: the pairs are the edges of the complete graph, and a round is a set of edges that do not touch
+(`rounds`: C - 1 rounds for even C, C for odd). ::
+
+    keep = psjax.dropout_mask(key, params, layers={"Conv_0": 1.0})
+    selection = psjax.select(axes, {"class": pairs, "label": pairs}, like=params).drop(keep)
+    together = psjax.structure.in_rounds(selection, params)     # leaves [rounds, elements, ...]
+    loss_and_grad = psjax.value_and_grad(element_fn, P("label"), chunk_size=num_classes)
+
+    def body(total, selection):                                 # a partition of the classes
+        return jax.tree.map(jnp.add, total, loss_and_grad(params, selection, batch)), None
+
+    (loss, grads), _ = jax.lax.scan(body, zeros, together)
+
+The sum is the whole gradient in any order; a round's gradient goes home without a scatter.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._select import _axis_sizes, select
-from psjax._selection import Selection
+from psjax._overlap import num_weights as num_weights
+from psjax._overlap import overlap as overlap
+from psjax._rounds import disjoint_rounds as disjoint_rounds
+from psjax._rounds import in_rounds as in_rounds
+from psjax._rounds import rounds as rounds
+from psjax._select import _axis_sizes, replicas, select
+from psjax._selection import _check_like, _kept
 
 
 class WeightCounts(NamedTuple):
@@ -31,50 +55,43 @@ class WeightCounts(NamedTuple):
     common: int
 
 
-def num_weights(selection: Selection, like: Any) -> np.ndarray:
-    """How many weights each element of a selection sees, `int64[E]`; padding counts for nothing.
-
-    Args:
-      selection: the index sets.
-      like: the parameters, or `jax.ShapeDtypeStruct`s of them.
-    """
-    shapes = jax.eval_shape(selection.gather, like)
-    sizes = np.zeros(selection.num_elements, np.int64)
-    for spec, x in zip(selection.specs, jax.tree.leaves(shapes)):
-        entries = np.full(selection.num_elements, int(np.prod(x.shape[1:])))
-        for name in spec or ():
-            index = selection.indices.get(name)
-            if index is not None and index.ndim == 2:
-                real = np.sum(index < selection.sizes[name], axis=1)
-                entries = entries // index.shape[1] * real
-        sizes += entries
-    return np.where(selection.valid, sizes, 0)
-
-
-def count(axes: Any, like: Any, axis: str = "class") -> WeightCounts:
+def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> WeightCounts:
     """Count n, $n_j$, $n_{kj}$ and the common weights of an annotated model.
 
     Args:
       axes: as in `psjax.select`.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them; nothing is computed.
       axis: name of the class axis, of two classes at least.
+      keep: None, or a mask as in `Selection.drop`: count what remains, as figure 5 draws it. Where
+        classes keep different numbers, `score` and `element` are the largest. A weight that
+        remains counts, though it may lead to none that does.
 
     Raises:
-      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has.
+      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has; from
+        `Selection.drop`.
     """
     _check_axis("count", axes, like, axis)
-    n = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(like))
-    one = int(num_weights(select(axes, {axis: [[0]]}, like=like), like)[0])
-    two = int(num_weights(select(axes, {axis: [[0, 1]]}, like=like), like)[0])
-    return WeightCounts(n, one, two, 2 * one - two)
+    drop = lambda s: s if keep is None else s.drop(keep)
+    see = lambda rows: num_weights(drop(select(axes, {axis: rows}, like=like)), like)
+    num_classes = 2 if keep is None else _axis_sizes(axes, like)[2][axis]
+    scores = see(np.arange(num_classes)[:, None])
+    a, b = np.argsort(-scores, kind="stable")[:2]
+    n, two = int(num_weights(drop(replicas(like, 1)), like)[0]), int(see([[a, b]])[0])
+    return WeightCounts(n, int(scores[a]), two, int(scores[a] + scores[b]) - two)
 
 
-def dependence(axes: Any, params: Any, axis: str = "class") -> Any:
-    """Which scores depend on each weight, as the figures 1 and 3 of the paper draw it.
+def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) -> Any:
+    """Which scores depend on each weight, as the figures 1, 3 and 5 of the paper draw it.
+
+    Args:
+      axes: as in `psjax.select`.
+      params: the parameters.
+      axis: name of the class axis.
+      keep: None, or a mask as in `Selection.drop`.
 
     Returns:
-      A tree like `params`, int32: the class whose score alone sees the weight, or -1 for a weight
-      that every score sees.
+      A tree like `params`, int32: the class whose score alone sees the weight, -1 for a weight
+      that every score sees, -2 for one that is dropped.
 
     Raises:
       ValueError: as `count`.
@@ -83,6 +100,8 @@ def dependence(axes: Any, params: Any, axis: str = "class") -> Any:
     selection = select(axes, {axis: [[0]]}, like=params)
     num_classes = selection.sizes[axis]
     selection = select(axes, {axis: np.arange(num_classes)[:, None]}, like=params)
+    dropped = selection if keep is None else selection.drop(keep)
+    _check_like("dependence", dropped, params)
     own = jax.tree.map(
         lambda x: jnp.broadcast_to(
             jnp.arange(num_classes).reshape(-1, *[1] * (x.ndim - 1)), x.shape
@@ -91,7 +110,10 @@ def dependence(axes: Any, params: Any, axis: str = "class") -> Any:
     )
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), params)
     owner, holders = selection.scatter_add(own, like), selection.counts(like)
-    return jax.tree.map(lambda o, h: jnp.where(h == 1, o, -1), owner, holders)
+    found = jax.tree.map(lambda o, h: jnp.where(h == 1, o, -1), owner, holders)
+    leaves, treedef = jax.tree.flatten(found)
+    masks = dropped.keep or [None] * len(leaves)
+    return treedef.unflatten([_kept(k, x, -2) for k, x in zip(masks, leaves)])
 
 
 def _check_axis(call, axes, like, axis):
