@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +12,29 @@ from orbax.checkpoint import v1 as ocp
 
 
 class Checkpoints:
-    """A series of checkpoints under `folder`; orbax writes each to one side and renames it."""
+    """A series of checkpoints under `folder`; orbax writes each to one side and renames it.
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 3):
+    With many processes every one of them saves and restores, its own shards of global arrays, and
+    a failure of one is its own: it raises there, and does not wait for the others.
+
+    Args:
+      folder: where they are, the same for all processes.
+      keep: how many of the newest are kept.
+      unit: what a step is called in messages.
+      everybody: with many processes, `(name, yes) -> bool`, whether all of them say yes.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: int = 3,
+        unit: str = "epoch",
+        everybody: Callable[[str, bool], bool] = lambda name, yes: yes,
+    ):
         self.folder = pathlib.Path(folder).resolve()
         self.keep = keep
+        self.unit = unit
+        self.everybody = everybody
 
     def _open(self):
         policies: Any = ocp.training.preservation_policies
@@ -26,6 +46,9 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
+        if jax.process_count() > 1:  # orbax would wait for the others
+            found = self.folder.glob("*/commit_success.txt")
+            return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
         with self._open() as checkpointer:
             return sorted(c.step for c in checkpointer.checkpoints)
 
@@ -36,22 +59,35 @@ class Checkpoints:
           OSError: the disk is full or cannot be written.
         """
         try:
-            with self._open() as checkpointer:
-                checkpointer.save(step, state, overwrite=True)
+            self._save(step, state)
         except Exception as error:  # orbax and tensorstore raise their own kinds
             last = self.steps()
             msg = (
-                f"checkpoint of epoch {step} could not be saved under {self.folder}: {error}. The "
-                f"last good one is that of epoch {last[-1] if last else 'none'}; make room and "
-                "continue with --resume."
+                f"checkpoint of {self.unit} {step} could not be saved under {self.folder}: {error}."
+                f" The last good one is that of {self.unit} {last[-1] if last else 'none'}; make "
+                "room and continue with --resume."
             )
             raise OSError(msg) from error
+
+    def _save(self, step, state):
+        if jax.process_count() == 1:
+            with self._open() as checkpointer:
+                checkpointer.save(step, state, overwrite=True)
+            return
+        # A Checkpointer whose save failed here would wait for the others, who wait for this one.
+        ocp.save(str(self.folder / str(step)), state, overwrite=True)
+        if jax.process_index() == 0:
+            for old in self.steps()[: -self.keep]:
+                aside = self.folder / f"{old}.old"
+                os.replace(self.folder / str(old), aside)
+                shutil.rmtree(aside)
 
     def restore(self, like: Any, report) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, or None; `report(line)` is told of damaged ones.
 
         Args:
-          like: a state of the same structure; shapes and dtypes must agree.
+          like: a state of the same structure; shapes and dtypes must agree. The result has its
+            shardings, whatever they were when it was saved.
           report: called with one line for each checkpoint passed over.
 
         Raises:
@@ -61,15 +97,35 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         steps = self.steps()
+        self._tidy()
         for step in reversed(steps):
+            line = "by another process"
+            state = None
             try:
-                with self._open() as checkpointer, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    return step, checkpointer.load(step, abstract)
+                state = self._load(step, abstract)
             except Exception as error:  # damaged files raise whatever tensorstore meets
                 line = str(error).splitlines()[0][:160]
-                report(f"checkpoint of epoch {step} is damaged ({line}); trying the one before.")
+            if self.everybody(f"restored {step}", state is not None):
+                return step, state
+            report(f"checkpoint of {self.unit} {step} is damaged ({line}); trying the one before.")
         if steps:
-            msg = f"none of the checkpoints of epochs {steps} under {self.folder} can be read."
+            msg = (
+                f"none of the checkpoints of {self.unit}s {steps} under {self.folder} can be read."
+            )
             raise ValueError(msg)
         return None
+
+    def _tidy(self):
+        """Remove what a process that died left half written, or half removed."""
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            for pattern in ("*.orbax-checkpoint-tmp", "*.old"):
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path)
+
+    def _load(self, step, abstract):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if jax.process_count() > 1:
+                return ocp.load(str(self.folder / str(step)), abstract)
+            with self._open() as checkpointer:
+                return checkpointer.load(step, abstract)

@@ -157,6 +157,17 @@ def replace(path: pathlib.Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def paste(readme: pathlib.Path, name: str, text: str) -> None:
+    """Put a text between `<!-- name -->` and `<!-- /name -->`."""
+    whole = readme.read_text()
+    before, found, rest = whole.partition(f"<!-- {name} -->\n")
+    _, ends, after = rest.partition(f"<!-- /{name} -->")
+    if not found or not ends:
+        msg = f"{readme}: no <!-- {name} --> with <!-- /{name} --> after it."
+        raise ValueError(msg)
+    replace(readme, f"{before}{found}\n{text}\n{ends}{after}")
+
+
 def write_rows(path: pathlib.Path, rows: list[dict]) -> None:
     """A CSV of the rows, all with the columns of the first one."""
     lines = [",".join(rows[0])] if rows else []

@@ -343,17 +343,6 @@ def table_of_steps(times: Times) -> str:
 # ------------------------------------------------------------------------------------------- output
 
 
-def paste(readme: pathlib.Path, name: str, text: str) -> None:
-    """Put a text between `<!-- name -->` and `<!-- /name -->`."""
-    whole = readme.read_text()
-    before, found, rest = whole.partition(f"<!-- {name} -->\n")
-    _, ends, after = rest.partition(f"<!-- /{name} -->")
-    if not found or not ends:
-        msg = f"{readme}: no <!-- {name} --> with <!-- /{name} --> after it."
-        raise ValueError(msg)
-    _run.replace(readme, f"{before}{found}\n{text}\n{ends}{after}")
-
-
 def draw(results: str | os.PathLike, width: int, readme: pathlib.Path | None = None) -> None:
     """Tables and figures from whatever is in `results`, the tables also into the README.
 
@@ -381,7 +370,7 @@ def draw(results: str | os.PathLike, width: int, readme: pathlib.Path | None = N
         (results / f"{name}.md").write_text(text)
         print(text)
         if readme is not None and readme.exists():
-            paste(readme, name, short.get(name, text))
+            _run.paste(readme, name, short.get(name, text))
 
 
 def _speedups(times: Times) -> dict[str, list[dict[str, Any]]]:

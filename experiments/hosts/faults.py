@@ -1,0 +1,266 @@
+"""What happens when a process dies, stops, is slow, cannot write or cannot be reached: the matrix.
+
+    python -m experiments.hosts.faults                      # all cells, about 20 minutes
+    python -m experiments.hosts.faults --only kill stop     # some kinds
+
+Each cell starts a training of two processes by `experiments.hosts.launch`, lets one process meet
+one fault at one place, and measures how long it takes until all processes have ended, what they
+say, and whether `--resume`, with nothing repaired, ends with the parameters of an uninterrupted
+training, bit for bit. `cut` and `full-disk` need root (network namespaces, a small tmpfs);
+elsewhere they say so. Rows go to results/faults.csv as they come, and as a table to README.md.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from experiments import _run
+from experiments.hosts import _namespaces
+
+KINDS = ("kill", "stop", "slow", "full", "cut")
+PLACES = ("compute", "collective", "saving")
+DEADLINE, GRACE, SLACK = 6, 8, 6
+STATED = DEADLINE + GRACE + SLACK
+"""Seconds within which all processes of a cell must have ended: the training's --deadline, the
+launcher's --grace, and for a slow machine as much again."""
+COLUMNS = (
+    "kind",
+    "process",
+    "place",
+    "seconds",
+    "stated",
+    "exit_codes",
+    "named",
+    "resumed_after",
+    "difference",
+    "verdict",
+    "message",
+)
+ROUNDS, SAVE = 24, 6
+TRAIN = (
+    f"--method ist --width 64 --rounds {ROUNDS} --report-every 12 --checkpoint-every {SAVE} "
+    f"--deadline {DEADLINE}"
+).split()
+_HERE = pathlib.Path(__file__).resolve().parent
+CSV = _HERE / "results" / "faults.csv"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the number of cells that are not as they should be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    extra = ("full-disk", "elastic")
+    parser.add_argument("--only", nargs="+", choices=(*KINDS, *extra), default=(*KINDS, *extra))
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
+    parser.add_argument("--out", type=pathlib.Path, default=CSV)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        expected = uninterrupted(scratch, 2)
+        rows, bad = _read(args.out), 0
+        for cell in cells(args.only, args.places):
+            row = one(*cell, scratch, expected)
+            row["message"] = row["message"].replace(str(scratch), "...")
+            bad += row["verdict"] not in ("ok", "not run")
+            rows = [r for r in rows if [str(r[k]) for k in COLUMNS[:3]] != [str(x) for x in cell]]
+            rows = sorted([*rows, row], key=_order)
+            _write(args.out, rows)
+            print(*(row[k] for k in COLUMNS), sep=" | ", flush=True)
+    if args.out == CSV:
+        _run.paste(_HERE / "README.md", "faults", table(rows))
+    else:
+        print(table(rows))
+    return bad
+
+
+def cells(kinds=KINDS, places=PLACES) -> list[tuple[str, int, str]]:
+    """Kind, process and place of every cell."""
+    found = [(k, p, place) for k in kinds if k in KINDS for p in (1, 0) for place in places]
+    found += [("full-disk", 1, "saving")] if "full-disk" in kinds else []
+    return found + ([("elastic", 1, "collective")] if "elastic" in kinds else [])
+
+
+def uninterrupted(scratch: pathlib.Path, workers: int) -> dict[str, np.ndarray]:
+    """The parameters of a training that nothing happens to."""
+    folder = scratch / f"uninterrupted-{workers}"
+    command = [sys.executable, "-m", "experiments.hosts.train", *TRAIN]
+    command += ["--workers", str(workers), "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return dict(np.load(folder / "params.npz"))
+
+
+def one(kind: str, process: int, place: str, scratch: pathlib.Path, expected) -> dict:
+    """A cell: the fault, its end, the resumption. Returns a row of `COLUMNS`."""
+    row = dict.fromkeys(COLUMNS, "") | {"kind": kind, "process": process, "place": place}
+    row["stated"] = STATED
+    if kind == "full-disk":
+        return _full_disk(row, scratch, expected)
+    if kind == "elastic":
+        return _elastic(row, scratch, expected)
+    reason = _namespaces.unavailable() if kind == "cut" else None
+    if reason:
+        return row | {"verdict": "not run", "message": reason}
+    hosts = _namespaces.Namespaces(2) if kind == "cut" else contextlib.nullcontext()
+    folder = scratch / f"{kind}-{process}-{place}"
+    with hosts:
+        launch: list[str] = []
+        if isinstance(hosts, _namespaces.Namespaces):
+            launch = ["--prefix", "ip netns exec psjax-{i}", "--coordinator", "10.77.0.1:9999"]
+        when = 3 * SAVE - 1 if place == "saving" else 2 * SAVE + 2
+        fault = {"PSJAX_FAULT": f"{kind}:{process}:{place}:{when}", "PSJAX_FAULT_INTERFACE": "eth0"}
+        lines, began, ended, code = start(launch, ["--out", str(folder)], fault)
+        if isinstance(hosts, _namespaces.Namespaces):
+            hosts.up()
+        row |= _judge(lines, began, ended, code, process)
+        row |= _resumed(launch, folder, expected, row["verdict"])
+    return row
+
+
+def start(launch: list[str], train: list[str], env: dict[str, str], workers: int = 2, n: int = 2):
+    """A training by the launcher: lines, when the fault came, when all had ended, exit code."""
+    command = [sys.executable, "-u", "-m", "experiments.hosts.launch", "--processes", str(n)]
+    command += ["--grace", str(GRACE), *launch, "--", *TRAIN, "--workers", str(workers), *train]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **env},
+    )
+    lines, began = [], None
+    for line in process.stdout or ():
+        lines.append(line.rstrip())
+        if "fault: process" in line and began is None:
+            began = time.monotonic()
+    code = process.wait()
+    return lines, began, time.monotonic(), code
+
+
+def _judge(lines, began, ended, code, guilty):
+    said = [m for line in lines if (m := re.match(r"\[(\d)\] error: (.*)", line))]
+    others = [m[2] for m in said if int(m[1]) != guilty]
+    own = [m[2] for m in said if int(m[1]) == guilty]
+    launcher = [line for line in lines if line.startswith("launch: process")]
+    words = [*others, *own, *launcher]
+    named = [
+        who
+        for who, text in (("others", others), ("itself", own), ("launcher", launcher))
+        if any(f"process {guilty}" in line for line in text)
+    ]
+    codes = [line.removeprefix("launch: process ").rstrip(".") for line in launcher]
+    row = {
+        "seconds": f"{ended - began:.1f}" if began else "",
+        "exit_codes": "; ".join(_short(c) for c in codes),
+        "named": " ".join(named),
+        "message": words[0] if words else "",
+    }
+    good = began is not None and code == 1 and named and ended - began <= STATED
+    return row | {"verdict": "ok" if good else "NOT ENDED AS STATED"}
+
+
+def _short(words):
+    number, _, how = words.partition(" ")
+    exit_code = re.search(r"SIG\w+|code \d+|with \d+|did not end", how)
+    found = exit_code[0].split()[-1] if exit_code else how
+    return f"{number}: {'SIGKILL by the launcher' if found == 'end' else found}"
+
+
+def _resumed(launch, folder, expected, verdict):
+    """The same training again, with --resume and no fault."""
+    lines, _, _, code = start(launch, ["--resume", str(folder)], {})
+    after = [m[1] for line in lines if (m := re.search(r"continuing after round (\d+)", line))]
+    damaged = [line for line in lines if "damaged" in line]
+    row = {"resumed_after": after[0] if after else "start"}
+    if code or not (folder / "params.npz").exists():
+        return row | {"verdict": "NOT RESUMED", "message": " ".join(lines[-3:])[:300]}
+    row["difference"] = _difference(folder, expected)
+    if damaged:
+        return row | {"verdict": "DAMAGED", "message": damaged[0]}
+    return row | {"verdict": verdict if row["difference"] == 0 else "OTHER PARAMETERS"}
+
+
+def _difference(folder, expected):
+    found = np.load(folder / "params.npz")
+    return float(max(np.max(np.abs(found[k] - expected[k])) for k in expected))
+
+
+def _full_disk(row, scratch, expected):
+    """A file system that is too small for more than the first checkpoints, then made larger."""
+    disk = scratch / "disk"
+    disk.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        return row | {"verdict": "not run", "message": "a small tmpfs needs root"}
+    try:
+        lines, _, ended, code = start([], ["--out", str(disk / "run")], {})
+        said = [m[1] for line in lines if (m := re.match(r"\[\d\] error: (.*)", line))]
+        good = code == 1 and any("No space left" in s or "could not be saved" in s for s in said)
+        row |= {"process": "any", "named": "itself" if good else ""}
+        row |= {"message": said[0] if said else "", "verdict": "ok" if good else "NOT NAMED"}
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        return row | _resumed([], disk / "run", expected, row["verdict"])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def _elastic(row, scratch, expected):
+    """Three processes, of which one is killed: the launcher goes on with two, by itself."""
+    folder, n = scratch / "elastic", 3
+    expected = uninterrupted(scratch, 4)
+    fault = {"PSJAX_FAULT": f"kill:1:collective:{2 * SAVE + 2}"}
+    where = ["--out", str(folder)]
+    lines, began, ended, code = start(["--elastic"], where, fault, workers=4, n=n)
+    again = [line for line in lines if "launch: restart" in line]
+    after = [m[1] for line in lines if (m := re.search(r"continuing after round (\d+)", line))]
+    row |= {"seconds": f"{ended - began:.1f}" if began else "", "stated": ""}
+    row |= {"message": again[0] if again else "", "resumed_after": after[0] if after else ""}
+    if code or not again:
+        return row | {"verdict": "NOT RESTARTED"}
+    row["difference"] = _difference(folder, expected)
+    return row | {"verdict": "ok" if row["difference"] == 0 else "OTHER PARAMETERS"}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown."""
+    head = ("kind", "process", "place", "s", "exit codes", "resumed after", "difference", "message")
+    keys = ("kind", "process", "place", "seconds", "exit_codes", "resumed_after", "difference")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        short = str(row["message"])[:160].replace("|", "/")
+        verdict = "" if row["verdict"] == "ok" else f"**{row['verdict']}** "
+        lines.append(f"| {' | '.join(str(row[k]) for k in keys)} | {verdict}{short} |")
+    return "\n".join(lines)
+
+
+def _order(row):
+    kinds = (*KINDS, "full-disk", "elastic")
+    return kinds.index(row["kind"]), str(row["process"]) != "1", PLACES.index(row["place"])
+
+
+def _read(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -1,0 +1,338 @@
+"""Several real processes on loopback: the same numbers as one, only one's own shards, resumption.
+
+A process takes seconds to start, so that runs are shared between the tests.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.hosts import cluster, launch, methods, problem
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = (
+    "--float64 --rounds 6 --report-every 6 --checkpoint-every 3 --width 32 --batch-size 32 "
+    "--workers 4 --join-timeout 120"
+).split()
+
+
+PLAN = (
+    "--model psnet --loss psl --optimizer adam --learning-rate 0.01 --batch-size 96 --rounds 6 "
+    "--report-every 6 --checkpoint-every 3 --workers 4 --join-timeout 120"
+).split()
+ARGUMENTS = {
+    "ist": TINY,
+    "data-parallel": TINY,
+    "cyclic": [*PLAN, "--float64"],
+    "cyclic, float32": PLAN,
+    "score-exchange": [*PLAN, "--float64"],
+}
+
+
+def start(n, *arguments, module=("-m", "experiments.hosts.train"), each=()):
+    """Start n processes; `[(exit code, output)]`. Process i has also the arguments `each[i]`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    processes = []
+    for i in range(n):
+        place = ["--coordinator", address, "--num-processes", str(n), "--process-id", str(i)]
+        command = [sys.executable, *module, *map(str, arguments), *(place if n > 1 else [])]
+        command += each[i] if each else []
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        found = [(p.communicate(timeout=240)[0], p.returncode) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(code, output) for output, code in found]
+
+
+def train(n, folder, *arguments):
+    """A training that ends well: the parameters, and what the processes said."""
+    found = start(n, *arguments)
+    assert [code for code, _ in found] == [0] * n, found
+    return dict(np.load(folder / "params.npz")), [output for _, output in found]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(method, n)`: folder, parameters and outputs of n processes; each run once."""
+    base, done = tmp_path_factory.mktemp("hosts"), {}
+
+    def get(method, n):
+        if (method, n) not in done:
+            folder = base / f"{method}-{n}"
+            name = method.split(",")[0]
+            arguments = (*ARGUMENTS[method], "--method", name, "--out", folder)
+            done[method, n] = (folder, *train(n, folder, *arguments))
+        return done[method, n]
+
+    return get
+
+
+def close(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == np.float64
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+def same(found, expected):
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "n"),
+    [
+        ("ist", 2),
+        ("ist", 4),
+        ("data-parallel", 2),
+        ("data-parallel", 4),
+        ("cyclic", 2),
+        ("score-exchange", 2),
+    ],
+)
+def test_many_processes_train_what_one_process_with_as_many_devices_trains(runs, method, n):
+    close(runs(method, n)[1], runs(method, 1)[1])
+
+
+def test_the_one_process_has_moved_its_parameters(runs):
+    """Else the theorem above says nothing."""
+    for method, model, path in (
+        ("ist", "mlp", ("SubnetDense_0", "kernel")),
+        ("cyclic", "psnet", ("Conv_0", "kernel")),
+    ):
+        _, params, _ = runs(method, 1)
+        initial = problem.load(problem.Config(model=model, width=32)).params()
+        for name in path:
+            initial = initial[name]
+        assert np.abs(params["/".join(path)] - initial).max() > 1e-2
+
+
+def bytes_of_the_state(output):
+    found = re.search(r"(\d+) of (\d+) bytes of the state", output)
+    assert found, output
+    return map(int, found.groups())
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_process_holds_only_its_shards(runs, n):
+    """All weights of this network are divided; the number of the round, 4 bytes, is everybody's."""
+    for outputs, share in ((runs("ist", n)[2], n), (runs("data-parallel", n)[2], 1)):
+        for output in outputs:
+            own, whole = bytes_of_the_state(output)
+            copies = 4 // n  # devices of a process, all of which hold what is not divided
+            if share > 1:
+                assert own == (whole - 4) // n + 4 * copies
+            else:
+                assert own == whole * copies
+
+
+def test_of_a_plan_too_a_process_holds_only_its_shards(runs):
+    """The store's arrays are padded to the workers; the number of the round is everybody's."""
+    for output in runs("cyclic", 2)[2]:
+        own, whole = bytes_of_the_state(output)
+        copies = 2 * 2  # the round's number and Adam's count, on two devices
+        assert own == (whole - 2 * 4) // 2 + 4 * copies
+
+
+def without_the_end(folder, copy):
+    """A run folder as it is when the training dies before the last checkpoint is complete."""
+    shutil.copytree(folder, copy)
+    (copy / "params.npz").unlink()
+    last = copy / "checkpoints" / "6"
+    (last / "commit_success.txt").unlink()
+    last.rename(last.with_name("6.orbax-checkpoint-tmp"))
+    return copy
+
+
+def test_resumed_by_as_many_processes_it_ends_bit_for_bit_as_if_nothing_had_happened(
+    runs, tmp_path
+):
+    """The last checkpoint was half written by a process that died: it is passed over."""
+    folder, expected, _ = runs("ist", 2)
+    folder = without_the_end(folder, tmp_path / "run")
+    found, outputs = train(2, folder, "--resume", folder, *CADENCE)
+    same(found, expected)
+    assert "continuing after round 3." in outputs[0]
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"3", "6"}
+
+
+def test_a_checkpoint_of_four_processes_is_continued_by_two(runs, tmp_path):
+    """And a checkpoint that is complete but damaged is passed over, by both."""
+    folder, expected, _ = runs("ist", 4)
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    (copy / "params.npz").unlink()
+    for path in (copy / "checkpoints" / "6").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    found, outputs = train(2, copy, "--resume", copy, *CADENCE)
+    close(found, expected)
+    assert "checkpoint of round 6 is damaged" in outputs[0]
+    assert "continuing after round 3." in outputs[0]
+
+
+def test_a_plan_of_two_processes_is_continued_as_another_plan_by_three(runs, tmp_path):
+    """Of four workers as of six, cyclic quorums as merged pairs: the same sum in another order."""
+    folder, expected, _ = runs("cyclic", 2)
+    copy = without_the_end(folder, tmp_path / "run")
+    other = ("--method", "pairs", "--workers", "6")
+    found, outputs = train(3, copy, "--resume", copy, *other, *CADENCE)
+    close(found, expected)
+    assert "continuing after round 3." in outputs[0]
+
+
+def test_in_float32_it_is_the_same_to_1e_4_and_as_accurate(runs, tmp_path):
+    folder, expected, _ = runs("cyclic, float32", 2)
+    copy = without_the_end(folder, tmp_path / "run")
+    found, _ = train(1, copy, "--resume", copy, "--method", "pairs", "--workers", "3", *CADENCE)
+    for name in expected:
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    last = lambda folder: (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+    assert last(copy)[:2] == last(folder)[:2]  # rounds, samples
+    assert last(copy)[3] == last(folder)[3]  # accuracy
+
+
+CADENCE = ("--report-every", "6", "--checkpoint-every", "3", "--join-timeout", "120")
+
+
+def test_processes_with_different_seeds_are_refused_at_the_start(tmp_path):
+    """The item and the process are named, in both; and no run folder is made."""
+    folder = tmp_path / "run"
+    arguments = (*TINY, "--method", "ist", "--out", folder)
+    found = start(2, *arguments, each=(["--seed", "0"], ["--seed", "7"]))
+    assert all(code != 0 for code, _ in found)
+    for _, output in found:
+        assert "process 1 has configuration.seed 7, the others 0" in output
+    assert not folder.exists()
+
+
+DIFFER = """
+import sys, dataclasses
+import numpy as np
+from experiments.hosts import cluster, methods, problem, train
+coordinator, n, me = sys.argv[2], int(sys.argv[4]), int(sys.argv[6])
+cluster.initialize(coordinator, n, me, timeout=120)
+config = problem.Config(workers=2, width=16, rounds=2)
+task = problem.load(config)
+what = train.identity(task, methods.make(task, methods.workers_mesh(2)))
+cluster.agree(what, name="same")
+other = dataclasses.replace(task, train={**task.train, "y": np.roll(task.train["y"], 1)})
+changed = {
+    "data": {**what, "data": other.fingerprint()},
+    "plan": {**what, "plan": {**what["plan"], "method": "local-sgd"}},
+    "version": {**what, "version": {**what["version"], "source": "another"}},
+}
+for name, mine in changed.items():
+    try:
+        cluster.agree(mine if me == 1 else what, name=name)
+    except cluster.ClusterError as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_other_data_another_plan_or_version_are_refused_by_name():
+    found = start(2, module=("-c", DIFFER))
+    for code, output in found:
+        assert code == 0, output
+        assert re.search('data: .*process 1 has data "', output)
+        assert re.search('plan: .*process 1 has plan.method "local-sgd", the others "ist"', output)
+        assert re.search("version: .*process 1 has version.source", output)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket(socket.AF_INET6) as s:
+        s.bind(("::", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(cluster.ClusterError, match=f"cannot listen on port {port} of"):
+            cluster.initialize(f"127.0.0.1:{port}", 2, 0)
+
+
+def test_a_coordinator_that_nobody_hears_is_named():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(cluster.ClusterError, match=f"nobody listens at 127.0.0.1:{port}"):
+        cluster.initialize(f"127.0.0.1:{port}", 2, 1, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", None, 0), "write --num-processes and --process-id too"),
+        (("127.0.0.1", 2, 0), "write host:port"),
+        ((None, 2, 0), "write --coordinator"),
+        (("127.0.0.1:1", 2, 2), "write 0 to 1"),
+    ],
+)
+def test_half_an_address_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cluster.initialize(*arguments)
+
+
+def test_no_cluster_to_detect_is_named():
+    [(code, output)] = start(1, "--cluster", "auto", "--join-timeout", "60")
+    assert code == 1
+    assert "JAX finds no such cluster here" in output
+    assert "write --coordinator host:port" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(batch_size=32, workers=3), "--batch-size 32 --workers 3: write a batch"),
+        (dict(method="its"), "Did you mean 'ist'?"),
+        (dict(width=20, workers=4), "write --width 32"),
+        (dict(model="psnet", workers=1), "write --model mlp"),
+        (dict(method="cyclic", loss="psl", workers=1), "write --model psnet"),
+        (dict(method="pairs", model="psnet", workers=1), "write --loss psl"),
+        (dict(method="cyclic", model="psnet", loss="psl", local_steps=2, workers=1), "write 1."),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(arguments, message):
+    config = problem.Config(**arguments)
+    mesh = methods.workers_mesh(config.workers)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        methods.make(problem.load(config), mesh)
+
+
+def test_more_workers_than_devices_are_refused():
+    with pytest.raises(ValueError, match=r"the processes have \[8\] devices; write 8 or fewer"):
+        methods.workers_mesh(9)
+
+
+def test_samples_of_a_step_do_not_depend_on_the_number_of_workers():
+    two, four = (
+        problem.load(problem.Config(workers=n, batch_size=32, local_steps=3)).samples(5)
+        for n in (2, 4)
+    )
+    assert two.shape == (2, 3, 16)
+    as_steps = lambda x: np.swapaxes(x, 0, 1).reshape(3, 32)
+    np.testing.assert_array_equal(as_steps(two), as_steps(four))
+
+
+def test_the_launcher_goes_on_with_the_same_arguments_but_another_folder_option():
+    arguments = ["--method", "ist", "--out", "a", "--seed=3"]
+    assert launch._value(arguments, "--out") == "a"
+    assert launch._value(arguments, "--seed") == "3"
+    assert launch._without(arguments, "--out", "--seed") == ["--method", "ist"]
