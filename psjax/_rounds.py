@@ -71,7 +71,8 @@ def in_rounds(selection: Selection, like: Any) -> Selection:
 
     A round with fewer than m elements has padding that is not valid. An axis no row of which two
     elements of a round hold is one of `Selection.disjoint`: where all of a round are evaluated at
-    once, `chunk_size` m or more, its gradient goes home without a scatter. Masks are repeated, one
+    once, `chunk_size` m or more, its gradient goes home without a scatter; not where elements hold
+    different numbers of rows. Masks are repeated, one
     a round; draw large ones inside the loop.
 
     Args:
@@ -90,7 +91,9 @@ def in_rounds(selection: Selection, like: Any) -> Selection:
     disjoint = tuple(
         name
         for name, index in sorted(indices.items())
-        if index.ndim == 3 and _no_row_twice(index, own, selection.sizes[name])
+        if index.ndim == 3
+        and _no_row_twice(index, own, selection.sizes[name])
+        and (index[own] < selection.sizes[name]).all()  # a share with padding is no partition's
     )
     return dataclasses.replace(selection, indices=indices, valid=own, keep=keep, disjoint=disjoint)
 

@@ -14,12 +14,12 @@ from flax import linen as nn
 
 import psjax
 from experiments._run import NotFiniteError, read_rows, write_rows
-from experiments.ist import extreme, training
+from experiments.ist import _sparse, amazon, extreme, training
 
 
 def tiny(num_points, seed):
     """Points whose one label is told by their features, among noise."""
-    data = extreme.synthetic(num_points, 40, 12, features_a_point=6, labels_a_point=1, seed=seed)
+    data = amazon.synthetic(num_points, 40, 12, features_a_point=6, labels_a_point=1, seed=seed)
     labels = (data.indices[data.indptr[:-1]] % 12).astype(np.int32)
     return data._replace(label_indptr=np.arange(num_points + 1), label_indices=labels)
 
@@ -102,7 +102,7 @@ def test_a_second_run_trains_nothing_and_writes_the_same(trained, monkeypatch):
 
 def test_an_interrupted_run_continues_to_the_same_end(trained, folder, tmp_path):
     args, chosen = trained
-    whole, test = extreme.load(folder)
+    whole, test = _sparse.load(folder)
 
     def stop(rows):  # after the second epoch's row, before its checkpoint
         if rows[-1]["epoch"] == 2:
@@ -123,7 +123,7 @@ def test_a_run_folder_of_a_longer_training_is_refused(trained):
 
 
 def test_training_learns_the_labels(folder, tmp_path):
-    whole, test = extreme.load(folder)
+    whole, test = _sparse.load(folder)
     config = extreme.settings(small(folder, tmp_path, epochs=60, seeds=1), "tiny")["IST"]
     config = dataclasses.replace(config, learning_rate=0.03, width=32)
     rows = extreme.train(config, whole, whole, tmp_path / "run", checkpoint_every=60)
@@ -131,8 +131,8 @@ def test_training_learns_the_labels(folder, tmp_path):
 
 
 def test_the_validation_part_is_a_fifth_of_the_training_set_and_the_rest_is_the_rest(folder):
-    whole, _ = extreme.load(folder)
-    part, validation = extreme.divide(whole)
+    whole, _ = _sparse.load(folder)
+    part, validation = _sparse.divide(whole)
     assert (len(part), len(validation)) == (80, 20)
     rows = lambda data: {row.tobytes() for row in data.arrays["values"]}
     assert rows(part) | rows(validation) == rows(whole)
@@ -188,7 +188,7 @@ def test_missing_and_damaged_data_are_named(folder, tmp_path):
     (damaged / "test.txt").write_bytes(text[: len(text) // 2])
     with pytest.raises(ValueError, match=r"test\.txt.*line \d+ is cut off"):
         extreme.table_2(small(damaged, tmp_path))
-    psjax.data.write_xc(damaged / "test.txt", extreme.synthetic(9, 30, 12, 3, 2))
+    psjax.data.write_xc(damaged / "test.txt", amazon.synthetic(9, 30, 12, 3, 2))
     with pytest.raises(ValueError, match="must be of one data set"):
         extreme.table_2(small(damaged, tmp_path))
 
@@ -211,11 +211,11 @@ def test_options_that_do_not_go_together_are_refused(options, message, capsys):
 
 
 def test_a_round_of_the_shapes_in_small_is_measured_and_added_to_the_table(tmp_path):
-    old = dict.fromkeys(extreme.SHAPES_COLUMNS, 7.0) | {"subnets": 4, "local_steps": 2}
+    old = dict.fromkeys(amazon.COLUMNS, 7.0) | {"subnets": 4, "local_steps": 2}
     olds = [{**old, "hidden": hidden, "batch_size": 4} for hidden in (16, 32)]
     write_rows(tmp_path / "amazon_shapes.csv", olds)
     args = extreme.Args(amazon_shapes=True, width=16, subnets=4, batch_size=4, out=tmp_path)
-    row = extreme.amazon_shapes(args, num_features=300, num_labels=500)
+    row = amazon.one_round(extreme.shapes_config(args), tmp_path, 300, 500)
     assert row["loss"] == pytest.approx(math.log(500), rel=0.1)
     rows = table(tmp_path / "amazon_shapes.csv")
     assert [row["hidden"] for row in rows] == ["16", "32"]
@@ -228,17 +228,17 @@ def test_a_round_holds_little_more_than_the_weights_twice():
     """Of large weights: the old ones, donated; the subnets'; one subnet's gradient."""
     args = {"subnets": 8, "local_steps": 2, "batch_size": 4, "learning_rate": 0.1}
     config = training.Config(width=128, **args)
-    rows = extreme.padded(extreme.synthetic(64, 4000, 50_000, 5, 2))
-    net = extreme.make_model(rows, 128)
-    weights = extreme.gib(extreme.shapes_of(net)[1])
-    assert extreme.needs(extreme.compiled_round(config, net, rows.arrays)) < 2.6 * weights
+    rows = _sparse.padded(amazon.synthetic(64, 4000, 50_000, 5, 2))
+    net = _sparse.make_model(rows, 128)
+    weights = amazon.gib(_sparse.shapes_of(net)[1])
+    assert amazon.needs(amazon.compiled_round(config, net, rows.arrays)) < 2.6 * weights
     alone = dataclasses.replace(config, method="data-parallel", subnets=1)
-    subnet = extreme.compiled_round(alone, net.subnet(8), rows.arrays)
-    assert extreme.needs(subnet) < 0.4 * weights
+    subnet = amazon.compiled_round(alone, net.subnet(8), rows.arrays)
+    assert amazon.needs(subnet) < 0.4 * weights
 
 
 def test_synthetic_points_have_the_statistics_they_are_asked_for():
-    data = extreme.synthetic(3000, 2000, 1000, features_a_point=30, labels_a_point=5.45)
+    data = amazon.synthetic(3000, 2000, 1000, features_a_point=30, labels_a_point=5.45)
     assert np.diff(data.indptr).mean() == pytest.approx(30, rel=0.02)
     assert np.diff(data.label_indptr).mean() == pytest.approx(5.45, rel=0.02)
     norms = np.sqrt(np.add.reduceat(data.values**2, data.indptr[:-1]))
@@ -255,7 +255,7 @@ def test_initial_weights_drawn_in_blocks_are_distributed_as_the_networks_own():
     net = psjax.models.SparseMLP(3000, 2000, (512,))
     row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
     own = nn.unbox(net.init(jax.random.key(0), *row))["params"]
-    drawn = extreme.initial_params(net, jax.random.key(1))
+    drawn = amazon.initial_params(net, jax.random.key(1))
     same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
     assert all(jax.tree.leaves(jax.tree.map(same, own, drawn)))
     for name in ("embedding", "kernel"):

@@ -6,6 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -238,6 +239,20 @@ def test_a_round_s_gradient_goes_home_without_a_scatter():
     adds = lambda s: str(jax.make_jaxpr(fn)(w, s)).count("scatter-add")
     assert (adds(plain), adds(first)) == (2, 0)
     close(fn(w, first), fn(w, plain))
+
+
+def test_padding_within_an_element_is_not_trained_in_rounds():
+    """Two sets of classes, with their padding as large as the axis: not a partition of it."""
+    w = {"own": jnp.arange(1.0, 7.0)}
+    plain = psjax.select({"own": P("class")}, {"class": [[0, 1, 2], [3]]}, like=w)
+    loss = lambda w, batch: jnp.sum(w["own"]) ** 2 / 2
+    update = psjax.local_update(loss, optax.sgd(0.01))
+    batches = {"x": jnp.zeros((2, 3, 1))}
+    together = structure.in_rounds(plain, w)
+    assert together.disjoint == ()
+    first = jax.tree.map(lambda x: x[0], together)
+    opt_state = optax.sgd(0.01).init(w)
+    close(update(w, opt_state, first, batches)[0], update(w, opt_state, plain, batches)[0])
 
 
 def test_rounds_of_unequal_size_are_padded_with_elements_that_are_not_valid():

@@ -20,14 +20,11 @@ classification repository*, 2016, http://manikvarma.org/downloads/XC/XMLReposito
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
-import resource
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +42,8 @@ from experiments._run import (
     run_script,
     write_rows,
 )
-from experiments.ist import training
+from experiments.ist import amazon, training
+from experiments.ist._sparse import Rows, divide, load, make_model, round_fn
 from experiments.ist.run import report_rows
 from experiments.psl.training import over_seeds
 
@@ -64,24 +62,6 @@ PAPER = """\
 | IST, 512 neurons, 4 machines | 39.62 | 36.04 | 33.13 |
 | IST, 1024 neurons, 8 machines | 40.89 | 36.85 | 33.92 |
 """
-# Amazon-670K in the repository's table of data sets, 490 449 training points; and features a point.
-AMAZON_FEATURES, AMAZON_LABELS = 135_909, 670_091
-FEATURES_A_POINT, LABELS_A_POINT = 75.7, 5.45
-SHAPES_COLUMNS = (
-    "hidden",
-    "subnets",
-    "local_steps",
-    "batch_size",
-    "weights_gib",
-    "weights_and_state_gib",
-    "round_gib",
-    "round_peak_rss_gib",
-    "subnet_gib",
-    "data_parallel_gib",
-    "seconds",
-    "cpu_seconds",
-    "loss",
-)
 
 
 @dataclasses.dataclass
@@ -137,111 +117,7 @@ class Config(training.Config):
     """validation: a fifth of the training set is kept back and evaluated; test: trains on all."""
 
 
-# --------------------------------------------------------------------------------------------- data
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Points as rows of one width: `ids`, `values` `[N, width]` and `labels [N, most]`."""
-
-    arrays: dict[str, np.ndarray]
-    num_features: int
-    num_labels: int
-
-    def __len__(self):
-        return len(self.arrays["ids"])
-
-    def __getitem__(self, index) -> "Rows":
-        return dataclasses.replace(self, arrays={k: x[index] for k, x in self.arrays.items()})
-
-
-def padded(data: psjax.data.SparseDataset) -> Rows:
-    """All points of a data set, padded past the end of features and labels."""
-    points = np.arange(len(data.indptr) - 1)
-    widest = lambda indptr: int(np.diff(indptr).max(initial=1))
-    ids, values = psjax.data.pad_rows(
-        data.indptr, data.indices, data.values, points, widest(data.indptr), data.num_features
-    )
-    labels, _ = psjax.data.pad_rows(
-        data.label_indptr,
-        data.label_indices,
-        None,
-        points,
-        widest(data.label_indptr),
-        data.num_labels,
-    )
-    arrays = {"ids": ids, "values": values, "labels": labels}
-    return Rows(arrays, data.num_features, data.num_labels)
-
-
-def load(folder: pathlib.Path) -> tuple[Rows, Rows]:
-    """The training set and the test set.
-
-    Raises:
-      FileNotFoundError: no such files.
-      ValueError: a damaged file; two files that are not of one data set.
-    """
-    parts = []
-    for name in ("train.txt", "test.txt"):
-        if not (folder / name).is_file():
-            msg = (
-                f"--data {folder}: no {name} there. It is a folder of train.txt and test.txt in "
-                "the format of http://manikvarma.org/downloads/XC/XMLRepository.html (Bibtex)."
-            )
-            raise FileNotFoundError(msg)
-        parts.append(padded(psjax.data.read_xc(folder / name)))
-    train, test = parts
-    sizes = [(len(p), p.num_features, p.num_labels) for p in parts]
-    if sizes[0][1:] != sizes[1][1:] or min(sizes)[0] < 5:
-        msg = (
-            f"--data {folder}: train.txt and test.txt have {sizes} points, features and labels; "
-            "they must be of one data set, of 5 points or more."
-        )
-        raise ValueError(msg)
-    return train, test
-
-
-def divide(train: Rows) -> tuple[Rows, Rows]:
-    """A training set without every fifth point of a fixed random order, and those points."""
-    order = np.random.default_rng(0).permutation(len(train))
-    kept_back = len(train) // 5
-    return train[np.sort(order[kept_back:])], train[np.sort(order[:kept_back])]
-
-
 # ----------------------------------------------------------------------------------------- training
-
-
-def make_model(rows: Rows, width: int) -> psjax.models.SparseMLP:
-    return psjax.models.SparseMLP(rows.num_labels, rows.num_features, (width,))
-
-
-def shapes_of(net):
-    """Axes and shapes of a network's parameters."""
-    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
-    variables = jax.eval_shape(net.init, jax.random.key(0), *row)
-    return nn.get_partition_spec(variables)["params"], nn.unbox(variables)["params"]
-
-
-def round_fn(config: training.Config, net):
-    """`(params, opt_state, seed, round, index [n, J, B], data) -> params, opt_state, metrics`."""
-    n, optimizer = config.subnets, training.make_optimizer(config)
-    worker = net.subnet(n) if config.divided else net
-    axes, _ = shapes_of(net)
-
-    def one_round(params, opt_state, seed, round, index, data):
-        def loss_fn(params, index):
-            rows = (data[name][index] for name in ("ids", "values", "labels"))
-            return worker.apply({"params": params}, *rows, method="loss").mean()
-
-        if config.divided:
-            selection = psjax.ist.membership(seed, round, axes, net.sizes, n)
-            update = psjax.local_update(loss_fn, optimizer)
-        else:
-            selection = psjax.replicas(params, n)
-            update = psjax.baselines.data_parallel(loss_fn, optimizer)
-        return update(params, opt_state, selection, index)
-
-    return one_round
 
 
 def best_labels_fn(net, size: int = 500):
@@ -497,129 +373,12 @@ def table(args: Args, name: str, chosen: list[Chosen]) -> str:
     )
 
 
-# ----------------------------------------------------------------------------- Amazon-670k's shapes
+# ------------------------------------------------------------------------------------------ command
 
 
-def synthetic(
-    num_points: int,
-    num_features: int = AMAZON_FEATURES,
-    num_labels: int = AMAZON_LABELS,
-    features_a_point: float = FEATURES_A_POINT,
-    labels_a_point: float = LABELS_A_POINT,
-    seed: int = 0,
-) -> psjax.data.SparseDataset:
-    """Points with the statistics of Amazon-670k.
-
-    Numbers of features and labels of a point are 1 + Poisson. Labels follow a power law, frequency
-    ~ rank^-0.5: with the real numbers of points and labels, 3.99 points a label, the most frequent
-    one has 1600 and the rarest 2. Features follow Zipf's law, ~ 1 / rank; their values are
-    tf * log(N / df) with geometric term frequencies, each row of norm 1.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draw(mean, size, exponent):
-        weights = np.arange(1, size + 1, dtype=np.float64) ** -exponent
-        cdf = np.cumsum(weights / weights.sum())
-        cdf /= cdf[-1]
-        names = rng.permutation(size).astype(np.int32)  # no order of frequency in the ids
-        counts = np.clip(1 + rng.poisson(mean - 1, num_points), 1, max(1, size // 2))
-        ranks = [_distinct(rng, cdf, count) for count in counts]
-        return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(ranks), names, cdf
-
-    indptr, ranks, names, cdf = draw(features_a_point, num_features, 1.0)
-    share = np.diff(cdf, prepend=0)[ranks]
-    df = -np.expm1(features_a_point * np.log1p(-np.minimum(share, 0.999)))  # of a point to have it
-    values = rng.geometric(0.7, len(ranks)) * -np.log(np.minimum(df, 0.999))
-    norms = np.sqrt(np.add.reduceat(values**2, indptr[:-1]))
-    values /= np.repeat(norms, np.diff(indptr))
-    label_indptr, label_ranks, label_names, _ = draw(labels_a_point, num_labels, 0.5)
-    return psjax.data.SparseDataset(
-        indptr,
-        names[ranks],
-        values.astype(np.float32),
-        label_indptr,
-        label_names[label_ranks],
-        num_features,
-        num_labels,
-    )
-
-
-def _distinct(rng, cdf, count):
-    """So many different ranks, drawn one after the other."""
-    found = np.zeros(0, np.int64)
-    while len(found) < count:
-        found = np.append(found, np.searchsorted(cdf, rng.random(2 * count), side="right"))
-        found = found[np.sort(np.unique(found, return_index=True)[1])]
-    return found[:count]
-
-
-def initial_params(net, key) -> dict[str, Any]:
-    """As `net.init` has them, but drawn a block of rows after the other, in place.
-
-    `net.init` of so large a network holds almost three times its weights beside them.
-    """
-    _, shapes = shapes_of(net)
-
-    def normal(key, like):
-        deviation = math.sqrt(2 / like.shape[0]) / 0.87962566103423978  # of a normal cut at 2
-        block = min(like.shape[0], max(1, 2**20 // like.shape[1]))
-
-        def body(i, x):
-            own = jax.random.fold_in(key, i)
-            drawn = jax.random.truncated_normal(own, -2, 2, (block, like.shape[1]), like.dtype)
-            # The last block overlaps the one before.
-            return jax.lax.dynamic_update_slice(x, deviation * drawn, (i * block, 0))
-
-        return jax.lax.fori_loop(0, -(-like.shape[0] // block), body, jnp.zeros_like(like))
-
-    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-    keys = jax.random.split(key)
-    return {
-        "embedding": normal(keys[0], shapes["embedding"]),
-        "kernel": normal(keys[1], shapes["kernel"]),
-        "bias": zeros(shapes["bias"]),
-        "norm": {
-            **jax.tree.map(zeros, shapes["norm"]),
-            "scale": 1 + zeros(shapes["norm"]["scale"]),
-        },
-    }
-
-
-def compiled_round(config: training.Config, net, data):
-    """One round of J steps, compiled for the shapes of `data`; parameters and state are donated."""
-    _, params = shapes_of(net)
-    state = jax.eval_shape(training.make_optimizer(config).init, params)
-    n, J, B = config.subnets, config.local_steps, config.batch_size
-    index = jax.ShapeDtypeStruct((n, J, B), jnp.int32)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), data)
-    step = jax.jit(round_fn(config, net), donate_argnums=(0, 1))
-    return step.lower(params, state, number, number, index, like).compile()
-
-
-def needs(compiled) -> float:
-    """GiB of a compiled program, of its arguments, results and temporaries together."""
-    m = compiled.memory_analysis()
-    total = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-    return (total - m.alias_size_in_bytes) / 2**30
-
-
-def peak_rss() -> float:
-    """GiB, the most that this process has held until now."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def gib(tree) -> float:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
-
-
-def amazon_shapes(
-    args: Args, num_features: int = AMAZON_FEATURES, num_labels: int = AMAZON_LABELS
-) -> dict:
-    """One round in subnets with so many features and labels: the row of its table."""
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    config = training.Config(
+def shapes_config(args: Args) -> training.Config:
+    """Of the round with Amazon-670k's shapes."""
+    return training.Config(
         width=args.width,
         subnets=args.subnets or 1,
         local_steps=args.local_steps or 1,
@@ -627,111 +386,11 @@ def amazon_shapes(
         optimizer=args.optimizer or "sgd",
         learning_rate=args.learning_rates[0],
     )
-    n, J, B = config.subnets, config.local_steps, config.batch_size
-    data = synthetic(n * J * B, num_features, num_labels)
-    per_point = [np.diff(x).mean() for x in (data.indptr, data.label_indptr)]
-    say(
-        f"{n * J * B} points, {per_point[0]:.1f} of {num_features} features and "
-        f"{per_point[1]:.2f} of {num_labels} labels each"
-    )
-    rows = padded(data)
-    net = make_model(rows, args.width)
-    _, like = shapes_of(net)
-    optimizer = training.make_optimizer(config)
-    compiled = compiled_round(config, net, rows.arrays)
-    alone = dataclasses.replace(config, method="data-parallel", subnets=1)
-    whole = dataclasses.replace(alone, local_steps=1)
-    row = {
-        "hidden": args.width,
-        "subnets": n,
-        "local_steps": J,
-        "batch_size": B,
-        "weights_gib": gib(like),
-        "weights_and_state_gib": gib((like, jax.eval_shape(optimizer.init, like))),
-        "round_gib": needs(compiled),
-        "subnet_gib": needs(compiled_round(alone, net.subnet(n), rows.arrays)),
-        "data_parallel_gib": needs(compiled_round(whole, net, rows.arrays)),
-    }
-    say(
-        f"the whole network's weights {row['weights_gib']:.2f} GiB; compiled for: all {n} subnets "
-        f"on this machine {row['round_gib']:.2f} GiB, a machine that trains one of them "
-        f"{row['subnet_gib']:.2f} GiB, one that trains the whole data-parallel "
-        f"{row['data_parallel_gib']:.2f} GiB; held until here {peak_rss():.2f} GiB"
-    )
-    params = jax.jit(functools.partial(initial_params, net))(jax.random.key(0))
-    opt_state = jax.jit(optimizer.init)(params)
-    index = jnp.arange(n * J * B, dtype=jnp.int32).reshape(n, J, B)
-    arrays, numbers = jax.device_put((rows.arrays, (np.int32(0), np.int32(0))))
-    jax.block_until_ready((params, opt_state))
-    say(f"initial weights drawn; peak {peak_rss():.2f} GiB")
-    before = time.perf_counter(), time.process_time()
-    params, opt_state, metrics = compiled(params, opt_state, *numbers, index, arrays)
-    jax.block_until_ready(params)
-    row["seconds"] = time.perf_counter() - before[0]
-    row["cpu_seconds"] = time.process_time() - before[1]
-    row["round_peak_rss_gib"] = peak_rss()
-    row["loss"] = float(jnp.mean(metrics.loss))
-    if not bool(metrics.finite.all()):
-        msg = f"subnets became NaN or Inf: {np.flatnonzero(~np.asarray(metrics.finite))}."
-        raise NotFiniteError(msg)
-    say(
-        f"one round: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of the CPU), "
-        f"peak {row['round_peak_rss_gib']:.2f} GiB resident, "
-        f"loss {row['loss']:.3f} (log {num_labels} is {math.log(num_labels):.3f})"
-    )
-    row = {name: row[name] for name in SHAPES_COLUMNS}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "amazon_shapes.csv"
-    same = lambda old: all(old[name] == row[name] for name in SHAPES_COLUMNS[:4])
-    table = [old for old in (read_rows(path) if path.exists() else []) if not same(old)]
-    table = sorted([*table, row], key=lambda row: [row[name] for name in SHAPES_COLUMNS[:4]])
-    write_rows(path, table)
-    replace(args.out / "amazon_shapes.md", shapes_table(table, num_features, num_labels))
-    return row
-
-
-def shapes_table(rows: list[dict], num_features: int, num_labels: int) -> str:
-    """The rows of `amazon_shapes.csv` in Markdown."""
-    head = (
-        "hidden neurons",
-        "subnets × local steps × batch",
-        "weights, GiB",
-        "a machine data-parallel, GiB",
-        "a machine with one subnet, GiB",
-        "all subnets on one machine, GiB",
-        "peak of that process, GiB",
-        "a round, s",
-        "of CPU time, s",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for r in rows:
-        shape = " × ".join(f"{r[name]:g}" for name in ("subnets", "local_steps", "batch_size"))
-        sizes = ("weights_gib", "data_parallel_gib", "subnet_gib", "round_gib")
-        cells = [f"{r['hidden']:g}", shape, *(f"{r[name]:.2f}" for name in sizes)]
-        cells += [
-            f"{r['round_peak_rss_gib']:.2f}",
-            f"{r['seconds']:.0f}",
-            f"{r['cpu_seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return (
-        f"# Amazon-670k's shapes: {num_features} features, {num_labels} labels\n\n"
-        + "\n".join(lines)
-        + "\n\nOne round in subnets, trained one after the other on the CPU, on synthetic rows "
-        f"({FEATURES_A_POINT} features and {LABELS_A_POINT} labels a point on average). The peak "
-        "is that of the resident memory of the process from its start, initial weights, compiler "
-        "and Python included; the three columns before it are what XLA's compiled programs need "
-        "for arguments, results and temporaries: a data-parallel step of the whole network on one "
-        "machine, the local steps of one subnet, and the whole round.\n"
-    )
-
-
-# ------------------------------------------------------------------------------------------ command
 
 
 def main(args: Args) -> None:
     if args.amazon_shapes:
-        amazon_shapes(args)
+        amazon.one_round(shapes_config(args), args.out)
         print(args.out / "amazon_shapes.md")
     else:
         table_2(args)
