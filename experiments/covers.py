@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
+from experiments._run import run_script
+
 LARGEST = 128  # residues as the bits of two words, differences up to their sign as those of one
 
 
@@ -309,9 +311,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args, __doc__, "write --first, the modulus whose line is missing.")

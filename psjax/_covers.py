@@ -10,6 +10,7 @@ Processing Letters 75, 2000.
 """
 
 import math
+import operator
 
 
 def difference_cover(num_groups: int) -> tuple[int, ...]:
@@ -38,17 +39,21 @@ def difference_cover(num_groups: int) -> tuple[int, ...]:
       >>> sorted({(a - b) % 7 for a in cover for b in cover})
       [0, 1, 2, 3, 4, 5, 6]
     """
-    if not isinstance(num_groups, int) or num_groups < 1:
+    try:
+        modulus = operator.index(num_groups)
+    except TypeError:
+        modulus = 0
+    if modulus < 1:
         msg = f"difference_cover(num_groups={num_groups}): write a positive integer."
         raise ValueError(msg)
-    if num_groups <= len(_TABLE):
-        return _TABLE[num_groups - 1]
-    _, r, s = min(_ruler(num_groups, r) for r in range(math.isqrt(num_groups)))
+    if modulus <= len(_TABLE):
+        return _TABLE[modulus - 1]
+    _, r, s = min(_ruler(modulus, r) for r in range(math.isqrt(modulus)))
     gaps = [1] * r + [r + 1] + [2 * r + 1] * r + [4 * r + 3] * s + [2 * r + 2] * (r + 1) + [1] * r
     marks = [0]
     for gap in gaps:
         marks.append(marks[-1] + gap)
-    return tuple(sorted({mark % num_groups for mark in marks}))
+    return tuple(sorted({mark % modulus for mark in marks}))
 
 
 def _ruler(num_groups, r):

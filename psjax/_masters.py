@@ -49,7 +49,8 @@ class Store:
     axis: str = "class"
 
     def __post_init__(self):
-        _, _, sizes = _axis_sizes(self.axes, self.like)
+        specs, _, sizes = _axis_sizes(self.axes, self.like)
+        object.__setattr__(self, "axes", jax.tree.structure(self.like).unflatten(specs))
         if self.axis not in sizes:
             msg = f"Store(axis={self.axis!r}): no parameter has this axis; write one of {sizes}."
             raise ValueError(msg)
@@ -270,41 +271,49 @@ def value_and_grad(
 
 
 class _Routes:
-    """Which rows go from whom to whom, turn by turn, as tables of one shape.
+    """Which rows go from whom to whom, turn by turn.
 
-    `shifts` lists `(distance, rows)`: worker w gets so many rows of worker w - distance. `tables`
-    has, for each of them, `send` int32 `[T, W, rows]`, rows of the owner's shard (m for none), and
-    `put` int32 `[T, W, rows]`, places in the worker's task (s for none).
+    `shifts` lists `(distance, rows)`: worker w gets so many rows of worker w - distance.
     """
 
     def __init__(self, plan, store):
         W, T, s = plan.classes.shape
-        m = store.rows.shape[1]
-        owner = np.full(store.num_classes + 1, -1)
-        row = np.zeros(store.num_classes + 1, int)
-        for w, i in np.ndindex(store.rows.shape):
-            owner[store.rows[w, i]], row[store.rows[w, i]] = w, i
-        owner[store.num_classes] = -1
-        moves = {}  # {distance: {(turn, worker): [(row, place), ...]}}
-        for w, t, place in np.ndindex(W, T, s):
-            c = plan.classes[w, t, place]
-            if c < store.num_classes:
-                task = moves.setdefault((w - owner[c]) % W, {})
-                task.setdefault((t, w), []).append((row[c], place))
-        widths = {d: max(map(len, tasks.values())) for d, tasks in sorted(moves.items())}
-        far = [width for d, width in widths.items() if d]
-        self.by_all_to_all = bool(far) and sum(far) >= (W - 1) * max(far) > 0 and W > 2
+        owner, row = np.zeros((2, store.num_classes), int)
+        w, i = np.nonzero(store.rows < store.num_classes)
+        owner[store.rows[w, i]], row[store.rows[w, i]] = w, i
+        w, t, place = np.nonzero(plan.classes < store.num_classes)
+        c = plan.classes[w, t, place]
+        d = (w - owner[c]) % W
+        key = (d * T + t) * W + w  # what a worker gets of another in a turn, in the order of places
+        order = np.argsort(key, kind="stable")
+        rank = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+        d, t, w, place, c = (x[order] for x in (d, t, w, place, c))
+        widths = np.zeros(W, int)
+        np.maximum.at(widths, d, rank + 1)
+        # One all_to_all sends as many rows to everybody, and keeps as many at home.
+        self.by_all_to_all = W > 2 and int(widths[1:].sum()) >= (W - 1) * int(widths.max())
         if self.by_all_to_all:
-            widths = dict.fromkeys(range(W), max(widths.values()))
-        self.num_workers, self.block_size = W, s
-        self.shifts = tuple(widths.items())
-        self.tables = []
-        for d, width in self.shifts:
-            send, put = np.full((T, W, width), m, np.int32), np.full((T, W, width), s, np.int32)
-            for (t, w), rows in moves.get(d, {}).items():
-                send[t, (w - d) % W, : len(rows)] = [r for r, _ in rows]
-                put[t, w, : len(rows)] = [place for _, place in rows]
-            self.tables.append({"send": send, "put": put})
+            widths[:] = widths.max()
+        self.num_workers, self.num_turns, self.block_size = W, T, s
+        self.num_rows = store.rows.shape[1]
+        self.shifts = tuple((d, int(n)) for d, n in enumerate(widths) if n)
+        self._moves = d, t, w, rank, row[c], place
+
+    @functools.cached_property
+    def tables(self):
+        """For each of `shifts`, which rows and where to, of one shape.
+
+        `send` int32 `[T, W, rows]`, rows of the owner's shard (m for none), and `put` int32
+        `[T, W, rows]`, places in the worker's task (s for none).
+        """
+        W, T, tables = self.num_workers, self.num_turns, []
+        for distance, width in self.shifts:
+            _, t, w, rank, row, place = (x[self._moves[0] == distance] for x in self._moves)
+            send = np.full((T, W, width), self.num_rows, np.int32)
+            put = np.full((T, W, width), self.block_size, np.int32)
+            send[t, (w - distance) % W, rank], put[t, w, rank] = row, place
+            tables.append({"send": send, "put": put})
+        return tables
 
     @property
     def rows_sent(self) -> int:

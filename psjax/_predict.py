@@ -25,6 +25,8 @@ class Workload(NamedTuple):
       common_flops: operations of value and gradient for one sample, of what all scores share.
       class_flops: the same of what one score has to itself.
       itemsize: bytes of a weight.
+      model: what was counted, to count a narrower one; None where the numbers are written by hand.
+      inputs: `jax.ShapeDtypeStruct` of its input.
     """
 
     axes: Any
@@ -34,6 +36,8 @@ class Workload(NamedTuple):
     common_flops: float
     class_flops: float
     itemsize: int
+    model: Any = None
+    inputs: Any = None
 
 
 class Prediction(NamedTuple):
@@ -46,10 +50,11 @@ class Prediction(NamedTuple):
       down: bytes a worker receives of weights.
       up: bytes a worker sends of gradients, scores or weights that return.
       flops: operations of the step's products, padding included.
-      trunk: how many workers evaluate the common layers on a sample.
+      trunk: how many times the common layers are evaluated on a sample.
       samples: that a worker needs, of the batch.
-      holders: workers that hold a class's weights during the step, mean over the classes.
-      seconds: `flops / rate + (down + up) / bandwidth`.
+      holders: workers that hold a weight of a class during the step, mean over these weights.
+      seconds: `flops / rate + (down + up) / bandwidth`. The time to start a collective is not in
+        it; of small networks a plan of many turns, each with its own, takes longer than this.
     """
 
     name: str
@@ -66,19 +71,27 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Predictions side by side; `print` it."""
+    """Predictions side by side; `print` it.
+
+    Attributes:
+      rows: what is compared.
+      note: printed under it.
+      memory: bytes that a worker has; None: no limit.
+    """
 
     rows: tuple[Prediction, ...]
     note: str = ""
+    memory: float | None = None
 
     def __str__(self):
         head = ("", "memory MB", "down MB", "up MB", "MFLOP", "trunk", "samples", "holders", "ms")
         lines: list[tuple[str, ...]] = [head]
-        fastest = min(row.seconds for row in self.rows)
+        fit = [row for row in self.rows if self.memory is None or row.memory <= self.memory]
+        fastest = min((row.seconds for row in fit), default=None)
         for row in self.rows:
             numbers = (row.memory / 1e6, row.down / 1e6, row.up / 1e6, row.flops / 1e6)
             numbers = (*numbers, row.trunk, row.samples, row.holders, 1e3 * row.seconds)
-            mark = " *" if row.seconds == fastest else ""
+            mark = " *" if row in fit and row.seconds == fastest else ""
             lines.append(
                 (row.name, *(f"{x:.4g}" for x in numbers[:-1]), f"{numbers[-1]:.4g}{mark}")
             )
@@ -86,8 +99,12 @@ class Table:
         show = lambda line: "  ".join(
             x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))
         ).rstrip()
-        text = [show(line) for line in lines]
-        text.append("the most loaded worker's; * the fastest by flops / rate + bytes / bandwidth")
+        limit = "" if self.memory is None else f" of those within {self.memory / 1e6:.4g} MB"
+        text = [
+            *map(show, lines),
+            f"the most loaded worker's; * the fastest{limit} by flops / rate + bytes / bandwidth,",
+            "without the time to start a collective, of which every turn of a plan has its own",
+        ]
         return "\n".join([*text, self.note] if self.note else text)
 
 
@@ -111,19 +128,13 @@ def workload(model: nn.Module, num_classes: int, inputs: Any) -> Workload:
     axes = nn.get_partition_spec(variables)["params"]
     like = nn.unbox(variables)["params"]
     counts = structure.count(axes, like)
-
-    def flops(classes, batch):
-        net = model.clone(num_classes=classes)
-        params = nn.unbox(jax.eval_shape(net.init, jax.random.key(0), image(1)))["params"]
-        fn = lambda params, x: jnp.sum(jnp.square(jnp.asarray(net.apply({"params": params}, x))))
-        analysis = jax.jit(jax.value_and_grad(fn)).lower(params, image(batch)).cost_analysis()
-        return float(analysis["flops"])  # pyright: ignore
-
-    two, four = ((flops(m, 16) - flops(m, 8)) / 8 for m in (2, 4))
+    two, four = (_operations(model.clone(num_classes=m), inputs) for m in (2, 4))
     each = (four - two) / 2
     itemsize = max(x.dtype.itemsize for x in jax.tree.leaves(like))
-    private = counts.score - counts.common
-    return Workload(axes, like, counts.common, private, two - 2 * each, each, itemsize)
+    private, common = counts.score - counts.common, two - 2 * each
+    return Workload(
+        axes, like, counts.common, private, common, each, itemsize, model, image(inputs.shape[0])
+    )
 
 
 def table(
@@ -134,6 +145,8 @@ def table(
     batch_size: int,
     bandwidth: float,
     flops: float,
+    memory: float | None = None,
+    slots: int | None = None,
     moments: int = 2,
     local_steps: int = 10,
 ) -> Table:
@@ -146,69 +159,22 @@ def table(
       batch_size: samples of all workers at a step, as many of each class.
       bandwidth: bytes a second of one worker.
       flops: operations a second of one worker.
+      memory: bytes of one worker; the table marks the fastest row within it. None: no limit.
+      slots: of a label in a batch, which a plan computes whether they are filled or not. None: as
+        equally many samples of each label need. Batches in any other order need
+        `psjax.data.most_of_a_label`, about twice as many where a label has 10 on average.
       moments: of the optimizer, beside each weight: 0 SGD, 1 momentum, 2 Adam.
       local_steps: J of independent subnets, between two exchanges.
 
     Returns:
       A `Table`. Bytes are those that the compiled step sends, padding included.
-    """
-    store = Store(work.axes, work.like, num_workers)
-    rows = [_of_plan(work, plan, store, batch_size, moments) for plan in plans]
-    rows.append(_data_parallel(work, store, batch_size, moments))
-    rows.append(_score_exchange(work, store, batch_size, moments))
-    subnets, note = _subnets(work, store, batch_size, moments, local_steps)
-    rows += [subnets] if subnets is not None else []
-    time = lambda row: row.flops / flops + (row.down + row.up) / bandwidth
-    return Table(tuple(row._replace(seconds=time(row)) for row in rows), note)
-
-
-def best(
-    model: nn.Module,
-    num_classes: int,
-    num_workers: int,
-    *,
-    inputs: Any,
-    batch_size: int,
-    bandwidth: float,
-    flops: float,
-    memory: float | None = None,
-    moments: int = 2,
-    local_steps: int = 10,
-):
-    """The plan with the shortest predicted step that fits into the memory.
-
-    Considered are single elements, merged pairs, blocks of every even size, and cyclic plans of
-    every number of groups from the smaller of W and C upwards.
-
-    Args:
-      model: as in `workload`.
-      num_classes: C.
-      num_workers: W.
-      inputs: as in `workload`.
-      batch_size: samples of all workers at a step.
-      bandwidth: bytes a second of one worker.
-      flops: operations a second of one worker.
-      memory: bytes of one worker for weights, gradients and moments; None: no limit.
-      moments: as in `table`.
-      local_steps: as in `table`.
-
-    Returns:
-      A `Plan`; `print(plan)` shows the table of what it was compared with, where a method that is
-      no plan may be faster.
 
     Raises:
-      ValueError: no plan fits, with the least memory that one needs; as `workload` and the plans.
+      ValueError: no workers, samples or local steps, negative moments, a speed that is not
+        positive, fewer slots than samples of a label.
     """
-    from psjax import plan as plans
-
-    work = workload(model, num_classes, inputs)
-    candidates = [plans.elements(num_classes, num_workers), plans.pairs(num_classes, num_workers)]
-    candidates += [plans.blocks(num_classes, num_workers, s) for s in range(4, num_classes + 1, 2)]
-    least = min(num_workers, num_classes)
-    candidates += [plans.cyclic(num_classes, num_workers, g) for g in range(least, num_classes + 1)]
-    costs = table(
-        work,
-        candidates,
+    _check_numbers(
+        "table",
         num_workers=num_workers,
         batch_size=batch_size,
         bandwidth=bandwidth,
@@ -216,25 +182,54 @@ def best(
         moments=moments,
         local_steps=local_steps,
     )
-    rows = [row for row in costs.rows if row.plan is not None]
-    fit = [row for row in rows if memory is None or row.memory <= memory]
-    if not fit:
-        small = min(rows, key=lambda row: row.memory)
-        msg = (
-            f"best(memory={memory:.4g}): no plan for {num_classes} classes on {num_workers} "
-            f"workers fits; the least is {small.memory:.4g} bytes a worker, of {small.name}."
-        )
-        raise ValueError(msg)
-    chosen = min(fit, key=lambda row: (row.seconds, row.memory))
-    kinds = {row.name.split(",")[0]: row for row in sorted(fit, key=lambda r: -r.seconds)}
-    shown = [chosen, *(row for row in kinds.values() if row is not chosen)]
-    others = [row for row in costs.rows if row.plan is None]
-    name = chosen._replace(name=f"{chosen.name} (chosen)")
-    small = Table((name, *shown[1:], *others), costs.note)
-    return dataclasses.replace(chosen.plan, costs=small)
+    store = Store(work.axes, work.like, num_workers)
+    room = _room("table", slots, batch_size, store.num_classes)
+    rows = [_of_plan(work, plan, store, batch_size, room, moments) for plan in plans]
+    rows.append(_data_parallel(work, store, batch_size, moments))
+    rows.append(_score_exchange(work, store, batch_size, moments))
+    subnets, note = _subnets(work, store, batch_size, moments, local_steps)
+    rows += [subnets] if subnets is not None else []
+    time = lambda row: row.flops / flops + (row.down + row.up) / bandwidth
+    note = f"plans: operations of {room} slots for every label of a batch\n{note}"
+    return Table(tuple(row._replace(seconds=time(row)) for row in rows), note, memory)
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(call, **numbers):
+    for name, value in numbers.items():
+        least = 0 if name == "moments" else 1
+        real = name in ("bandwidth", "flops")
+        if not (value > 0 if real else value >= least):
+            write = "a positive number" if real else f"{least} or more"
+            msg = f"{call}({name}={value}): write {write}."
+            raise ValueError(msg)
+
+
+def _room(call, slots, batch_size, num_classes):
+    """Slots of a label; as many as equally many samples of each label need, or what is given."""
+    least = math.ceil(batch_size / num_classes)
+    if slots is not None and slots < least:
+        msg = (
+            f"{call}(slots={slots}): {batch_size} samples of {num_classes} classes need {least} "
+            "slots a label or more."
+        )
+        raise ValueError(msg)
+    return least if slots is None else slots
+
+
+def _operations(model, inputs):
+    """Of value and gradient for one sample, by XLA's count of the program, not compiled."""
+    image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), image(1)))["params"]
+    fn = lambda params, x: jnp.sum(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
+
+    def flops(batch):
+        analysis = jax.jit(jax.value_and_grad(fn)).lower(params, image(batch)).cost_analysis()
+        return float(analysis["flops"])  # pyright: ignore
+
+    return (flops(16) - flops(8)) / 8
 
 
 def _share(store, like):
@@ -243,14 +238,14 @@ def _share(store, like):
     return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
 
 
-def _of_plan(work, plan, store, batch_size, moments):
+def _of_plan(work, plan, store, batch_size, room, moments):
     W, T, rows, s = plan.pairs.shape
     m, share = store.rows.shape[1], _share(store, jax.tree.leaves(work.like))
     kept = m * work.private + share
     held = plan.block_size * work.private + work.common
     moved = work.itemsize * (T * _Routes(plan, store).rows_sent * work.private + (W - 1) * share)
     parts = (plan.labels < plan.num_classes) / plan.shares[..., 1:]  # of a class's samples
-    slots = T * rows * math.ceil(batch_size / plan.num_classes / plan.shares[..., 1].min())
+    slots = T * rows * plan.slots(room).shape[2]
     seen = np.zeros((W, plan.num_classes + 1))
     np.maximum.at(seen, (np.arange(W)[:, None, None], plan.labels), parts)
     holds = np.zeros((W, plan.num_classes + 1), bool)
@@ -303,30 +298,56 @@ def _score_exchange(work, store, batch_size, moments):
 
 def _subnets(work, store, batch_size, moments, local_steps):
     """Independent subnets: what `psjax.ist.exchange` sends in a round, a step's share of it."""
-    W = store.num_workers
+    W, title = store.num_workers, "independent subnets"
     sizes = {}
     for x, spec in zip(jax.tree.leaves(work.like), store._specs):
         sizes |= {n: d for n, d in zip(spec, x.shape) if n not in (None, store.axis) and d >= W}
     if not sizes:
-        return None, "independent subnets: the model names no hidden axis to divide."
-    subnets = random_partition(jax.random.key(0), work.axes, sizes, num_elements=W)
-    split = [bool(set(spec) & set(sizes)) for spec in store._specs]
-    small = jax.tree.leaves(jax.eval_shape(subnets.gather, work.like))
-    of_subnet = [math.prod(x.shape[1:]) for x in small]
-    sent = sum(n for n, yes in zip(of_subnet, split) if yes)
-    shared = sum(n for n, yes in zip(of_subnet, split) if not yes)
-    n = work.common + store.num_classes * work.private
-    moved = work.itemsize * (1 + moments) * (sent + shared) * (W - 1) / W / local_steps
+        return None, f"{title}: no row, for the model names no hidden axis of {W} neurons or more"
+    draw = lambda: random_partition(jax.random.key(0), store.axes, sizes, num_elements=W)
+    gathered = jax.eval_shape(lambda like: draw().gather(like), work.like)
+    small = [x.shape[1:] for x in jax.tree.leaves(gathered)]
+    narrow = _narrow(work, sizes, W, small)
+    if narrow is None:
+        return None, f"{title}: no row, for a narrower model is not model.clone(hidden=...)"
+    whole = np.array([math.prod(x.shape) for x in jax.tree.leaves(work.like)])
+    of_subnet = np.array([math.prod(shape) for shape in small])
+    split = np.array([bool(set(spec) & set(sizes)) for spec in store._specs])
+    own = np.array([store.axis in spec for spec in store._specs])
+    shared, seen = int(of_subnet[~split].sum()), int(of_subnet.sum())
+    moved = work.itemsize * (1 + moments) * seen * (W - 1) / W / local_steps
     each = math.ceil(batch_size / W)
-    whole = each * (work.common_flops + store.num_classes * work.class_flops)
-    kept = (n - shared) / W
-    memory = work.itemsize * ((1 + moments) * kept + (2 + moments) * (sent + shared))
-    name = f"independent subnets, J = {local_steps}"
     row = Prediction(
-        name, None, memory, moved, moved, whole * (sent + shared) / n, 1, each, 1, math.nan
+        f"{title}, J = {local_steps}",
+        None,
+        work.itemsize * ((1 + moments) * (int(whole.sum()) - shared) / W + (2 + moments) * seen),
+        moved,
+        moved,
+        each * _operations(narrow, work.inputs),
+        1,
+        each,
+        float(W * of_subnet[own].sum() / whole[own].sum()),
+        math.nan,
     )
     note = (
-        f"independent subnets: {', '.join(sorted(sizes))} divided; another training, whose steps "
-        "cannot be compared one by one; its operations in proportion to the weights."
+        f"{title}: {', '.join(sorted(sizes))} divided; another training, whose steps cannot be "
+        "compared one by one"
     )
+    uneven = [f"{name} ({size})" for name, size in sorted(sizes.items()) if size % W**2]
+    if uneven:
+        note += (
+            f";\n  psjax.ist.exchange refuses {', '.join(uneven)}, which {W}^2 must divide: "
+            "the row is of shares rounded up"
+        )
     return row, note
+
+
+def _narrow(work, sizes, num_subnets, shapes):
+    """The module whose parameters have the shapes of a subnet's, or None."""
+    hidden = getattr(work.model, "hidden", None)
+    if not isinstance(hidden, tuple):
+        return None
+    width = lambda i, n: math.ceil(n / num_subnets) if f"hidden_{i}" in sizes else n
+    narrow = work.model.clone(hidden=tuple(width(i, n) for i, n in enumerate(hidden)))
+    params = nn.unbox(jax.eval_shape(narrow.init, jax.random.key(0), work.inputs))["params"]
+    return narrow if [x.shape for x in jax.tree.leaves(params)] == shapes else None

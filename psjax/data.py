@@ -83,11 +83,12 @@ def load_classes(
 ) -> OwnRows:
     """The images of some classes; the others are not decoded, and not kept.
 
-    A worker of a plan reads `np.unique(plan.labels[w])`; `own.places[rows.indices[:, w]]` are then
+    A worker of a plan reads the classes `plan.labels[w]` that are not padding,
+    `plan.labels[w][plan.labels[w] < plan.num_classes]`; `own.places[rows.indices[:, w]]` are then
     the rows of `plan.batches(own.all_labels, ...)` among `own.dataset.images`.
 
     Args:
-      classes: integers in `[0, C)`; those past the end, `plan.labels` pads with them, are none.
+      classes: integers in `[0, C)`, C the classes of the set.
       name: as in `load`.
       split: as in `load`.
       data_dir: as in `load`.
@@ -101,7 +102,6 @@ def load_classes(
         labels, num_classes = whole.labels, whole.num_classes
     else:
         labels, num_classes = _tfds_labels(name, split, data_dir)
-    wanted = wanted[wanted != num_classes]
     missing = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if missing:
         msg = (

@@ -9,7 +9,7 @@ pairs among them; one that has several tasks takes them in turn, in the memory o
 - `elements`: a task is one pair $(k, j)$; `pairs`: $(k, j)$ and $(j, k)$ together, the only merging
   that costs no memory; `blocks`: all pairs among a few classes.
 - `cyclic`: the classes in groups, worker $w$ holds the groups $w + D$, where the differences of $D$
-  cover all; every worker does the same work.
+  cover all; where W divides C every worker does the same work.
 
 Where there are more workers than tasks, some do the same task on disjoint samples.
 
@@ -19,10 +19,11 @@ costs, beside data parallelism, score exchange and independent subnets; `best` c
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from psjax import data
 from psjax._covers import difference_cover as difference_cover
@@ -31,7 +32,7 @@ from psjax._masters import value_and_grad as value_and_grad
 from psjax._predict import Prediction as Prediction
 from psjax._predict import Table as Table
 from psjax._predict import Workload as Workload
-from psjax._predict import best as best
+from psjax._predict import _check_numbers, _room
 from psjax._predict import table as table
 from psjax._predict import workload as workload
 from psjax._select import select
@@ -211,8 +212,7 @@ def elements(num_classes: int, num_workers: int) -> Plan:
       ValueError: fewer than two classes or than one worker.
     """
     _check("elements", num_classes, num_workers)
-    tasks = [[pair] for pair in itertools.permutations(range(num_classes), 2)]
-    return _plan("elements", num_classes, num_workers, tasks)
+    return _plan("elements", num_workers, np.arange(num_classes**2).reshape(num_classes, -1))
 
 
 def pairs(num_classes: int, num_workers: int) -> Plan:
@@ -245,27 +245,20 @@ def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
             "equal groups; write an even number, 2 or more."
         )
         raise ValueError(msg)
-    half = block_size // 2
-    if block_size >= num_classes:
-        groups = [range(num_classes)]
-    else:
-        groups = [range(a, min(a + half, num_classes)) for a in range(0, num_classes, half)]
-    tasks, seen = [], set()
-    for a, b in itertools.combinations(range(len(groups)), 2) if groups[1:] else [(0, 0)]:
-        task = [p for k, j in itertools.product(groups[a], groups[b]) for p in [(k, j), (j, k)]]
-        for g in {a, b} - seen:
-            task += list(itertools.permutations(groups[g], 2))
-        seen |= {a, b}
-        tasks.append(sorted({(k, j) for k, j in task if k != j}))
-    return _plan("blocks", num_classes, num_workers, tasks)
+    half = block_size // 2 if block_size < num_classes else num_classes
+    group = np.arange(num_classes) // half
+    a, b = np.minimum(group[:, None], group), np.maximum(group[:, None], group)
+    first = np.where(a < b, a, 0), np.where(a < b, b, np.maximum(b, 1))  # within a group: {0, g}
+    return _plan("blocks", num_workers, first[0] * num_classes + first[1])
 
 
 def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
     r"""Worker $w$ holds the groups $\{w + d \bmod G : d \in D\}$: cyclic quorums.
 
     The differences of $D$ cover $\mathbb Z_G$ (`difference_cover`), so that every two groups meet
-    at some worker, and all workers do the same work; $|D| \ge \sqrt G$ about. A sample is evaluated
-    by at most $|D|$ workers, not by C - 1. What a worker needs comes by $|D| - 1$ shifts.
+    at some worker; $|D| \ge \sqrt G$ about. Where G divides C and W = G, all workers do the same
+    work. A sample is evaluated by at most $|D|$ workers, not by C - 1. What a worker needs comes by
+    $|D| - 1$ shifts.
 
     Args:
       num_classes: C.
@@ -285,49 +278,128 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
         )
         raise ValueError(msg)
     base = difference_cover(num)
-    groups = np.array_split(np.arange(num_classes), num)
-    places = {0: (0, 0)}
+    first = {0: 0}  # of two groups at a distance: w + first and w + first + distance meet at w
     for a, b in itertools.permutations(base, 2):
-        if (b - a) % num not in places:
-            places[(b - a) % num], places[(a - b) % num] = (a, b), (b, a)
-    used = sorted(places.values())
-    tasks = []
-    for w in range(num):
-        meet = (itertools.product(groups[(w + a) % num], groups[(w + b) % num]) for a, b in used)
-        tasks.append([(int(k), int(j)) for pair in meet for k, j in pair if k != j])
-    plan = _plan("cyclic", num_classes, num_workers, tasks)
+        if (b - a) % num not in first:
+            first[(b - a) % num], first[(a - b) % num] = a, b
+    group = np.repeat(np.arange(num), [len(x) for x in np.array_split(np.arange(num_classes), num)])
+    places = np.array([first[distance] for distance in range(num)])
+    worker = (group[:, None] - places[(group - group[:, None]) % num]) % num
+    plan = _plan("cyclic", num_workers, worker)
     return dataclasses.replace(plan, base=base, num_groups=num)
 
 
-def _plan(kind, num_classes, num_workers, tasks: Sequence[Sequence[tuple[int, int]]]) -> Plan:
-    """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer."""
-    tasks = [task for task in tasks if task]
-    n, W = len(tasks), num_workers
-    if n >= W:
-        own = [list(part) for part in np.array_split(np.arange(n), W)]
-        shares = {t: [(0, 1)] for t in range(n)}
-    else:
-        own = [[w % n] for w in range(W)]
-        times = [len(range(t, W, n)) for t in range(n)]
-        shares = {t: [(i, times[t]) for i in range(times[t])] for t in range(n)}
-    turns = max(map(len, own))
-    held = []
-    for task in tasks:  # classes with samples first
-        labels = sorted({k for k, _ in task})
-        held.append((labels, labels + sorted({j for _, j in task} - set(labels))))
-    rows = max(len(labels) for labels, _ in held)
-    size = max(len(all_) for _, all_ in held)
-    classes = np.full((W, turns, size), num_classes, np.int32)
-    mask = np.zeros((W, turns, rows, size), bool)
-    share = np.tile(np.array([0, 1], np.int32), (W, turns, 1))
-    for w, t in np.argwhere(np.arange(turns) < np.array([[len(part)] for part in own])):
-        task = own[w][t]
-        place = {c: i for i, c in enumerate(held[task][1])}
-        classes[w, t, : len(place)] = list(place)
-        for k, j in tasks[task]:
-            mask[w, t, place[k], place[j]] = True
-        share[w, t] = shares[task].pop(0)
-    return Plan(kind, num_classes, classes, mask, share)
+def best(
+    model: nn.Module,
+    num_classes: int,
+    num_workers: int,
+    *,
+    inputs: Any,
+    batch_size: int,
+    bandwidth: float,
+    flops: float,
+    memory: float | None = None,
+    slots: int | None = None,
+    moments: int = 2,
+    local_steps: int = 10,
+) -> Plan:
+    """The plan with the shortest predicted step that fits into the memory.
+
+    Considered are single elements, merged pairs, blocks of every even size, a single task of all
+    classes, and cyclic plans of every number of groups; of more than 64 classes only the powers of
+    two and the divisors of C and W, as numbers of groups and as sizes of half a block.
+
+    Args:
+      model: as in `workload`.
+      num_classes: C.
+      num_workers: W.
+      inputs: as in `workload`.
+      batch_size: samples of all workers at a step.
+      bandwidth: bytes a second of one worker.
+      flops: operations a second of one worker.
+      memory: bytes of one worker for weights, gradients and moments; None: no limit.
+      slots: as in `table`.
+      moments: as in `table`.
+      local_steps: as in `table`.
+
+    Returns:
+      A `Plan`; `print(plan)` shows the table of what it was compared with, where a method that is
+      no plan may be faster.
+
+    Raises:
+      ValueError: no plan fits, with the least memory that one needs; as `table` and `workload`;
+        fewer than two classes.
+    """
+    _check("best", num_classes, num_workers)
+    numbers: Any = {
+        "num_workers": num_workers,
+        "batch_size": batch_size,
+        "bandwidth": bandwidth,
+        "flops": flops,
+        "moments": moments,
+        "local_steps": local_steps,
+    }
+    _check_numbers("best", **numbers)
+    slots = _room("best", slots, batch_size, num_classes)
+    work = workload(model, num_classes, inputs)
+    plans = _candidates(num_classes, num_workers)
+    costs = table(work, plans, memory=memory, slots=slots, **numbers)
+    rows = [row for row in costs.rows if row.plan is not None]
+    fit = [row for row in rows if memory is None or row.memory <= memory]
+    if not fit:
+        small = min(rows, key=lambda row: row.memory)
+        msg = (
+            f"best(memory={memory}): no plan for {num_classes} classes on {num_workers} workers "
+            f"fits; the least is {math.ceil(small.memory)} bytes a worker, of {small.name}."
+        )
+        raise ValueError(msg)
+    chosen = min(fit, key=lambda row: (row.seconds, row.memory))
+    kinds = {row.name.split(",")[0]: row for row in sorted(fit, key=lambda r: -r.seconds)}
+    shown = [chosen, *(row for row in kinds.values() if row is not chosen)]
+    others = [row for row in costs.rows if row.plan is None]
+    name = chosen._replace(name=f"{chosen.name} (chosen)")
+    small = dataclasses.replace(costs, rows=(name, *shown[1:], *others))
+    return dataclasses.replace(chosen.plan, costs=small)
+
+
+def _candidates(C, W):
+    few = range(2, C)
+    if C > 64:
+        few = [n for n in few if C % n == 0 or W % n == 0 or n & (n - 1) == 0]
+    yield elements(C, W)
+    yield pairs(C, W)
+    yield from (blocks(C, W, s) for s in [*(2 * n for n in few if 2 * n < C), C])
+    yield from (cyclic(C, W, groups) for groups in [*few, C])
+
+
+def _plan(kind, num_workers, task_of: np.ndarray) -> Plan:
+    """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
+
+    `task_of` is int `[C, C]`: which task has the pair (k, j), the tasks in their order. The
+    diagonal is not looked at.
+    """
+    C, W = len(task_of), num_workers
+    k, j = np.nonzero(~np.eye(C, dtype=bool))
+    tasks, task = np.unique(task_of[k, j], return_inverse=True)
+    n, label, other = len(tasks), task * C + k, task * C + j
+
+    labels = np.unique(label)  # what a task holds as task * C + class, ascending
+    held = np.concatenate([labels, np.setdiff1d(other, labels)])  # classes with samples first
+    held = held[np.argsort(held // C, kind="stable")]
+    place = np.arange(len(held)) - np.searchsorted(held // C, held // C)
+    order = np.argsort(held)
+    place_of = lambda x: place[order[np.searchsorted(held, x, sorter=order)]]
+    rows, size = np.bincount(labels // C).max(), place.max() + 1
+    classes = np.full((n + 1, size), C, np.int32)  # the last one is no task
+    classes[held // C, place] = held % C
+    mask = np.zeros((n + 1, rows, size), bool)
+    mask[task, place_of(label), place_of(other)] = True
+
+    parts = np.array_split(np.arange(max(n, W)) % n, W)
+    own = np.array([[*part, *[n] * (len(parts[0]) - len(part))] for part in parts])
+    times = np.maximum(-((own - W) // n), 1)  # workers t, t + n, t + 2n, ... share the task t
+    share = np.stack([np.broadcast_to(np.arange(W)[:, None] // n, own.shape), times], axis=-1)
+    return Plan(kind, C, classes[own], mask[own], share.astype(np.int32))
 
 
 def _describe(plan):

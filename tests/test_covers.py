@@ -101,7 +101,14 @@ def test_what_is_not_proved_is_above_the_bound():
         assert len(difference_cover(modulus)) > search.lower_bound(modulus)
 
 
-@pytest.mark.parametrize("num_groups", [0, -3, 7.0, "7", None])
+def test_any_integer_is_one():
+    for modulus in (7, 200):
+        cover = difference_cover(np.prod([1, modulus]))
+        assert cover == difference_cover(modulus)
+        assert all(type(residue) is int for residue in cover)
+
+
+@pytest.mark.parametrize("num_groups", [0, -3, np.int64(0), 7.0, np.float32(7), "7", None])
 def test_anything_but_a_positive_integer_is_refused(num_groups):
     message = re.escape(f"difference_cover(num_groups={num_groups}): write a positive integer.")
     with pytest.raises(ValueError, match=message):

@@ -10,17 +10,16 @@ neural network training*, G-2023-36.
 
 import dataclasses
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import psjax
+from experiments._run import run_script
 from experiments.psl.figures import save
 
 IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "mnist-53780": (28, 28, 1)}
@@ -37,6 +36,8 @@ class Args:
     workers: int = 8
     batch_size: int = 100
     """Samples of all workers at a step."""
+    slots: int | None = None
+    """Slots of a label in a batch. Default: as equally many samples of each label need."""
     bandwidth: float = 125e6
     """Bytes a second of one worker; 125e6 is 1 Gbit/s."""
     flops: float = 1e11
@@ -60,6 +61,7 @@ def main(args: Args) -> psjax.plan.Plan:
         bandwidth=args.bandwidth,
         flops=args.flops,
         memory=args.memory,
+        slots=args.slots,
     )
     print(plan)
     print()
@@ -70,18 +72,21 @@ def main(args: Args) -> psjax.plan.Plan:
 
 
 def draw(plan: psjax.plan.Plan, path: pathlib.Path) -> None:
-    """Left the classes that each worker holds, right the worker of each pair."""
+    """Left the classes that each worker holds, right the worker or workers of each pair."""
     W, C = plan.num_workers, plan.num_classes
-    first = np.array_split(np.arange(C), W)
+    home = np.array_split(np.arange(C), W)
     held = np.zeros((W, C))
     for w in range(W):
         own = plan.classes[w][plan.classes[w] < C]
         held[w, own] = 1
-        held[w, first[w]] += 2
-    worker = np.full((C, C), np.nan)
+        held[w, home[w]] += 2
+    workers: dict[tuple[int, int], list[int]] = {}
     for w, t, a, b in np.argwhere(plan.pairs):
-        if plan.shares[w, t, 0] == 0:
-            worker[plan.classes[w, t, a], plan.classes[w, t, b]] = w
+        pair = int(plan.classes[w, t, a]), int(plan.classes[w, t, b])
+        workers.setdefault(pair, []).append(int(w))
+    first = np.full((C, C), np.nan)
+    for pair, sharing in workers.items():
+        first[pair] = sharing[0]
     figure = Figure(figsize=(10, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     kinds = ("#f2f2f2", "#9ecae1", "#fdd0a2", "#2171b5")
@@ -94,9 +99,11 @@ def draw(plan: psjax.plan.Plan, path: pathlib.Path) -> None:
     handles = [h for h, x in zip(handles, (1.0, 2.0, 3.0)) if x in used]
     left.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     colours = _colours(W)
-    right.imshow(worker, cmap=ListedColormap(colours), vmin=-0.5, vmax=W - 0.5)
-    for k, j in np.argwhere(~np.isnan(worker)) if C <= 20 else ():
-        right.text(j, k, f"{int(worker[k, j])}", ha="center", va="center", fontsize=8)
+    right.imshow(first, cmap=ListedColormap(colours), vmin=-0.5, vmax=W - 0.5)
+    for (k, j), sharing in workers.items() if C <= 20 else ():
+        w, more = sharing[0], sharing[1:]
+        text = f"{w}" + (f"{',' if len(more) == 1 else '-'}{more[-1]}" if more else "")
+        right.text(j, k, text, ha="center", va="center", fontsize=8)
     right.set(xlabel="the other class j", ylabel="label k", xticks=range(C), yticks=range(C))
     right.set_title("which worker has the element $h_{kj}$")
     if C > 20:
@@ -121,7 +128,4 @@ def _colours(n):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args, __doc__, "nothing to continue, write the same command.")
