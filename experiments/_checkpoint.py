@@ -15,7 +15,8 @@ class Checkpoints:
     """A series of checkpoints under `folder`; orbax writes each to one side and renames it.
 
     With many processes every one of them saves and restores, its own shards of global arrays, and
-    a failure of one is its own: it raises there, and does not wait for the others.
+    a failure of one is its own: it raises there, and does not wait for the others. What one of them
+    cannot read all pass over.
 
     Args:
       folder: where they are, the same for all processes.
@@ -43,14 +44,8 @@ class Checkpoints:
         return ocp.training.Checkpointer(folder, preservation_policy=keep)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        if jax.process_count() > 1:  # orbax would wait for the others
-            found = self.folder.glob("*/commit_success.txt")
-            return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
-        with self._open() as checkpointer:
-            return sorted(c.step for c in checkpointer.checkpoints)
+        """Steps of the complete checkpoints, oldest first: the renamed ones."""
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def save(self, step: int, state: Any) -> None:
         """Write a checkpoint; on failure the earlier ones stay, and the error says where.
@@ -99,15 +94,15 @@ class Checkpoints:
         steps = self.steps()
         self._tidy()
         for step in reversed(steps):
-            line = "by another process"
-            state = None
+            how, state = "could not be read by another process", None
             try:
                 state = self._load(step, abstract)
             except Exception as error:  # damaged files raise whatever tensorstore meets
-                line = str(error).splitlines()[0][:160]
+                words = str(error) or type(error).__name__
+                how = f"is damaged ({words.splitlines()[0][:160]})"
             if self.everybody(f"restored {step}", state is not None):
                 return step, state
-            report(f"checkpoint of {self.unit} {step} is damaged ({line}); trying the one before.")
+            report(f"checkpoint of {self.unit} {step} {how}; trying the one before.")
         if steps:
             msg = (
                 f"none of the checkpoints of {self.unit}s {steps} under {self.folder} can be read."
@@ -126,6 +121,10 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if jax.process_count() > 1:
-                return ocp.load(str(self.folder / str(step)), abstract)
+                # Alone: who cannot read would leave the others waiting at orbax's barrier.
+                me = jax.process_index()
+                alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+                with ocp.Context(multiprocessing_options=alone):
+                    return ocp.load(str(self.folder / str(step)), abstract)
             with self._open() as checkpointer:
                 return checkpointer.load(step, abstract)

@@ -103,13 +103,19 @@ def run_script(
 # -------------------------------------------------------------------------------------- run folders
 
 
-def open_folder(config: Any, folder: pathlib.Path, resume: bool) -> None:
+def open_folder(
+    config: Any,
+    folder: pathlib.Path,
+    resume: bool,
+    free: Callable[[dict, dict], set[str]] = lambda old, new: {"epochs"},
+) -> None:
     """Make the run folder, or see that it holds the same training; write `config.json`.
 
     Args:
-      config: a dataclass. A longer training (`epochs`) is the same training.
+      config: a dataclass.
       folder: the run folder.
       resume: whether it may exist.
+      free: of the old and the new configuration: what may differ. A longer training is the same.
 
     Raises:
       FileExistsError: the folder exists and `resume` is False.
@@ -125,9 +131,9 @@ def open_folder(config: Any, folder: pathlib.Path, resume: bool) -> None:
         )
         raise FileExistsError(msg)
     elif path.exists():
-        # A longer training is the same training; anything else is another one.
         old, new = json.loads(path.read_text()), dataclasses.asdict(config)
-        differ = [k for k in new if k != "epochs" and old.get(k) != new[k]]
+        same = new.keys() - free(old, new)
+        differ = [k for k in new if k in same and old.get(k) != new[k]]
         if differ:
             changes = ", ".join(f"{k} {old.get(k)} there, {new[k]} here" for k in differ)
             msg = f"run folder {folder} holds another training ({changes}); write another --out."

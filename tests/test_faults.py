@@ -34,6 +34,7 @@ def test_after_a_fault_all_end_in_time_with_a_name_and_the_run_goes_on_bit_for_b
     row = faults.one(kind, process, place, scratch, params)
     assert row["verdict"] == "ok", row
     assert float(row["seconds"]) <= faults.STATED
+    assert "others" in row["named"]
     assert f"process {process}" in row["message"]
     assert row["difference"] == 0
 
@@ -41,13 +42,31 @@ def test_after_a_fault_all_end_in_time_with_a_name_and_the_run_goes_on_bit_for_b
 def test_with_elastic_the_launcher_goes_on_with_fewer_processes_by_itself(expected):
     row = faults.one("elastic", 1, "collective", *expected)
     assert row["verdict"] == "ok", row
-    assert row["message"] == "launch: restart 1 of at most 3, with 2 processes."
+    assert row["message"] == "launch: restart 1 of at most 3, with 2 processes."  # and no other
+    assert float(row["seconds"]) <= faults.RESTARTED
 
 
 def test_how_a_process_ended_is_said_in_words():
     assert launch.how(-9) == "was killed by SIGKILL."
     assert launch.how(launch.MISSING) == "ended with 75: another process is missing."
+    assert launch.how(launch.FAILED) == "failed by itself, with exit code 78."
     assert launch.how(3) == "failed with exit code 3."
+
+
+def test_a_cell_that_hangs_is_killed_and_said(monkeypatch, tmp_path):
+    wait = tmp_path / "wait.sh"
+    wait.write_text("exec sleep 600\n")
+    monkeypatch.setattr(faults, "HANGS", 2)
+    found = faults.start(["--prefix", f"sh {wait}"], ["--out", str(tmp_path / "run")], {})
+    assert faults._judge(*found, guilty=1)["verdict"] == "HANGS"
+
+
+def test_a_fault_that_only_the_launcher_names_is_not_named():
+    launcher = "launch: process 1 was killed by SIGKILL."
+    other = "[0] error: process 0: process 1 has not been heard of for 3 s."
+    assert faults._judge([other, launcher], 1, 2, 1, guilty=1)["verdict"] == "ok"
+    named = faults._judge([launcher], 1, 2, 1, guilty=1)
+    assert (named["named"], named["verdict"]) == ("launcher", "NOT NAMED BY THE OTHERS")
 
 
 def test_the_matrix_has_every_kind_in_every_place_in_both_processes():

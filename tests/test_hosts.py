@@ -3,18 +3,24 @@
 A process takes seconds to start, so that runs are shared between the tests.
 """
 
+import io
 import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from experiments.hosts import cluster, launch, methods, problem
+from experiments import _checkpoint, _run
+from experiments.hosts import _watch, cluster, launch, methods, problem
+from experiments.hosts import train as script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = (
@@ -31,12 +37,12 @@ ARGUMENTS = {
     "ist": TINY,
     "data-parallel": TINY,
     "cyclic": [*PLAN, "--float64"],
-    "cyclic, float32": PLAN,
+    "cyclic, float32": [*PLAN, "--loss", "psl-squared"],
     "score-exchange": [*PLAN, "--float64"],
 }
 
 
-def start(n, *arguments, module=("-m", "experiments.hosts.train"), each=()):
+def start(n, *arguments, module=("-m", "experiments.hosts.train"), each=(), env=lambda i: {}):
     """Start n processes; `[(exit code, output)]`. Process i has also the arguments `each[i]`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -50,7 +56,7 @@ def start(n, *arguments, module=("-m", "experiments.hosts.train"), each=()):
             subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                env={**os.environ, "JAX_PLATFORMS": "cpu", **env(i)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -105,7 +111,6 @@ def same(found, expected):
         ("ist", 2),
         ("ist", 4),
         ("data-parallel", 2),
-        ("data-parallel", 4),
         ("cyclic", 2),
         ("score-exchange", 2),
     ],
@@ -136,14 +141,15 @@ def bytes_of_the_state(output):
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_process_holds_only_its_shards(runs, n):
     """All weights of this network are divided; the number of the round, 4 bytes, is everybody's."""
-    for outputs, share in ((runs("ist", n)[2], n), (runs("data-parallel", n)[2], 1)):
-        for output in outputs:
-            own, whole = bytes_of_the_state(output)
-            copies = 4 // n  # devices of a process, all of which hold what is not divided
-            if share > 1:
-                assert own == (whole - 4) // n + 4 * copies
-            else:
-                assert own == whole * copies
+    for output in runs("ist", n)[2]:
+        own, whole = bytes_of_the_state(output)
+        assert own == (whole - 4) // n + 4 * (4 // n)  # devices of a process
+
+
+def test_with_data_parallelism_every_device_holds_everything(runs):
+    for output in runs("data-parallel", 2)[2]:
+        own, whole = bytes_of_the_state(output)
+        assert own == 2 * whole
 
 
 def test_of_a_plan_too_a_process_holds_only_its_shards(runs):
@@ -159,7 +165,7 @@ def without_the_end(folder, copy):
     shutil.copytree(folder, copy)
     (copy / "params.npz").unlink()
     last = copy / "checkpoints" / "6"
-    (last / "commit_success.txt").unlink()
+    (last / "commit_success.txt").unlink(missing_ok=True)
     last.rename(last.with_name("6.orbax-checkpoint-tmp"))
     return copy
 
@@ -177,17 +183,31 @@ def test_resumed_by_as_many_processes_it_ends_bit_for_bit_as_if_nothing_had_happ
 
 
 def test_a_checkpoint_of_four_processes_is_continued_by_two(runs, tmp_path):
-    """And a checkpoint that is complete but damaged is passed over, by both."""
+    """And a complete checkpoint that only one of them cannot read is passed over, by both."""
     folder, expected, _ = runs("ist", 4)
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     (copy / "params.npz").unlink()
-    for path in (copy / "checkpoints" / "6").rglob("d/*"):
-        path.write_bytes(path.read_bytes()[:10])
+    [path] = (copy / "checkpoints" / "6").rglob("ocdbt.process_3/d/*")
+    path.write_bytes(path.read_bytes()[:10])
     found, outputs = train(2, copy, "--resume", copy, *CADENCE)
     close(found, expected)
-    assert "checkpoint of round 6 is damaged" in outputs[0]
+    assert "checkpoint of round 6 could not be read by another process" in outputs[0]
+    assert "checkpoint of round 6 is damaged" in outputs[1]
     assert "continuing after round 3." in outputs[0]
+
+
+def test_an_error_without_words_is_a_damaged_checkpoint_too(monkeypatch, tmp_path):
+    (tmp_path / "1").mkdir()
+
+    def load(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(_checkpoint.Checkpoints, "_load", load)
+    lines = []
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        _checkpoint.Checkpoints(tmp_path).restore({}, lines.append)
+    assert lines == ["checkpoint of epoch 1 is damaged (AssertionError); trying the one before."]
 
 
 def test_a_plan_of_two_processes_is_continued_as_another_plan_by_three(runs, tmp_path):
@@ -215,26 +235,32 @@ def test_in_float32_it_is_the_same_to_1e_4_and_as_accurate(runs, tmp_path):
 CADENCE = ("--report-every", "6", "--checkpoint-every", "3", "--join-timeout", "120")
 
 
-def test_processes_with_different_seeds_are_refused_at_the_start(tmp_path):
-    """The item and the process are named, in both; and no run folder is made."""
-    folder = tmp_path / "run"
-    arguments = (*TINY, "--method", "ist", "--out", folder)
-    found = start(2, *arguments, each=(["--seed", "0"], ["--seed", "7"]))
-    assert all(code != 0 for code, _ in found)
+def test_processes_that_were_asked_for_other_things_are_refused_before_they_begin(tmp_path):
+    """Each item and the process are named, in both; and no run folder is made."""
+    other = ["--seed", "7", "--report-every", "5", "--num-processes", "3", "--out", tmp_path / "b"]
+    arguments = (*TINY, "--method", "ist", "--seed", "0", "--out", tmp_path / "a")
+    found = start(2, *arguments, each=([], list(map(str, other))))
+    assert [code for code, _ in found] == [launch.FAILED, launch.MISSING], found
     for _, output in found:
         assert "process 1 has configuration.seed 7, the others 0" in output
-    assert not folder.exists()
+        assert 'process 1 has arguments.report_every "5", the others "6"' in output
+        assert "process 1 has arguments.out " in output
+        assert "process 1 has processes 3, the others 2" in output
+        assert "Continue with --resume" not in output
+    assert not list(tmp_path.iterdir())
 
 
 DIFFER = """
 import sys, dataclasses
 import numpy as np
 from experiments.hosts import cluster, methods, problem, train
-coordinator, n, me = sys.argv[2], int(sys.argv[4]), int(sys.argv[6])
-cluster.initialize(coordinator, n, me, timeout=120)
+cluster.initialize(cluster="slurm", timeout=120)
+me = cluster.process_id()
+print(f"process {me} of {cluster.num_processes()} with {cluster.coordinator()}")
 config = problem.Config(workers=2, width=16, rounds=2)
 task = problem.load(config)
-what = train.identity(task, methods.make(task, methods.workers_mesh(2)))
+what = train.made(task, methods.make(task, methods.workers_mesh(2)))
+what["version"] = train.version()
 cluster.agree(what, name="same")
 other = dataclasses.replace(task, train={**task.train, "y": np.roll(task.train["y"], 1)})
 changed = {
@@ -250,9 +276,38 @@ for name, mine in changed.items():
 """
 
 
-def test_other_data_another_plan_or_version_are_refused_by_name():
-    found = start(2, module=("-c", DIFFER))
-    for code, output in found:
+def slurm_job():
+    """A number, and the port that JAX makes of it, which is free."""
+    for job in range(os.getpid(), os.getpid() + 100):
+        port = job % 2**12 + 65536 - 2**12
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):
+                return job, port
+    pytest.fail("no port is free")
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """Two processes of a Slurm job, which JAX finds by its variables, compare this and that."""
+    job, port = slurm_job()
+    variables = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
+    env = lambda i: {**variables, "SLURM_PROCID": str(i)}
+    return port, start(2, module=("-c", DIFFER), env=env)
+
+
+def test_the_processes_of_a_slurm_job_find_one_another(compared):
+    port, found = compared
+    for i, (_, output) in enumerate(found):
+        assert f"process {i} of 2 with 127.0.0.1:{port}" in output
+
+
+def test_other_data_another_plan_or_version_are_refused_by_name(compared):
+    for code, output in compared[1]:
         assert code == 0, output
         assert re.search('data: .*process 1 has data "', output)
         assert re.search('plan: .*process 1 has plan.method "local-sgd", the others "ist"', output)
@@ -283,6 +338,8 @@ def test_a_coordinator_that_nobody_hears_is_named():
         (("127.0.0.1", 2, 0), "write host:port"),
         ((None, 2, 0), "write --coordinator"),
         (("127.0.0.1:1", 2, 2), "write 0 to 1"),
+        (("127.0.0.1:1", 0, 0), "write 1 or more"),
+        (("127.0.0.1:99999", 2, 0), "write host:port"),
     ],
 )
 def test_half_an_address_is_refused(arguments, message):
@@ -336,3 +393,142 @@ def test_the_launcher_goes_on_with_the_same_arguments_but_another_folder_option(
     assert launch._value(arguments, "--out") == "a"
     assert launch._value(arguments, "--seed") == "3"
     assert launch._without(arguments, "--out", "--seed") == ["--method", "ist"]
+
+
+def test_a_launcher_that_is_ended_ends_what_it_has_started(tmp_path):
+    wait = tmp_path / "wait.sh"
+    wait.write_text("echo $$\nexec sleep 600\n")
+    command = [sys.executable, "-m", "experiments.hosts.launch", "--prefix", f"sh {wait}", "--"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        started = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130
+    for number in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "starts"), [(-signal.SIGKILL, 3), (1, 3), (None, 3), (launch.FAILED, 1)]
+)
+def test_the_launcher_starts_again_smaller_unless_it_would_fail_again(
+    monkeypatch, tmp_path, capsys, code, starts
+):
+    numbers = []
+
+    def run(n, *_):
+        numbers.append(n)
+        return {n - 1: code}
+
+    monkeypatch.setattr(launch, "run", run)
+    arguments = ["--elastic", "--processes", "3", "--", "--out", str(tmp_path / "run")]
+    assert launch.main(arguments) == 1
+    assert numbers == [3, 2, 1][:starts]
+    assert "--resume" not in capsys.readouterr().out  # there is no run folder
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(75, "", True), (75, "9", True), (75, "10", False), (78, "", False), (137, "", True)],
+)
+def test_a_slurm_job_goes_back_into_the_queue_if_that_may_help(tmp_path, code, restarts, again):
+    for name, line in (("srun", f"exit {code}"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    env |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    job = ["bash", ROOT / "experiments/hosts/slurm.sh", tmp_path / "run"]
+    found = subprocess.run(job, env=env, capture_output=True, text=True)
+    assert found.returncode == code
+    assert found.stdout == ("requeue 17\n" if again else "")
+
+
+def test_only_where_the_workers_share_one_sum_may_their_number_change(tmp_path):
+    for method, allowed in (("data-parallel", True), ("ist", False), ("local-sgd", False)):
+        folder, config = tmp_path / method, problem.Config(method=method, workers=4)
+        _run.open_folder(config, folder, False, script._free)
+        other = problem.Config(method=method, workers=2, rounds=900)
+        if allowed:
+            _run.open_folder(other, folder, True, script._free)
+        else:
+            with pytest.raises(ValueError, match=r"another training \(workers 4 there, 2 here\)"):
+                _run.open_folder(other, folder, True, script._free)
+
+
+def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
+    with pytest.raises(cluster.ClusterError, match="process 0 does not see run folder"):
+        script._check_shared(tmp_path)
+
+
+class Ended(BaseException):
+    """In the place of the process's end; its exit code."""
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Of process 1 of 2, which hears of the coordinator; without its threads."""
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    watch = _watch.Watch(deadline=0.5)
+    watch.me, watch.processes = 1, 2
+    watch.client = watch.shell = mock.MagicMock()
+    watch.heard = time.monotonic() + 1000
+    return watch
+
+
+def failing(watch, error):
+    """The exit code of a process that fails in a step."""
+    watch.at(3, "step")
+    try:
+        raise error
+    except type(error) as caught:
+        with pytest.raises(Ended) as ended:
+            watch.__exit__(type(caught), caught, caught.__traceback__)
+    return ended.value.args[0]
+
+
+def test_what_fails_by_itself_says_how_and_would_again(watch, capsys):
+    """Where it is no error that says in a line what to do, the traceback is there."""
+    assert failing(watch, KeyError("x")) == launch.FAILED
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "error: process 1: it failed in 'step' of round 3: KeyError: 'x'." in said
+    assert "Continue with --resume" in said
+
+
+def test_what_fails_beside_a_silent_one_says_both(watch, capsys):
+    watch.seen[0] = ("[3, 1, 5]", time.monotonic() - 0.4)
+    assert failing(watch, ValueError("no data")) == launch.MISSING
+    said = capsys.readouterr().err
+    assert "error: process 1: process 0 has not been heard of for 0 s" in said
+    assert "; process 1 failed in 'step' of round 3: no data." in said
+    assert "Traceback" not in said
+
+
+def test_a_process_that_was_frozen_says_so_and_blames_nobody(watch, capsys):
+    watch.looked = watch.heard = time.monotonic() - 100
+    with pytest.raises(Ended, match="1"):
+        watch._look()
+    assert "error: process 1: it was itself stopped for 100 s" in capsys.readouterr().err
+
+
+def test_a_last_barrier_that_nobody_comes_to_is_an_error_like_others(watch, monkeypatch, capsys):
+    watch.seen[0] = ("[3, 1, 5]", time.monotonic() - 0.4)
+    monkeypatch.setattr(cluster, "barrier", mock.Mock(side_effect=RuntimeError("timed out")))
+    with pytest.raises(Ended, match=str(launch.MISSING)):
+        watch.__exit__(None, None, None)
+    assert "process 0 has not been heard of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ValueError("closed")])
+def test_a_process_ends_also_where_nothing_can_be_written(watch, monkeypatch, failure):
+    log = mock.Mock(spec=io.TextIOBase, write=mock.Mock(side_effect=failure))
+    monkeypatch.setattr(sys, "stderr", log)
+    with pytest.raises(Ended, match=str(launch.MISSING)):
+        watch._end(0, "is gone")
+    assert log.write.called
+    assert watch.shell.communicate.called

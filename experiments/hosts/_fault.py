@@ -1,7 +1,8 @@
 """Faults on purpose, for `experiments.hosts.faults` and the tests: never set outside of them.
 
 `PSJAX_FAULT=kind:process:place:round`, such as `kill:1:collective:3`, makes one process meet one
-fault, once:
+fault, once (a file `fault-met` in the run folder says that it has been, also to processes that
+inherit the variable when the training is started again):
 
 - kind: `kill` (SIGKILL), `stop` (SIGSTOP), `slow` (asleep for three deadlines; in a collective or
   while saving the whole process freezes for one and a half and wakes again, as a paused virtual
@@ -33,6 +34,9 @@ def at(place: str, round: int, deadline: float, folder: pathlib.Path) -> None:
     kind, process, where, when = fault.split(":")
     if (place, round) != (where, int(when)):
         return
+    met = folder / "fault-met"
+    if met.exists():
+        return
     mine = cluster.process_id() == int(process)
     if place == "collective" and not mine:
         time.sleep(_LATE)
@@ -40,10 +44,10 @@ def at(place: str, round: int, deadline: float, folder: pathlib.Path) -> None:
         return
     if place == "compute":
         if kind == "slow":
-            _say(kind)
+            _say(kind, met)
             time.sleep(3 * deadline)
         else:
-            _meet(kind, deadline)
+            _meet(kind, deadline, met)
         return
     before = set(folder.glob("checkpoints/*"))
 
@@ -52,21 +56,22 @@ def at(place: str, round: int, deadline: float, folder: pathlib.Path) -> None:
             time.sleep(_LATE / 2)
         while place == "saving" and set(folder.glob("checkpoints/*")) <= before:
             time.sleep(0.0005)
-        _meet(kind, deadline)
+        _meet(kind, deadline, met)
 
     if place == "saving" and kind == "full":  # before there is anything to write
-        _meet(kind, deadline)
+        _meet(kind, deadline, met)
         return
     threading.Thread(target=later, daemon=True).start()
 
 
-def _say(kind):
+def _say(kind, met):
+    met.touch()
     sys.stderr.write(f"\nfault: process {cluster.process_id()} meets {kind!r}.\n")
     sys.stderr.flush()
 
 
-def _meet(kind, deadline):
-    _say(kind)
+def _meet(kind, deadline, met):
+    _say(kind, met)
     me = str(os.getpid())
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""The processes of one training: how they find one another, agree, and miss one that is gone.
+"""The processes of one training: how they find one another and agree.
 
 JAX's coordination service, which process 0 runs, does the work: its key-value store and its
-barriers. A collective that waits for a dead host cannot be interrupted from within, so a thread
-watches, says which process is missing, and ends this one.
+barriers.
 """
 
 import collections
@@ -11,7 +10,6 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,10 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value store has no public name
 
-MISSING = 75
-"""Exit code of a process that ends because another one is missing (EX_TEMPFAIL: try again)."""
-DOING = ("start", "batch", "step", "report", "save", "end")
-"""What a process does in a round, in this order."""
+from experiments.hosts.launch import MISSING
 
 
 class ClusterError(OSError):
@@ -67,7 +62,7 @@ def initialize(
         `ompi`, `k8s`, `mpi4py`).
       timeout: seconds within which all must have come.
       heartbeat: seconds after which JAX itself takes a silent process for dead and ends the others.
-        Longer than the deadline of `Watch`, whose message says more.
+        Longer than the deadline of `_watch.Watch`, whose message says more.
 
     Raises:
       ValueError: arguments that do not go together.
@@ -81,14 +76,17 @@ def initialize(
             )
             raise ValueError(msg)
         return
-    if cluster is None and (processes is None or process is None or address is None):
-        msg = f"--coordinator {address}: write --num-processes and --process-id too."
-        raise ValueError(msg)
     if cluster is None:
-        host, port = _host_and_port(address)
-        if not 0 <= (process or 0) < (processes or 1):
-            msg = f"--process-id {process}: write 0 to {(processes or 1) - 1}, one a process."
+        if processes is None or process is None:
+            msg = f"--coordinator {address}: write --num-processes and --process-id too."
             raise ValueError(msg)
+        if processes < 1:
+            msg = f"--num-processes {processes}: write 1 or more."
+            raise ValueError(msg)
+        if not 0 <= process < processes:
+            msg = f"--process-id {process}: write 0 to {processes - 1}, one a process."
+            raise ValueError(msg)
+        host, port = _host_and_port(address)
         if process == 0:
             _check_free(host, port)
         else:
@@ -124,15 +122,15 @@ def _method(cluster):
 
 def _host_and_port(address):
     host, _, port = str(address).rpartition(":")
-    if not host or not port.isdigit():
-        msg = f"--coordinator {address}: write host:port, such as 10.0.0.1:1234."
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        msg = f"--coordinator {address}: write host:port, such as 10.0.0.1:1234 (1 to 65535)."
         raise ValueError(msg)
     return host.strip("[]"), int(port)
 
 
 def _check_free(host, port):
     """Whether process 0 can listen; gRPC itself would share the port with another coordinator."""
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+    with _socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -144,6 +142,13 @@ def _check_free(host, port):
                 "port in --coordinator of every process."
             )
             raise ClusterError(msg) from error
+
+
+def _socket():
+    try:
+        return socket.socket(socket.AF_INET6)
+    except OSError:  # built in, but switched off
+        return socket.socket(socket.AF_INET)
 
 
 def _await_coordinator(host, port, timeout):
@@ -163,13 +168,21 @@ def _await_coordinator(host, port, timeout):
 
 
 def _nobody_came(address, timeout, process):
-    sys.stderr.write(
-        f"\nerror: process {process}: not all processes came to {address} within {timeout:.0f} s. "
-        "Start each of them, with the same --coordinator and --num-processes and its own "
-        "--process-id; does something else listen there?\n"
+    who = "this process" if process is None else f"process {process}"
+    say(
+        f"\nerror: {who}: not all processes came to {address} within {timeout:.0f} s. Start each, "
+        "with the same --coordinator and --num-processes and its own --process-id; does something "
+        "else listen there?\n"
     )
-    sys.stderr.flush()
     os._exit(MISSING)
+
+
+def say(text: str) -> None:
+    """To those who read the log, if it can be written: it may be closed, or on the full disk."""
+    for stream, words in ((sys.stderr, text), (sys.stdout, "")):
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(words)
+            stream.flush()
 
 
 # -------------------------------------------------------------------------------------------- agree
@@ -244,218 +257,3 @@ def everybody(name: str, yes: bool, timeout: float = 300) -> bool:
     keys = [f"psjax/everybody/{name}/{i}" for i in range(num_processes())]
     said = [client.blocking_key_value_get(key, int(timeout * 1000)) for key in keys]
     return all(word == "1" for word in said)
-
-
-# -------------------------------------------------------------------------------------------- watch
-
-
-class Watch:
-    """Ends this process where the training cannot go on, with the name of who is missing.
-
-    Every process says now and then where it is (`at`), in the coordinator's store. A thread reads
-    what the others say. If this process stays in one place for longer than the deadline, somebody
-    is missing: silent, or behind, or the coordinator out of reach. A process that fails by itself
-    says so too, and the others end with its reason. With one process nothing happens.
-
-    As a context: an error inside ends this process, with exit code 1 if it is its own and `MISSING`
-    if another process is the cause; all other processes end too.
-
-    Args:
-      deadline: seconds within which every part of a round must end.
-      start: the same for the start, which loads data and compiles.
-    """
-
-    def __init__(self, deadline: float = 60, start: float = 300):
-        self.deadline, self.start_deadline = deadline, start
-        self.me, self.processes = process_id(), num_processes()
-        self.client: Any = distributed.global_state.client
-        self.poll = min(1.0, deadline / 10)
-        self.place, self.since = (0, 0), time.monotonic()
-        self.seen: dict[int, tuple[Any, float]] = {}  # of each process: what it said, since when
-        self.note: dict[str, Any] | None = None
-        self.errors: dict[int, str] = {}
-        self.heard = time.monotonic()  # the coordinator, last
-        self.stopped, self.ending = threading.Event(), threading.Lock()
-
-    def at(self, round: int, doing: str) -> None:
-        """Say that one of `DOING` in a round begins here."""
-        self.place, self.since = (round, DOING.index(doing)), time.monotonic()
-
-    def __enter__(self):
-        if self.client is not None:
-            self._last_words()
-            for run in (self._talk, self._look):
-                threading.Thread(target=run, daemon=True).start()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.client is None:
-            return False
-        if error is None:
-            self.at(self.place[0], "end")
-            barrier("psjax/end", self.deadline)
-            self.stopped.set()
-            self._end_well()
-            jax.distributed.shutdown()
-            return False
-        if isinstance(error, KeyboardInterrupt):
-            self._end(self.me, f"was interrupted ({error})", 1)
-        if isinstance(error, ClusterError):
-            self._end(self.me, f"cannot begin: {error}".rstrip("."), 1)
-        self._find_out(error)
-        return False
-
-    # ------------------------------------------------------------------------------------- threads
-
-    def _talk(self):
-        """Say where this process is, hear where the others are. May hang, with the network."""
-        beat, client = 0, self.client
-        while not self.stopped.is_set():
-            beat += 1
-            mine = json.dumps([*self.place, beat])
-            try:
-                client.key_value_set(f"psjax/live/{self.me}", mine, allow_overwrite=True)
-                found = client.key_value_dir_get("psjax/live/")
-            except Exception:  # out of reach: `heard` says since when
-                self.stopped.wait(self.poll)
-                continue
-            self.heard = now = time.monotonic()
-            for key, value in found:
-                last = key.rsplit("/", 1)[-1]
-                if "note" in key:
-                    self.note = self.note or json.loads(value)
-                elif "error" in key:
-                    self.errors[int(last)] = value
-                elif self.seen.get(int(last), (None,))[0] != value:
-                    self.seen[int(last)] = (value, now)
-            self.stopped.wait(self.poll)
-
-    def _look(self):
-        while not self.stopped.wait(min(0.1, self.poll / 2)):
-            note = self.note
-            if note is not None and note["by"] != self.me:
-                self._end(note["process"], note["why"], MISSING)
-            limit = self.start_deadline if self.place[1] == 0 else self.deadline
-            found = self._silent(self.deadline)  # whatever this process does meanwhile
-            if found is None and time.monotonic() - self.since > limit:
-                found = self._missing() or (self.me, self._stuck())
-            if found is not None:
-                self._end(*found, MISSING if found[0] != self.me else 1)
-
-    # ----------------------------------------------------------------------------------- who it is
-
-    def _silent(self, seconds):
-        """Who has not been heard of for so long, and since when; or None."""
-        now = time.monotonic()
-        if now - self.heard > seconds:
-            who = 0 if self.me else self.me
-            return who, (
-                f"at {coordinator()}, the coordinator, has not answered process {self.me} for "
-                f"{now - self.heard:.0f} s: it is gone or stopped, or the network is cut"
-            )
-        for i in sorted(set(self.seen) - {self.me}):
-            value, when = self.seen[i]
-            if now - when > seconds:
-                return i, (
-                    f"has not been heard of for {now - when:.0f} s, last seen in "
-                    f"{_place(json.loads(value))}: it is gone or stopped, or the network is cut"
-                )
-        return None
-
-    def _missing(self):
-        """Who keeps this process waiting, and how it shows; or None."""
-        silent = self._silent(4 * self.poll)
-        if silent is not None:
-            return silent
-        for i in sorted(set(self.errors) - {self.me}):
-            return i, self.errors[i]
-        never = sorted(set(range(self.processes)) - set(self.seen) - {self.me})
-        if never:
-            return never[0], "has never been heard of"
-        places = {i: tuple(json.loads(self.seen[i][0])[:2]) for i in self.seen if i != self.me}
-        who = min(places, key=lambda i: places[i], default=self.me)
-        if places and places[who] < self.place:
-            return who, (
-                f"is late: it is still in {_place(places[who])}, and process {self.me} has waited "
-                f"for {time.monotonic() - self.since:.0f} s in {_place(self.place)}"
-            )
-        return None
-
-    def _stuck(self):
-        return (
-            f"has been in {_place(self.place)} for {time.monotonic() - self.since:.0f} s, more "
-            "than --deadline; nobody else is behind it"
-        )
-
-    def _find_out(self, error):
-        """After an error: wait until it shows whether somebody else is its cause."""
-        why = f"failed in {_place(self.place)}: {error}".rstrip(".")
-        self._tell("error", why)
-        until = time.monotonic() + 6 * self.poll + 1
-        while time.monotonic() < until:
-            note = self.note
-            if note is not None and note["by"] != self.me:
-                self._end(note["process"], note["why"], MISSING)
-            silent = self._silent(4 * self.poll)
-            if silent is not None:
-                self._end(*silent, MISSING)
-            time.sleep(self.poll / 4)
-        self._end(self.me, why, 1)
-
-    # ------------------------------------------------------------------------------------- the end
-
-    def _end(self, who, why, code):
-        """Say it, tell the others, and be gone; destructors would wait for the dead."""
-        if not self.ending.acquire(blocking=False):
-            time.sleep(3600)  # another thread is ending this process
-        said = {"by": self.me, "process": who, "why": why}
-        self._tell("note", json.dumps(said))
-        about = f"process {who} {why}" if who != self.me else f"it {why}"
-        note = self.note
-        if note is not None and note["by"] != who:
-            about += f" (process {note['by']} says so)"
-        sys.stderr.write(f"\nerror: process {self.me}: {about}.\n")
-        sys.stderr.write("Continue with --resume and the run folder.\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
-        if self.me == 0:  # the others read this process's store
-            time.sleep(3 * self.poll)
-        self._end_well()
-        os._exit(code)
-
-    def _tell(self, what, text):
-        """To all others; given up after 2 seconds, for the network may be gone."""
-
-        def tell():
-            with contextlib.suppress(Exception):
-                key = f"psjax/live/{what}/{self.me}"
-                self.client.key_value_set(key, text, allow_overwrite=True)
-
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        thread.join(timeout=2)
-
-    def _last_words(self):
-        """A shell that speaks if this process ends without a word, as JAX ends it in C++."""
-        words = (
-            f"\nerror: process {self.me} was ended without a word of its own: either it was "
-            f"killed, or (JAX says above that the leader task died) process 0 at {coordinator()}, "
-            "the coordinator, is gone.\nContinue with --resume and the run folder."
-        )
-        if self.me == 0:
-            words = "\nerror: process 0, the coordinator, was killed; all others end with it."
-        self.shell = subprocess.Popen(
-            ["sh", "-c", 'trap "" INT TERM; read -r _ || printf "%s\\n" "$0" >&2', words],
-            stdin=subprocess.PIPE,
-        )
-
-    def _end_well(self):
-        try:
-            self.shell.communicate(b"well\n", timeout=2)
-        except (OSError, subprocess.TimeoutExpired, ValueError):
-            return
-
-
-def _place(place):
-    round, doing = place[:2]
-    return f"{DOING[doing]!r} of round {round}"

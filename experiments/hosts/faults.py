@@ -16,9 +16,11 @@ import csv
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -32,6 +34,10 @@ DEADLINE, GRACE, SLACK = 6, 8, 6
 STATED = DEADLINE + GRACE + SLACK
 """Seconds within which all processes of a cell must have ended: the training's --deadline, the
 launcher's --grace, and for a slow machine as much again."""
+RESTARTED = STATED + 60
+"""And those that the launcher starts again: to the end of the training, compilation included."""
+HANGS = 180
+"""Seconds after which a launcher and all that it started are killed."""
 COLUMNS = (
     "kind",
     "process",
@@ -72,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             row = one(*cell, scratch, expected)
             row["message"] = row["message"].replace(str(scratch), "...")
             bad += row["verdict"] not in ("ok", "not run")
-            rows = [r for r in rows if [str(r[k]) for k in COLUMNS[:3]] != [str(x) for x in cell]]
-            rows = sorted([*rows, row], key=_order)
+            cell_of = lambda r: [str(r[k]) for k in COLUMNS[:3]]
+            rows = sorted([*(r for r in rows if cell_of(r) != cell_of(row)), row], key=_order)
             _write(args.out, rows)
             print(*(row[k] for k in COLUMNS), sep=" | ", flush=True)
     if args.out == CSV:
@@ -126,8 +132,19 @@ def one(kind: str, process: int, place: str, scratch: pathlib.Path, expected) ->
     return row
 
 
-def start(launch: list[str], train: list[str], env: dict[str, str], workers: int = 2, n: int = 2):
-    """A training by the launcher: lines, when the fault came, when all had ended, exit code."""
+def start(
+    launch: list[str],
+    train: list[str],
+    env: dict[str, str],
+    workers: int = 2,
+    n: int = 2,
+    sign: str = "fault: process",
+):
+    """A training by the launcher, killed if it hangs.
+
+    Returns:
+      Its lines, when the sign of the fault came first, when all had ended, and the exit code.
+    """
     command = [sys.executable, "-u", "-m", "experiments.hosts.launch", "--processes", str(n)]
     command += ["--grace", str(GRACE), *launch, "--", *TRAIN, "--workers", str(workers), *train]
     process = subprocess.Popen(
@@ -136,13 +153,22 @@ def start(launch: list[str], train: list[str], env: dict[str, str], workers: int
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **env},
+        start_new_session=True,
     )
-    lines, began = [], None
-    for line in process.stdout or ():
-        lines.append(line.rstrip())
-        if "fault: process" in line and began is None:
-            began = time.monotonic()
-    code = process.wait()
+    end = lambda: os.killpg(process.pid, signal.SIGKILL)
+    timer, lines, began = threading.Timer(HANGS, end), [], None
+    with process:
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                lines.append(line.rstrip())
+                if sign in line and began is None:
+                    began = time.monotonic()
+            code = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                end()
     return lines, began, time.monotonic(), code
 
 
@@ -164,8 +190,10 @@ def _judge(lines, began, ended, code, guilty):
         "named": " ".join(named),
         "message": words[0] if words else "",
     }
-    good = began is not None and code == 1 and named and ended - began <= STATED
-    return row | {"verdict": "ok" if good else "NOT ENDED AS STATED"}
+    in_time = began is not None and code == 1 and ended - began <= STATED
+    verdict = "ok" if "others" in named else "NOT NAMED BY THE OTHERS"
+    verdict = verdict if in_time else "NOT ENDED AS STATED"
+    return row | {"verdict": "HANGS" if code == -signal.SIGKILL else verdict}
 
 
 def _short(words):
@@ -179,7 +207,7 @@ def _resumed(launch, folder, expected, verdict):
     """The same training again, with --resume and no fault."""
     lines, _, _, code = start(launch, ["--resume", str(folder)], {})
     after = [m[1] for line in lines if (m := re.search(r"continuing after round (\d+)", line))]
-    damaged = [line for line in lines if "damaged" in line]
+    damaged = [line for line in lines if "trying the one before" in line]
     row = {"resumed_after": after[0] if after else "start"}
     if code or not (folder / "params.npz").exists():
         return row | {"verdict": "NOT RESUMED", "message": " ".join(lines[-3:])[:300]}
@@ -202,11 +230,14 @@ def _full_disk(row, scratch, expected):
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         return row | {"verdict": "not run", "message": "a small tmpfs needs root"}
     try:
-        lines, _, ended, code = start([], ["--out", str(disk / "run")], {})
+        out, sign = ["--out", str(disk / "run")], "error: process"
+        lines, began, ended, code = start([], out, {}, sign=sign)
         said = [m[1] for line in lines if (m := re.match(r"\[\d\] error: (.*)", line))]
-        good = code == 1 and any("No space left" in s or "could not be saved" in s for s in said)
-        row |= {"process": "any", "named": "itself" if good else ""}
-        row |= {"message": said[0] if said else "", "verdict": "ok" if good else "NOT NAMED"}
+        named = any("No space left" in s or "could not be saved" in s for s in said)
+        good = named and code == 1 and began is not None and ended - began <= STATED
+        row |= {"process": "any", "named": "itself" if named else ""}
+        row |= {"seconds": f"{ended - began:.1f}" if began else ""}
+        row |= {"message": said[0] if said else "", "verdict": "ok" if good else "NOT AS STATED"}
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         return row | _resumed([], disk / "run", expected, row["verdict"])
     finally:
@@ -222,10 +253,10 @@ def _elastic(row, scratch, expected):
     lines, began, ended, code = start(["--elastic"], where, fault, workers=4, n=n)
     again = [line for line in lines if "launch: restart" in line]
     after = [m[1] for line in lines if (m := re.search(r"continuing after round (\d+)", line))]
-    row |= {"seconds": f"{ended - began:.1f}" if began else "", "stated": ""}
-    row |= {"message": again[0] if again else "", "resumed_after": after[0] if after else ""}
-    if code or not again:
-        return row | {"verdict": "NOT RESTARTED"}
+    row |= {"seconds": f"{ended - began:.1f}" if began else "", "stated": RESTARTED}
+    row |= {"message": " ".join(again), "resumed_after": after[0] if after else ""}
+    if code or began is None or len(again) != 1 or ended - began > RESTARTED:
+        return row | {"verdict": "HANGS" if code == -signal.SIGKILL else "NOT RESTARTED ONCE"}
     row["difference"] = _difference(folder, expected)
     return row | {"verdict": "ok" if row["difference"] == 0 else "OTHER PARAMETERS"}
 

@@ -6,9 +6,9 @@
 Everything after `--` goes to `experiments.hosts.train`; what a process writes appears with its
 number before it. If one dies the launcher says which and how, gives the others --grace seconds to
 say their own word, ends them, and exits with 1. With --elastic it starts the training again without
-the lost processes, from the last checkpoint, at most --restarts times; on the CPU the remaining
-processes take over the workers of the lost ones, so that the same is trained. On hosts of their own
-a scheduler starts the processes: see slurm.sh.
+the lost processes, from the last checkpoint, at most --restarts times, unless one has failed in a
+way that it would again; on the CPU the remaining processes take over the workers of the lost ones,
+so that the same is trained. On hosts of their own a scheduler starts the processes: see slurm.sh.
 """
 
 import argparse
@@ -20,7 +20,11 @@ import sys
 import threading
 import time
 
-MISSING = 75  # cluster.MISSING; this file does not import JAX
+MISSING = 75
+"""Exit code of a process that ends because another one is missing (EX_TEMPFAIL: try again)."""
+FAILED = 78
+"""Exit code of a process that fails by itself and would again; above `MISSING`, for srun's is the
+highest of all."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,20 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     if folder is None:
         folder = f"runs/hosts-{time.strftime('%Y%m%d-%H%M%S')}"
         train = [*train, "--out", folder]
-    if args.elastic and _value(train, "--workers") is None and "--resume" not in train:
+    if args.elastic and not (_value(train, "--workers") or _value(train, "--resume")):
         train = [*train, "--workers", str(args.processes)]
     n, restarts = args.processes, 0
     while True:
         lost = run(n, args.module, train, args.grace, args.prefix, args.coordinator)
         if not lost:
             return 0
-        left = n - len(lost)
-        if not args.elastic or restarts == args.restarts or left < 1:
-            _say(f"ended; continue with: --resume {folder}")
+        left, begun = n - len(lost), pathlib.Path(folder, "config.json").is_file()
+        again = restarts < args.restarts and left > 0 and FAILED not in lost.values()
+        if not args.elastic or not again:
+            _say("ended" + (f"; continue with: --resume {folder}" if begun else "."))
             return 1
         restarts += 1
         n = left
-        if pathlib.Path(folder, "config.json").is_file():
+        if begun:
             train = _without(train, "--out", "--resume") + ["--resume", folder]
         _say(f"restart {restarts} of at most {args.restarts}, with {n} processes.")
 
@@ -71,28 +76,25 @@ def run(
     grace: float,
     prefix: str = "",
     coordinator: str | None = None,
-) -> list[int]:
+) -> dict[int, int | None]:
     """Start n processes and wait for them.
 
     Returns:
-      Numbers of those that were lost; of one process, the least guilty, if none can be named. Empty
-      when all ended well.
+      Exit codes of those that were lost, by number, None of one that did not end; of one process,
+      the least guilty, if none can be named. Empty when all ended well.
     """
     address = coordinator or f"127.0.0.1:{_free_port()}"
-    processes = []
-    for i in range(n):
-        place = ["--coordinator", address, "--num-processes", str(n), "--process-id", str(i)]
-        command = [*prefix.format(i=i).split(), sys.executable, "-u", "-m", module, *train]
-        command += place if n > 1 else []
-        processes.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    readers = [
-        threading.Thread(target=_forward, args=(i, p), daemon=True) for i, p in enumerate(processes)
-    ]
-    for reader in readers:
-        reader.start()
+    processes, readers = [], []
     try:
+        for i in range(n):
+            place = ["--coordinator", address, "--num-processes", str(n), "--process-id", str(i)]
+            command = [*prefix.format(i=i).split(), sys.executable, "-u", "-m", module, *train]
+            command += place if n > 1 else []
+            processes.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+            readers.append(threading.Thread(target=_forward, args=(i, processes[i]), daemon=True))
+            readers[i].start()
         lost = _watch(processes, grace)
     except KeyboardInterrupt:
         _stop(processes, signal.SIGTERM, grace)
@@ -120,8 +122,8 @@ def _watch(processes, grace):
     # Who says that another one is missing, or whom JAX aborts because the coordinator is gone, is
     # no loss; nor, beside somebody that is, who only did not end in time.
     blameless = (MISSING, -signal.SIGABRT)
-    lost = [i for i in died if processes[i].returncode not in blameless] or hung
-    return lost or died[-1:]
+    lost = [i for i in died if processes[i].returncode not in blameless] or hung or died[-1:]
+    return {i: processes[i].poll() for i in lost}
 
 
 def how(code: int) -> str:
@@ -130,6 +132,8 @@ def how(code: int) -> str:
         return f"was killed by {signal.Signals(-code).name}."
     if code == MISSING:
         return f"ended with {code}: another process is missing."
+    if code == FAILED:
+        return f"failed by itself, with exit code {code}."
     return f"failed with exit code {code}."
 
 
@@ -146,11 +150,12 @@ def _stop(processes, how_, seconds):
 
 
 def _forward(i, process):
-    for line in process.stdout:
-        text = line.decode(errors="replace").rstrip("\n").rsplit("\r", 1)[-1]
-        if text.strip():
-            sys.stdout.write(f"[{i}] {text}\n")
-            sys.stdout.flush()
+    with process.stdout:
+        for line in process.stdout:
+            text = line.decode(errors="replace").rstrip("\n").rsplit("\r", 1)[-1]
+            if text.strip():
+                sys.stdout.write(f"[{i}] {text}\n")
+                sys.stdout.flush()
 
 
 def _free_port():
@@ -182,7 +187,12 @@ def _say(line):
     sys.stdout.flush()
 
 
+def _interrupt(signum, _):
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -19,10 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 import psjax
 from experiments.hosts import plans
+from experiments.hosts.plans import WORKERS
 from experiments.hosts.problem import Problem
 
-WORKERS = "workers"
 PLANS = {"elements", "pairs", "blocks", "cyclic"}
+SUMS = PLANS | {"data-parallel", "score-exchange"}
+"""Methods whose workers share one sum, so that any number of them trains the same; of the others
+the workers are the subnets, or the replicas."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,10 @@ def workers_mesh(workers: int | None) -> Mesh:
     shares = [len(part) for part in np.array_split(np.arange(workers), len(by_process))]
     if any(share > len(own) for share, own in zip(shares, by_process)):
         have = [len(own) for own in by_process]
-        msg = f"--workers {workers}: the processes have {have} devices; write {sum(have)} or fewer."
+        msg = (
+            f"--workers {workers}: the processes have {have} devices; write {sum(have)} or fewer. "
+            "(Without --workers a resumed training has the number of its run folder.)"
+        )
         raise ValueError(msg)
     chosen = [own[k] for own, share in zip(by_process, shares) for k in range(share)]
     return jax.make_mesh((workers,), (WORKERS,), (AxisType.Auto,), devices=chosen)

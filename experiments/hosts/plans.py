@@ -28,7 +28,7 @@ def by_plan(problem: Problem, mesh: Mesh):
     if config.loss in ("nll", "one-vs-all"):
         msg = (
             f"--method {config.method} --loss {config.loss}: it has no pair elements; write --loss "
-            "psl, one-vs-each or squared-hinge, or --method score-exchange."
+            "psl, psl-squared, one-vs-each or squared-hinge, or --method score-exchange."
         )
         raise ValueError(msg)
     margin_fn = psjax.losses.margin_function(config.loss)

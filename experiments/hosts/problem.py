@@ -40,7 +40,7 @@ class Config:
     normalization: str = "batch"
     """batch or none, of the mlp: statistics of a worker's batch; calibrated before evaluation."""
     loss: str = "nll"
-    """nll, or one of the partially-separable losses of experiments.psl (psl, one-vs-each, ...)."""
+    """nll, or one of the partially-separable losses of experiments.psl (psl, psl-squared, ...)."""
     optimizer: str = "sgd"
     """sgd, momentum (0.9) or adam."""
     learning_rate: float = 0.1
@@ -62,7 +62,7 @@ class Config:
             ("dataset", ist.DATASETS),
             ("model", MODELS),
             ("normalization", ("batch", "none")),
-            ("loss", tuple(x for x in psl.LOSSES if x != "psl-squared")),
+            ("loss", psl.LOSSES),
             ("optimizer", ("sgd", "momentum", "adam")),
         ):
             value = getattr(self, name)

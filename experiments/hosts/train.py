@@ -14,14 +14,16 @@ One host, and what else there is:
     python -m experiments.hosts.train --resume runs/hosts-...            # any number of processes
 
 The run folder gets config.json, metrics.csv, checkpoints/ and, in the end, params.npz, all from
-process 0 but the checkpoints, of which every process writes its shards. It must be the same folder
+process 0 but the checkpoints: of ist every process writes its shards; of plans and score exchange
+they hold the whole weights, which every process has while one is made. It must be the same folder
 for all processes. If a process dies, stops or is cut off, the others say which and end with exit
-code 75 (try again) within --deadline; the same command with --resume goes on.
+code 75 (try again) within --deadline; the same command with --resume goes on. A process that fails
+by itself ends with 78 (it would again), and so do all where they do not train the same.
 """
 
 import dataclasses
 import hashlib
-import json
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -34,11 +36,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+import experiments
 import psjax
 from experiments import _run
 from experiments._checkpoint import Checkpoints
-from experiments.hosts import _fault, cluster, methods, problem
+from experiments.hosts import _fault, _watch, cluster, methods, problem
 from experiments.hosts.problem import Config
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
 
 @dataclasses.dataclass
@@ -55,8 +60,8 @@ class Args:
     out: pathlib.Path | None = None
     """Run folder; must not exist. With many processes write it, the same in each."""
     resume: pathlib.Path | None = None
-    """Run folder to continue, with its own configuration; --rounds and --workers may differ, and
-    one plan (elements, pairs, blocks, cyclic) may go on as another."""
+    """Run folder to continue, with its own configuration; --rounds may differ, --workers too but of
+    ist and local-sgd, and one plan (elements, pairs, blocks, cyclic) may go on as another."""
     checkpoint_every: int = 50
     """Rounds between checkpoints."""
     report_every: int = 20
@@ -69,6 +74,10 @@ class Args:
     """Seconds within which all processes must have come."""
     data_dir: str | None = None
     """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
+
+
+OWN = ("coordinator", "num_processes", "process_id", "cluster", "data_dir")
+"""Arguments that a process may have for itself."""
 
 
 def main(args: Args) -> pathlib.Path:
@@ -86,7 +95,8 @@ def main(args: Args) -> pathlib.Path:
         timeout=args.join_timeout,
         heartbeat=2 * args.deadline + 30,  # JAX's own end, should the watch have no say
     )
-    with cluster.Watch(args.deadline, args.start_deadline) as watch:
+    with _watch.Watch(args.deadline, args.start_deadline) as watch:
+        cluster.agree(asked(args), args.start_deadline, "asked")
         config, folder = args.config, args.out
         if args.resume is not None:
             folder, config = args.resume, _run.saved_config(args.resume, config)
@@ -102,7 +112,7 @@ def main(args: Args) -> pathlib.Path:
 def train(
     config: Config,
     folder: pathlib.Path,
-    watch: cluster.Watch,
+    watch: _watch.Watch,
     args: Args,
     report=lambda line: print(line, file=sys.stderr, flush=True),
 ) -> list[dict]:
@@ -126,10 +136,11 @@ def train(
     config, mesh = _devices(config)
     task = problem.load(config, args.data_dir)
     method = methods.make(task, mesh)
-    cluster.agree(identity(task, method), args.start_deadline)
+    cluster.agree(made(task, method), args.start_deadline, "made")
     if first:
-        _open(config, folder, args.resume is not None)
+        _run.open_folder(config, folder, args.resume is not None, _free)
     cluster.barrier("psjax/open", args.start_deadline)
+    _check_shared(folder)
 
     state = method.init(task.params())
     report(_share(state, mesh))
@@ -188,24 +199,32 @@ def train(
     return rows
 
 
-def identity(task: problem.Problem, method: methods.Method) -> dict[str, Any]:
-    """What all processes must have the same."""
+def asked(args: Args) -> dict[str, Any]:
+    """What all processes must have the same before any of them begins."""
+    rest = {name: x for name, x in vars(args).items() if name not in ("config", *OWN)}
     return {
-        "configuration": dataclasses.asdict(task.config),
-        "plan": method.plan,
+        "configuration": dataclasses.asdict(args.config),
+        "arguments": {name: str(x) for name, x in rest.items()},
+        "processes": cluster.num_processes(),
         "version": version(),
-        "data": task.fingerprint(),
     }
 
 
+def made(task: problem.Problem, method: methods.Method) -> dict[str, Any]:
+    """And what they have made of it; of a resumed training the configuration is the folder's."""
+    configuration = dataclasses.asdict(task.config)
+    return {"configuration": configuration, "plan": method.plan, "data": task.fingerprint()}
+
+
 def version() -> dict[str, str]:
-    """psjax's, JAX's, and a digest of the source files that run."""
+    """psjax's, those of the packages below it, and a digest of the source files that run."""
     digest = hashlib.sha256()
-    here = pathlib.Path(__file__).resolve().parent
-    library = pathlib.Path(psjax.__file__).resolve().parent
-    for path in (*sorted(library.glob("*.py")), *sorted(here.glob("*.py"))):
-        digest.update(path.name.encode() + path.read_bytes())
-    return {"psjax": psjax.__version__, "jax": jax.__version__, "source": digest.hexdigest()[:16]}
+    for module in (psjax, experiments):
+        folder = pathlib.Path(str(module.__file__)).resolve().parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"psjax": psjax.__version__, **packages, "source": digest.hexdigest()[:16]}
 
 
 def _devices(config):
@@ -219,25 +238,24 @@ def _devices(config):
     return dataclasses.replace(config, workers=mesh.size), mesh
 
 
-def _open(config, folder, resume):
-    """Make the run folder or see that it holds this training; a longer one is the same."""
-    path, text = folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    elif not resume:
-        msg = f"run folder {folder} exists; write --resume {folder}, or another --out."
-        raise FileExistsError(msg)
-    elif path.exists():
-        old, new = json.loads(path.read_text()), dataclasses.asdict(config)
-        free = {"rounds", "workers"}
-        if {old["method"], new["method"]} <= methods.PLANS:  # the same sum in another order
-            free |= {"method", "block_size"}
-        differ = [k for k in new if k not in free and old.get(k) != new[k]]
-        if differ:
-            changes = ", ".join(f"{k} {old.get(k)} there, {new[k]} here" for k in differ)
-            msg = f"run folder {folder} holds another training ({changes}); write another --out."
-            raise ValueError(msg)
-    _run.replace(path, text)
+def _free(old, new):
+    """What may differ between the configurations of one training."""
+    free = {"rounds"}
+    if new["method"] in methods.SUMS:
+        free |= {"workers"}
+    if {old["method"], new["method"]} <= methods.PLANS:  # the same sum in another order
+        free |= {"method", "block_size"}
+    return free
+
+
+def _check_shared(folder):
+    """Whether this process sees the run folder that process 0 has opened."""
+    if not (folder / "config.json").is_file():
+        msg = (
+            f"process {cluster.process_id()} does not see run folder {folder}; write a folder on a "
+            "file system that all hosts share"
+        )
+        raise cluster.ClusterError(msg)
 
 
 def _share(state, mesh):
