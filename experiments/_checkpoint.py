@@ -70,12 +70,22 @@ class Checkpoints:
                 checkpointer.save(step, state, overwrite=True)
             return
         # A Checkpointer whose save failed here would wait for the others, who wait for this one.
-        ocp.save(str(self.folder / str(step)), state, overwrite=True)
+        # With overwrite=True all wait for ever, one time in some, where one could not be read.
+        path = self.folder / str(step)
+        if jax.process_index() == 0 and path.exists():
+            self._remove(path)
+        self.everybody(f"room for {step}", True)
+        ocp.save(str(path), state)
         if jax.process_index() == 0:
             for old in self.steps()[: -self.keep]:
-                aside = self.folder / f"{old}.old"
-                os.replace(self.folder / str(old), aside)
-                shutil.rmtree(aside)
+                self._remove(self.folder / str(old))
+
+    @staticmethod
+    def _remove(path):
+        """First under another name, so that no half of it is ever taken for a checkpoint."""
+        aside = path.with_name(f"{path.name}.old")
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
     def restore(self, like: Any, report) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, or None; `report(line)` is told of damaged ones.
