@@ -2,13 +2,14 @@
 
 import csv
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -39,6 +40,22 @@ class TrainArgs:
     """Virtual devices of the CPU, to try --devices pmap or shard_map without an accelerator."""
     data_dir: str | None = None
     """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
+
+
+def check_choice(option: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError, with the nearest choice, if the option has none of its values."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"--{option} {value}: write one of {', '.join(choices)}.{hint}"
+        raise ValueError(msg)
+
+
+def check_least(option: str, value: float | None, least: int) -> None:
+    """Raises ValueError if the option has a value, and one below the least."""
+    if value is not None and value < least:
+        msg = f"--{option.replace('_', '-')} {value}: write {least} or more."
+        raise ValueError(msg)
 
 
 def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:

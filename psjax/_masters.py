@@ -323,21 +323,14 @@ class _Routes:
     def fetch(self, tables, own, axis_name):
         """`[m, p]` of every worker to the `[s, p]` of this worker's task."""
         sent = [_gather_leaf(own, _ROW, {"row": table["send"]}, 0) for table in tables]
-        return self._add(self.block_size, self._move(sent, axis_name, 1), tables, "put")
+        moved = self._move(sent, axis_name, 1)
+        zeros = jnp.zeros((self.block_size, *own.shape[1:]), own.dtype)
+        return _add_rows(zeros, moved, tables, "put")
 
     def give_back(self, tables, grads, total, axis_name):
         """The transpose: gradients `[s, p]` of the task, added to the `[m, p]` of their owners."""
         sent = [_gather_leaf(grads, _ROW, {"row": table["put"]}, 0) for table in tables]
-        moved = self._move(sent, axis_name, -1)
-        for table, y in zip(tables, moved):
-            total = _scatter_leaf(total, y, _ROW, {"row": table["send"]}, jnp.asarray(True))
-        return total
-
-    def _add(self, rows, moved, tables, name):
-        total = jnp.zeros((rows, *moved[0].shape[1:]), moved[0].dtype)
-        for table, y in zip(tables, moved):
-            total = _scatter_leaf(total, y, _ROW, {"row": table[name]}, jnp.asarray(True))
-        return total
+        return _add_rows(total, self._move(sent, axis_name, -1), tables, "send")
 
     def _move(self, sent, axis_name, direction):
         """Rows for each distance to the worker at that distance, or back."""
@@ -354,6 +347,12 @@ class _Routes:
         x = x[(direction * (distances - me)) % W]
         x = jax.lax.all_to_all(x, axis_name, 0, 0)  # from whom
         return list(x[(me - direction * distances) % W])
+
+
+def _add_rows(total, moved, tables, name):
+    for table, y in zip(tables, moved):
+        total = _scatter_leaf(total, y, _ROW, {"row": table[name]}, jnp.asarray(True))
+    return total
 
 
 def _by_dtype(leaves):

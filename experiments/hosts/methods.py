@@ -6,7 +6,6 @@ params` on the host. `TABLE` names the function that makes each.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from experiments import _run
 from experiments.hosts import plans
 from experiments.hosts.plans import WORKERS
 from experiments.hosts.problem import Problem
@@ -113,11 +113,7 @@ def make(problem: Problem, mesh: Mesh) -> Method:
 
 def check(method: str) -> None:
     """Raises ValueError if there is no such method."""
-    if method not in TABLE:
-        near = difflib.get_close_matches(method, TABLE, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"--method {method}: write one of {', '.join(TABLE)}.{hint}"
-        raise ValueError(msg)
+    _run.check_choice("method", method, TABLE)
 
 
 def workers_mesh(workers: int | None) -> Mesh:

@@ -4,7 +4,6 @@ Models and data are those of `experiments.ist` and `experiments.psl`.
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 from typing import Any
@@ -16,6 +15,7 @@ import optax
 from flax import linen as nn
 
 import psjax
+from experiments import _run
 from experiments.ist import training as ist
 from experiments.psl import training as psl
 
@@ -65,12 +65,7 @@ class Config:
             ("loss", psl.LOSSES),
             ("optimizer", ("sgd", "momentum", "adam")),
         ):
-            value = getattr(self, name)
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                msg = f"--{name} {value}: write one of {', '.join(choices)}.{hint}"
-                raise ValueError(msg)
+            _run.check_choice(name, getattr(self, name), choices)
         for name, least in (
             ("width", 1),
             ("depth", 2),
@@ -79,10 +74,7 @@ class Config:
             ("rounds", 1),
             ("workers", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                msg = f"--{name.replace('_', '-')} {value}: write {least} or more."
-                raise ValueError(msg)
+            _run.check_least(name, getattr(self, name), least)
 
     @property
     def steps(self) -> int:

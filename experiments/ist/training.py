@@ -10,7 +10,6 @@ an epoch, the epochs that end in it are reported as the last of them.
 """
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
@@ -23,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from experiments import _run
 from experiments.psl.training import over_seeds
 
 METHODS = ("ist", "ist-fixed", "local-sgd", "data-parallel", "data-parallel-dropout")
@@ -95,12 +95,8 @@ class Config:
             ("optimizer", OPTIMIZERS),
             ("devices", DEVICES),
         ):
-            value = getattr(self, name)
-            if value not in choices and not (name == "dataset" and value is None):
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                msg = f"--{name} {value}: write one of {', '.join(choices)}.{hint}"
-                raise ValueError(msg)
+            if (name, getattr(self, name)) != ("dataset", None):
+                _run.check_choice(name, getattr(self, name), choices)
         for name, least in (
             ("subnets", 1),
             ("local_steps", 1),
@@ -111,10 +107,7 @@ class Config:
             ("epochs", 1),
             ("seeds", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                msg = f"--{name.replace('_', '-')} {value}: write {least} or more."
-                raise ValueError(msg)
+            _run.check_least(name, getattr(self, name), least)
         if self.model == "vgg11" and self.dataset not in IMAGES_OF_32:
             msg = (
                 f"--model vgg11 --dataset {self.dataset}: it needs images of 32x32; write "
@@ -237,6 +230,8 @@ class Stream:
         self.shape = (config.local_steps, config.subnets, config.batch_size)
         self.samples_a_round = int(np.prod(self.shape))
         self.most_rounds = self.rounds(1)  # between two reports
+        # A round may lie in two epochs, and whoever asks for single rounds asks often.
+        self._order = functools.lru_cache(maxsize=2 * config.seeds)(self.order)
 
     def rounds(self, epoch: int) -> int:
         """Rounds by which so many epochs have been seen."""
@@ -254,7 +249,7 @@ class Stream:
     def _one(self, seed, first, last):
         start, stop = first * self.samples_a_round, last * self.samples_a_round
         epochs = range(start // self.num_samples, -(-stop // self.num_samples))
-        drawn = np.concatenate([self.order(seed, epoch) for epoch in epochs])
+        drawn = np.concatenate([self._order(seed, epoch) for epoch in epochs])
         skip = start - epochs[0] * self.num_samples
         own = drawn[skip : skip + stop - start].reshape(-1, *self.shape)
         room = np.zeros((self.most_rounds, *self.shape), np.int32)

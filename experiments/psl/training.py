@@ -5,7 +5,6 @@ What `train`, `reproduce` and `drops` have in common. A researcher's own script 
 """
 
 import dataclasses
-import difflib
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from experiments import _run
 
 LOSSES = ("nll", "one-vs-all", "psl", "psl-squared", "psl-bounded", "one-vs-each", "squared-hinge")
 COMPUTE = ("fused", "elements", "pairs", "blocks")
@@ -71,16 +71,9 @@ class Config:
             ("order", ORDERS),
             ("optimizer", OPTIMIZERS),
         ):
-            value = getattr(self, name)
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                msg = f"--{name} {value}: write one of {', '.join(choices)}.{hint}"
-                raise ValueError(msg)
+            _run.check_choice(name, getattr(self, name), choices)
         for name in ("epochs", "seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                msg = f"--{name.replace('_', '-')} {getattr(self, name)}: write 1 or more."
-                raise ValueError(msg)
+            _run.check_least(name, getattr(self, name), 1)
         if self.compute != "fused" and self.loss in ("nll", "one-vs-all"):
             msg = f"--loss {self.loss} --compute {self.compute}: it has no pair elements; write --compute fused."
             raise ValueError(msg)
