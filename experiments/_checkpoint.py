@@ -1,14 +1,51 @@
 """Checkpoints of a training state in a run folder, by orbax: save, restore the newest good one."""
 
+import contextlib
 import os
 import pathlib
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end; the second of them at once.
+
+    An interrupted save of orbax may wait five minutes for itself, and asyncio, which it runs in,
+    may swallow a Ctrl-C altogether.
+    """
+    if threading.current_thread() is not threading.main_thread():  # who is never interrupted
+        yield
+        return
+    came = []
+
+    def later(number, frame):
+        came.append(number)
+        if len(came) > 1:
+            restore()
+            signal.raise_signal(number)
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    known = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: handler for n, handler in known.items() if handler is not None}
+    for number in handlers:
+        signal.signal(number, later)
+    try:
+        yield
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
 
 
 class Checkpoints:
@@ -66,7 +103,7 @@ class Checkpoints:
 
     def _save(self, step, state):
         if jax.process_count() == 1:
-            with self._open() as checkpointer:
+            with uninterrupted(), self._open() as checkpointer:
                 checkpointer.save(step, state, overwrite=True)
             return
         # A Checkpointer whose save failed here would wait for the others, who wait for this one.

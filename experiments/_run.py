@@ -108,7 +108,9 @@ def run_script(
     def stop(signum, _):
         raise KeyboardInterrupt(signal.Signals(signum).name)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Python's own of SIGINT asyncio would replace
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
+            signal.signal(number, stop)
     try:
         main(tyro.cli(args_type, description=description))
     except KeyboardInterrupt:

@@ -249,13 +249,42 @@ def test_divergence_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatc
     shutil.copytree(trained, tmp_path / "run")
     before = saved(trained)
 
-    def diverge(config, make=training.make_optimizer):
-        return make(dataclasses.replace(config, learning_rate=1e38))
+    def diverge(config, num_samples, make=training.make_optimizer):
+        return make(dataclasses.replace(config, learning_rate=1e38), num_samples)
 
     monkeypatch.setattr(training, "make_optimizer", diverge)
     with pytest.raises(run.NotFiniteError, match="last good checkpoint is that of epoch 2; try"):
         fit(tmp_path / "run", dataclasses.replace(SMALL, epochs=4), resume=True)
     equal(saved(tmp_path / "run"), before)
+
+
+@pytest.mark.parametrize("method", ["ist", "local-sgd", "data-parallel"])
+def test_decay_is_two_trainings_one_after_the_other(method):
+    # An epoch's 1437 samples are 12 local steps of 2 workers with 64 each, rounded up: 6 rounds.
+    full = dataclasses.replace(SMALL, method=method)
+    tenth = dataclasses.replace(full, learning_rate=full.learning_rate * 0.1)
+    decaying = dataclasses.replace(full, decay_after=1)
+
+    def six_rounds(config, first, state=None):
+        program = training.build(config)
+        rows = program.stream(first, first + 6), np.int32(first), np.int32(6)
+        state, _ = program.rounds(state or program.state, program.seeds, *rows, program.train)
+        return jax.device_get(state)
+
+    before, before_decay = six_rounds(full, 0), six_rounds(decaying, 0)
+    # Two programs, one with the rate as a constant: float32's last bit. A step at the other rate
+    # would be 1e-3.
+    close = lambda a, b: jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b
+    )
+    close(before_decay["params"], before["params"])
+    after, after_decay = six_rounds(tenth, 6, before), six_rounds(decaying, 6, before_decay)
+    close(after_decay["params"], after["params"])
+
+
+def test_an_epoch_of_unknown_length_cannot_decay():
+    with pytest.raises(ValueError, match="decay_after=30: epochs of unknown length; pass num_sam"):
+        training.make_optimizer(dataclasses.replace(SMALL, decay_after=30))
 
 
 def test_a_run_folder_is_left_alone(trained, tmp_path):
@@ -284,6 +313,7 @@ def test_without_a_prepared_set_the_default_is_digits(tmp_path):
         ({"devices": "shardmap"}, "Did you mean 'shard_map'"),
         ({"depth": 1}, "--depth 1: write 2 or more"),
         ({"local_steps": 0}, "--local-steps 0: write 1 or more"),
+        ({"decay_after": 0}, "--decay-after 0: write 1 or more"),
         ({"batch_size": 1}, "--batch-size 1: write 2 or more"),
         ({"model": "vgg11"}, "images of 32x32; write --dataset cifar10 or cifar100"),
         ({"width": 3, "subnets": 4}, "--subnets 4: the hidden layers have 3 neurons"),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._checkpoint import Checkpoints
+from experiments._checkpoint import Checkpoints, uninterrupted
 from experiments.psl import run, train, training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,8 +23,10 @@ OPTIONS = ["--compute", "fused", "--batch-size", "240", "--checkpoint-every", "1
 
 def _start(*options, first_lines=""):
     """The command, in a process of its own; `first_lines` of Python before it."""
+    # A shell's background job, and whatever it starts, has SIGINT ignored: not what is tested.
     command = f"""{first_lines}
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = {["train", *map(str, options)]!r}
 runpy.run_module("experiments.psl.train", run_name="__main__", alter_sys=True)
 """
@@ -96,6 +98,26 @@ def test_interrupted_three_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_
     ).read_text()
     for name in ("learning_curve.png", "config.json"):
         assert (tmp_path / "cut" / name).stat().st_size
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_saving_takes_effect_afterwards_and_a_second_one_at_once(kind):
+    came = []
+    before = signal.signal(kind, lambda number, _: came.append(number))
+    own = signal.getsignal(kind)
+    try:
+        with uninterrupted():
+            signal.raise_signal(kind)
+            assert not came
+        assert came == [kind]
+        assert signal.getsignal(kind) is own
+        with uninterrupted():
+            signal.raise_signal(kind)
+            signal.raise_signal(kind)
+            assert len(came) == 2
+        assert signal.getsignal(kind) is own
+    finally:
+        signal.signal(kind, before)
 
 
 @pytest.fixture(scope="module")

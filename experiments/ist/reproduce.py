@@ -68,13 +68,13 @@ def _settings() -> dict[str, Setting]:
             for method in tables.METHODS:
                 every.append(Setting(depth, method, n, tables.steps_of(method)))
     every += [Setting(depth, "data-parallel", 1, 1, 3) for depth in (2, 3)]
-    for n in (2, 8, 4):
-        for local_steps in (10, 5, 50):
-            for method in ("ist", "local-sgd"):
-                every.append(Setting(2, method, n, local_steps, 3))
-        every.append(Setting(2, "data-parallel", n, 1, 3))
-    for method in ("ist", "local-sgd", "data-parallel"):
-        every.append(Setting(3, method, 4, tables.steps_of(method), 3))
+    for depth in (2, 3):
+        for n in (2, 8, 4):
+            for local_steps in (10, 5, 50):
+                for method in ("ist", "local-sgd"):
+                    every.append(Setting(depth, method, n, local_steps, 3))
+            every.append(Setting(depth, "data-parallel", n, 1, 3))
+    every += [Setting(2, "ist", n, 1, 3) for n in (2, 8, 4)]
     named: dict[str, Setting] = {}
     for setting in every:
         named.setdefault(setting.name, setting)

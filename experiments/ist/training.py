@@ -75,6 +75,8 @@ class Config:
     optimizer: str = "sgd"
     """sgd, momentum (0.9), adam, adamw or adam-entry (a count of steps for every entry)."""
     learning_rate: float = 1e-2
+    decay_after: int | None = None
+    """Epochs after which the learning rate is a tenth (the paper's VGG11: 30). Default: never."""
     clip: float | None = None
     """Clip the global norm of every subnet's gradient (data-parallel: the mean one) to this."""
     batch_size: int = 128
@@ -106,6 +108,7 @@ class Config:
             ("batch_size", 2 if self.normalization != "none" else 1),
             ("epochs", 1),
             ("seeds", 1),
+            ("decay_after", 1),
         ):
             _run.check_least(name, getattr(self, name), least)
         if self.model == "vgg11" and self.dataset not in IMAGES_OF_32:
@@ -198,8 +201,20 @@ def make_model(config: Config, num_classes: int):
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, num_samples: int | None = None) -> optax.GradientTransformation:
+    """The optimizer of a configuration; `num_samples` are those of an epoch.
+
+    Raises:
+      ValueError: the learning rate decays after some epochs, of unknown length.
+    """
     rate = config.learning_rate
+    if config.decay_after is not None:
+        if num_samples is None:
+            msg = f"decay_after={config.decay_after}: epochs of unknown length; pass num_samples."
+            raise ValueError(msg)
+        # A local step of all workers sees n B samples, and every state counts its own steps.
+        steps = -(-config.decay_after * num_samples // (config.subnets * config.batch_size))
+        rate = optax.piecewise_constant_schedule(config.learning_rate, {steps: 0.1})
     optimizer = {
         "sgd": lambda: optax.sgd(rate),
         "momentum": lambda: optax.sgd(rate, momentum=0.9),
@@ -433,7 +448,8 @@ def build(config: Config, data_dir: str | None = None) -> Program:
     """Load the data, make the model and the compiled functions of a training."""
     train, num_classes = load(config, "train", data_dir)
     test, _ = load(config, "test", data_dir)
-    net, optimizer = make_model(config, num_classes), make_optimizer(config)
+    net = make_model(config, num_classes)
+    optimizer = make_optimizer(config, len(train["y"]))
     example = jnp.zeros((1, *train["x"].shape[1:]))
     travelling = config.normalization == "travelling"
     axes = nn.get_partition_spec(jax.eval_shape(net.init, jax.random.key(0), example))
