@@ -1,6 +1,7 @@
 """What independent subnets are compared with, through the same core and with the same signature.
 
-A script changes one word, `psjax.local_update`, and the selection: `psjax.replicas(params, n)`.
+A script changes one word, `psjax.local_update`, and what follows from it: every worker has the whole
+network, so the selection is `psjax.replicas(params, n)` and `loss_fn` is that of the whole module.
 
 Data parallel with dropout, the explanation that section 6.1 of arXiv:1910.02120 gives for the gains
 of independent subnets ("a distributed version of dropout"), is `data_parallel` with a model whose
@@ -76,7 +77,9 @@ def data_parallel(
       optimizer: any optax optimizer.
       in_axes: 0, worker e has row e of batches `[E, J, ...]`; None, all have the same `[J, ...]`.
       axis_name: name of a mapped axis over which the workers are spread.
-      mutable: must be empty; it is there because `psjax.local_update` has it.
+      mutable: must be empty, the one exception to the common signature: there is no one worker
+        whose overwritten entries would be right at every step. Statistics of a normalisation come
+        from `psjax.ist.calibrate`.
       chunk_size: workers evaluated at once, as in `psjax.value_and_grad`.
 
     Returns:

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import functools
 import math
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,62 @@ def test_the_table_says_how_it_was_chosen_and_that_the_papers_numbers_are_of_ano
     assert "another data set" in text
     assert "40.89" in text
     assert text.count(" ± ") >= 3 * 8
+
+
+def test_the_command_draws_what_it_measured_and_again_from_the_rows_alone(
+    trained, tmp_path, monkeypatch
+):
+    args, chosen = trained
+    extreme.main(args)  # all is trained
+    picture = args.out / "tiny.png"
+    assert picture.stat().st_size < 100_000
+    drawn = {}
+    monkeypatch.setattr(extreme.figures, "table2", lambda path, lines, title: drawn.update(lines))
+    monkeypatch.setattr(extreme, "table_2", None)
+    shutil.copy(args.out / "tiny.csv", tmp_path)
+    extreme.main(extreme.Args(data=pathlib.Path(args.data.name), plot=True, out=tmp_path))
+    assert list(drawn) == [c.name for c in chosen]
+    assert drawn["IST"]["label"] == "IST, 8 neurons, 2 subnets"
+    for c in chosen:
+        line = drawn[c.name]
+        assert line["epoch"] == c.epoch
+        own = [row["P@1"] for row in line["rows"] if row["epoch"] == c.epoch]
+        assert own == [row["P@1"] for row in c.rows]
+
+
+def test_the_committed_rows_are_drawn_and_the_picture_is_small(tmp_path):
+    shutil.copy(extreme.RESULTS / "bibtex.csv", tmp_path)
+    extreme.main(extreme.Args(plot=True, out=tmp_path))
+    sizes = [(folder / "bibtex.png").stat().st_size for folder in (tmp_path, extreme.RESULTS)]
+    assert max(sizes) < 100_000
+
+
+def test_a_training_that_goes_on_is_drawn_as_far_as_it_is(tmp_path):
+    def row(part, epoch, p):
+        return {
+            "setting": "IST",
+            "part": part,
+            "width": 8,
+            "subnets": 2,
+            "learning_rate": 0.03,
+            "epoch": epoch,
+            "seed": 0,
+            "P@1": p,
+        }
+
+    rows = [row("validation", 1, 0.2), row("validation", 2, 0.3), row("test", 1, 0.2)]
+    write_rows(tmp_path / "tiny.csv", rows)
+    assert extreme.draw(tmp_path, "Tiny").stat().st_size
+
+
+def test_drawing_without_rows_says_what_to_do(trained, tmp_path):
+    args, _ = trained
+    with pytest.raises(FileNotFoundError, match=r"bibtex\.csv: no such file; train with --data"):
+        extreme.main(extreme.Args(plot=True, out=tmp_path))
+    lines = (args.out / "tiny.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "tiny.csv").write_text("".join(x for x in lines if ",test," not in x))
+    with pytest.raises(ValueError, match=r"tiny\.csv: no rows of the test set; continue with"):
+        extreme.draw(tmp_path, "Tiny")
 
 
 def test_a_second_run_trains_nothing_and_writes_the_same(trained, monkeypatch):
@@ -198,6 +256,7 @@ def test_missing_and_damaged_data_are_named(folder, tmp_path):
     [
         ([], "--data FOLDER, of train.txt and test.txt, or --amazon-shapes"),
         (["--amazon-shapes", "--data", "x"], "--data FOLDER"),
+        (["--amazon-shapes", "--plot"], "a round has no curve; write --plot alone"),
         (["--amazon-shapes", "--optimizer", "adamm"], "--optimizer adamm: write one of sgd"),
     ],
 )

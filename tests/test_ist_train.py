@@ -1,6 +1,7 @@
 """Trainings in independent subnets as a user runs them: resumed, over devices, diverged."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -9,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 import tyro
+from flax import linen as nn
 
+import psjax
 from experiments._checkpoint import Checkpoints
 from experiments.ist import run, train, training
 
@@ -217,15 +220,25 @@ def one_bad_sample(monkeypatch):
     return bad
 
 
-def test_subnets_that_are_not_finite_are_left_out_and_counted(one_bad_sample, tmp_path):
+def test_subnets_that_are_not_finite_are_left_out_counted_and_named(one_bad_sample, tmp_path):
     lines = []
     rows = fit(tmp_path / "run", report=lines.append)
     stream = training.Stream(SMALL, 1437)
     indices = stream(0, stream.rounds(1))[0]
-    assert rows[0]["left_out"] == np.any(indices == one_bad_sample, axis=(2, 3)).sum() == 1
+    [[round, subnet]] = np.argwhere(np.any(indices == one_bad_sample, axis=(2, 3)))
+    assert rows[0]["left_out"] == 1
     assert rows[-1]["test_accuracy"] > 0.5
     assert np.isfinite(rows[0]["train_loss"])
-    assert "epoch 1, seed 0: 1 times a subnet became NaN" in lines[0]
+    words = f"epoch 1, seed 0: NaN or Inf, left out of its round: subnet {subnet} in round {round}."
+    assert lines[0] == words
+
+
+def test_of_many_that_were_left_out_the_first_are_named():
+    finite = np.ones((2, 3, 4), bool)
+    finite[1, 1:, :3] = False
+    [line] = run.left_out(finite, (7, 8), 10)
+    assert line.startswith("seed 8: NaN or Inf, left out of its round: subnet 0 in round 11, ")
+    assert line.endswith("subnet 1 in round 12 and 1 more.")
 
 
 def test_data_parallel_stops_at_the_first_loss_that_is_not_finite(one_bad_sample, tmp_path):
@@ -324,3 +337,63 @@ def test_without_a_prepared_set_the_default_is_digits(tmp_path):
 def test_bad_options_say_what_to_write(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **options)
+
+
+# ---------------------------------------------------------------------------------------------- VGG
+
+
+def test_vgg11_in_subnets_averages_convolutions_and_divides_the_dense_layers(monkeypatch):
+    """Section 4.3, by the program that `--model vgg11` runs: a round of two subnets by hand."""
+    rng = np.random.default_rng(0)
+    data = {
+        "x": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
+        "y": rng.integers(0, 3, 16),
+        "scale": np.float32(1 / 255),
+        "shift": np.float32(0),
+    }
+    monkeypatch.setattr(training, "load", lambda *_: (data, 3))
+    small = functools.partial(psjax.models.VGG11, convolutions=(4, 0))
+    monkeypatch.setattr(psjax.models, "VGG11", small)
+    quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+    monkeypatch.setattr(jax, "jit", quickly)
+    config = training.Config(
+        dataset="cifar10",
+        model="vgg11",
+        width=6,
+        subnets=2,
+        local_steps=1,
+        batch_size=8,
+        learning_rate=0.1,
+    )
+    program = training.build(config)
+    one = lambda tree: jax.tree.map(lambda x: x[0], jax.device_get(tree))  # the only seed's
+    before, indices = one(program.state["params"]), program.stream(0, 1)
+    state, metrics = program.rounds(
+        program.state, program.seeds, indices, np.int32(0), np.int32(1), program.train
+    )
+    after = one(state["params"])
+    assert np.isfinite(metrics["loss"]).all()
+
+    init = functools.partial(program.net.init, jax.random.key(0))
+    axes = nn.get_partition_spec(jax.eval_shape(init, np.float32(data["x"])))
+    selection = psjax.ist.membership(0, 0, axes["params"], program.net.sizes, 2)
+
+    @jax.jit
+    @jax.vmap
+    @jax.grad
+    def gradients(params, index):
+        x, y = training.inputs(program.train, index), program.train["y"][index]
+        scores = program.net.subnet(2).apply({"params": params}, x, train=True)
+        return psjax.losses.nll_with_integer_labels(scores, y).mean()
+
+    own = gradients(selection.gather(before), indices[0, 0, :, 0])
+    name = "convolution_0"
+    mean = before[name] - 0.1 * np.mean(own[name], axis=0)
+    np.testing.assert_allclose(after[name], mean, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(after[name], before[name], atol=1e-4)
+    held = selection.counts(before)
+    for name in (f"SubnetDense_{i}" for i in range(3)):
+        moved = after[name]["kernel"] != before[name]["kernel"]
+        assert moved.any()
+        assert not moved[np.asarray(held[name]["kernel"]) == 0].any()
+    assert 0 < held["SubnetDense_1"]["kernel"].mean() < 1

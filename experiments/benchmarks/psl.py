@@ -8,8 +8,8 @@ is the ratio of two medians, with the quartiles of the ratio round by round besi
     python -m experiments.benchmarks.psl --batch-sizes 100 --repeats 3 --skip-torch
 
 Balanced batches have equally many samples of each class, so that sorting by label costs nothing. If
-MNIST is there, its own batches follow: by label, with as many slots as the epoch's fullest batch
-needs, and in tiles of 4.
+MNIST is there, the same for its own batches: by label, with as many slots as the epoch's fullest
+batch needs, and also in tiles of 4.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from experiments.psl import training
 C = 10  # classes
 TILE = 4
 BLOCK = 4
+BALANCED = "balanced"
 NAMES = {
     "fused": "fused",
     "elements": "90 elements",
@@ -118,7 +119,7 @@ def balanced(batch_size: int) -> psjax.data.Dataset:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 28, 28, 1), np.uint8)
     labels = rng.permuted(np.tile(np.arange(C, dtype=np.int32), (n // C, 1)), axis=1).ravel()
-    return psjax.data.Dataset("balanced", images, labels, C, 1 / 255)
+    return psjax.data.Dataset(BALANCED, images, labels, C, 1 / 255)
 
 
 def index_batches(compute: str, dataset: psjax.data.Dataset, batch_size: int) -> psjax.data.Batches:
@@ -332,11 +333,13 @@ class Table:
         return self.rows({name: s / self.steps[name] for name, s in seconds.items()})
 
 
-def balanced_table(bench: Bench, batch_size: int, with_torch: bool) -> Table:
-    dataset = balanced(batch_size)
-    data = training.on_device(dataset)
+def table_of(bench: Bench, dataset, data, batch_size: int, with_torch: bool) -> Table:
+    """All ratios of a batch size; the goals are for balanced batches, most for those of 100."""
+    real = dataset.name != BALANCED
     make = lambda compute, **kwargs: bench.program(compute, dataset, data, batch_size, **kwargs)
-    programs: dict[str, Program] = {name: make(name) for name in ("fused", *GOALS)}
+    # Every class has the same samples in balanced batches: tiles would save nothing.
+    split = [name for name in NAMES if name != "fused" and (real or name != "tiles")]
+    programs: dict[str, Program] = {name: make(name) for name in ("fused", *split)}
     programs["nll"] = make("fused", loss="nll")
     programs["scalar"] = make("elements", loss_and_grad=bench.scalar_form())
     calls: dict[str, Callable[[], None]] = dict(programs)
@@ -347,39 +350,31 @@ def balanced_table(bench: Bench, batch_size: int, with_torch: bool) -> Table:
         steps["torch"] = steps["fused"] // 2
         calls["torch"] = torch_program(dataset, batch_size, steps["torch"], bench.loss)
 
+    def split_name(name):
+        if not real:
+            return f"{NAMES[name]} ({flops(name) / flops('fused'):.1f}x products)"
+        return (
+            f"{NAMES[name]} ({index_batches(name, dataset, batch_size).padding_factor:.2f} slots)"
+        )
+
     def rows(seconds):
-        def row(figure, goal, name, reference):
-            figure = f"{figure}, batch {batch_size}"
+        def row(figure, goal, name, reference, sizes=(100,)):
+            figure = f"{'MNIST: ' if real else ''}{figure}, batch {batch_size}"
+            goal = None if real or batch_size not in sizes else goal
             return _timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
 
-        only_100 = lambda goal: goal if batch_size == 100 else None
-        out = [row("fused PSL / fused NLL", only_100(1.05), "fused", "nll")]
+        out = [row("fused PSL / fused NLL", 1.05, "fused", "nll")]
         if with_torch:
-            out.append(row("fused PSL / PyTorch eager", 0.40, "fused", "torch"))
-        for name, goal in GOALS.items():
-            figure = f"{NAMES[name]} ({flops(name) / flops('fused'):.1f}x products) / fused"
-            out.append(row(figure, only_100(goal), name, "fused"))
+            out.append(row("fused PSL / PyTorch eager", 0.40, "fused", "torch", (100, 20)))
+        for name in split:
+            out.append(row(f"{split_name(name)} / fused", GOALS.get(name), name, "fused"))
         whole = "90 elements / 90 whole reverse passes"
-        out.append(row(whole, only_100(0.10), "elements", "passes"))
+        out.append(row(whole, 0.10, "elements", "passes"))
         out.append(row(whole + ", lax conv", None, "elements", "native passes"))
-        out.append(row("scalar form / explicit form", only_100(1.1), "scalar", "elements"))
+        out.append(row("scalar form / explicit form", 1.1, "scalar", "elements"))
         return out
 
     return Table(calls, steps, rows)
-
-
-def real_table(bench: Bench, dataset, data, batch_size: int) -> Table:
-    programs = {name: bench.program(name, dataset, data, batch_size) for name in NAMES}
-
-    def rows(seconds):
-        out = []
-        for name in list(NAMES)[1:]:
-            padding = index_batches(name, dataset, batch_size).padding_factor
-            figure = f"MNIST: {NAMES[name]} ({padding:.2f} slots) / fused, batch {batch_size}"
-            out.append(_timing.Ratio.of(figure, None, seconds[name], seconds["fused"]))
-        return out
-
-    return Table(dict(programs), {name: p.steps for name, p in programs.items()}, rows)
 
 
 def memory(bench: Bench):
@@ -444,14 +439,17 @@ def main(args: Args) -> None:
     print(f"PSNet mnist, 46740 weights, Adam, float32; loss {args.loss}; {args.repeats} rounds")
     print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}")
 
-    tables = [balanced_table(bench, size, with_torch) for size in args.batch_sizes]
+    tables = []
+    for size in args.batch_sizes:
+        dataset = balanced(size)
+        tables.append(table_of(bench, dataset, training.on_device(dataset), size, with_torch))
     try:
         mnist = psjax.data.load("mnist", "train", args.data)
     except (FileNotFoundError, ImportError) as error:
         print(f"Without MNIST's own batches: {error}")
     else:
         data = training.on_device(mnist)
-        tables += [real_table(bench, mnist, data, size) for size in args.batch_sizes]
+        tables += [table_of(bench, mnist, data, size, with_torch) for size in args.batch_sizes]
     bytes_used = list(memory(bench))
     for table in tables:
         _timing.take_turns(table.calls, 1)

@@ -5,18 +5,20 @@ Subnet Training*, arXiv:1910.02120, section 6: a network of two layers, sparse f
 neurons -> labels; the hidden neurons are divided, so that a subnet has 1/n of both layers.
 
     python -m experiments.ist.extreme --data PATH/TO/Bibtex       # trains; the folder of train.txt
+    python -m experiments.ist.extreme --plot                      # bibtex.png again, no training
     python -m experiments.ist.extreme --amazon-shapes             # one round, its memory and time
     python -m experiments.ist.extreme --amazon-shapes --width 1024
 
 The first writes `bibtex.csv`, a row an epoch and seed, and `bibtex.md` while it trains, and
-continues where it was interrupted. The second adds a row to `amazon_shapes.csv` and
-`amazon_shapes.md`; a size a process, for memory's peak is the process's. Both go to
-`experiments/ist/results/`.
+continues where it was interrupted; at its end it draws `bibtex.png` from the CSV, which is all that
+the second does. The third adds a row to `amazon_shapes.csv` and `amazon_shapes.md`; a size a
+process, for memory's peak is the process's. All go to `experiments/ist/results/`.
 
 Data sets: K. Bhatia, K. Dahiya, H. Jain, P. Kar, A. Mittal, Y. Prabhu, M. Varma, *The extreme
 classification repository*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
 """
 
+import csv
 import dataclasses
 import functools
 import itertools
@@ -42,7 +44,7 @@ from experiments._run import (
     run_script,
     write_rows,
 )
-from experiments.ist import amazon, training
+from experiments.ist import amazon, figures, training
 from experiments.ist._sparse import Rows, divide, load, make_model, round_fn
 from experiments.ist.run import report_rows
 from experiments.psl.training import over_seeds
@@ -90,11 +92,19 @@ class Args:
     validation_seeds: int = 2
     """Trainings for each learning rate."""
     out: pathlib.Path = RESULTS
-    """Folder of the CSV and the table."""
+    """Folder of the CSV, the table and the picture."""
     runs: pathlib.Path = pathlib.Path("runs/extreme")
     """Where run folders go."""
+    plot: bool = False
+    """Train nothing; the picture again, from the CSV. Of --data, here by default Bibtex, only the
+    name matters."""
 
     def __post_init__(self):
+        if self.plot and self.amazon_shapes:
+            msg = "--plot --amazon-shapes: a round has no curve; write --plot alone."
+            raise ValueError(msg)
+        if self.plot and self.data is None:
+            self.data = pathlib.Path("Bibtex")
         if self.amazon_shapes == (self.data is not None):
             msg = "write --data FOLDER, of train.txt and test.txt, or --amazon-shapes."
             raise ValueError(msg)
@@ -285,6 +295,11 @@ def best_epoch(rows: list[dict]) -> tuple[float, int]:
     return float(mean[epoch]), epoch
 
 
+def reported(rows: list[dict], epoch: int) -> int:
+    """The first epoch of the rows from this one on: with more points rounds end in others."""
+    return min(row["epoch"] for row in rows if row["epoch"] >= epoch)
+
+
 def table_2(args: Args) -> list[Chosen]:
     """Choose rate and epoch of every setting on the validation part, then train on everything."""
     assert args.data is not None
@@ -335,8 +350,7 @@ def table_2(args: Args) -> list[Chosen]:
         rate = max(tried, key=lambda rate: tried[rate])
         config = dataclasses.replace(config, learning_rate=rate)
         rows = fit(setting, config, whole, test)
-        # With more points a round may end in another epoch: the first one reported from there on.
-        epoch = min(row["epoch"] for row in rows if row["epoch"] >= tried[rate][1])
+        epoch = reported(rows, tried[rate][1])
         chosen.append(Chosen(setting, config, epoch, [r for r in rows if r["epoch"] == epoch]))
         replace(args.out / f"{name.lower()}.md", table(args, name, chosen))
     return chosen
@@ -373,6 +387,44 @@ def table(args: Args, name: str, chosen: list[Chosen]) -> str:
     )
 
 
+def draw(results: pathlib.Path, name: str) -> pathlib.Path:
+    """P@1 by epoch of every setting's test rows, from a data set's CSV into the PNG beside it.
+
+    Raises:
+      FileNotFoundError: nothing was measured of this data set.
+      ValueError: nothing on its test set yet.
+    """
+    path = results / f"{name.lower()}.csv"
+    if not path.exists():
+        msg = f"{path}: no such file; train with --data FOLDER first."
+        raise FileNotFoundError(msg)
+    measured: dict[str, list[dict]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {k: int(row[k]) for k in ("width", "subnets", "epoch", "seed")}
+            numbers |= {k: float(row[k]) for k in ("learning_rate", "P@1")}
+            measured.setdefault(row["setting"], []).append({**numbers, "part": row["part"]})
+    lines = {}
+    for setting, rows in measured.items():
+        if not (tested := [row for row in rows if row["part"] == "test"]):
+            continue  # interrupted before
+        width, n, rate = (tested[0][k] for k in ("width", "subnets", "learning_rate"))
+        tried = [r for r in rows if (r["part"], r["learning_rate"]) == ("validation", rate)]
+        epoch, last = best_epoch(tried)[1], max(row["epoch"] for row in tested)
+        lines[setting] = {
+            "label": f"{setting}, {width} neurons, "
+            f"{n} {'subnets' if setting.startswith('IST') else 'workers'}",
+            "rows": tested,
+            "epoch": reported(tested, epoch) if epoch <= last else None,
+        }
+    if not lines:
+        msg = f"{path}: no rows of the test set; continue with --data FOLDER."
+        raise ValueError(msg)
+    picture = path.with_suffix(".png")
+    figures.table2(picture, lines, f"Table 2 in small, {name}")
+    return picture
+
+
 # ------------------------------------------------------------------------------------------ command
 
 
@@ -392,10 +444,13 @@ def main(args: Args) -> None:
     if args.amazon_shapes:
         amazon.one_round(shapes_config(args), args.out)
         print(args.out / "amazon_shapes.md")
-    else:
+        return
+    assert args.data is not None
+    name = args.data.resolve().name
+    if not args.plot:
         table_2(args)
-        assert args.data is not None
-        print((args.out / f"{args.data.resolve().name.lower()}.md").read_text())
+        print((args.out / f"{name.lower()}.md").read_text())
+    print(draw(args.out, name))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of trainings in independent subnets: the learning curve."""
+"""Figures of trainings in independent subnets: the learning curve, figures 3 and 4, table 2."""
 
 import os
 
@@ -128,4 +128,46 @@ def figure4(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
         named |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Figure 4 again: mean ± one standard deviation over seeds")
+    save(figure, path)
+
+
+# --------------------------------------------------------------------------------------- table 2
+
+SETTINGS = {  # of `experiments.ist.extreme`: colour and dashes
+    "data parallel": (COLOURS["data-parallel"], "-"),
+    "IST": (COLOURS["ist"], "-"),
+    "IST twice as wide": ("#CC79A7", "--"),
+}
+
+
+def table2(path: str | os.PathLike, lines: dict[str, dict], title: str) -> None:
+    """Precision at 1 against the epoch, mean over seeds and band, a line a setting.
+
+    Args:
+      path: of the PNG.
+      lines: of every setting the `label`, the `rows`, an epoch and seed each, and the `epoch` that
+        the table is of, which gets a dot; None where the training is not there yet.
+      title: above it.
+    """
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    seeds, dotted = 1, None
+    for name, line in lines.items():
+        epochs, precision = series(line["rows"], "P@1")
+        seeds = max(seeds, len(precision))
+        colour, dashes = SETTINGS[name]
+        marker = "." if len(epochs) == 1 else None
+        style = {"color": colour, "linestyle": dashes, "marker": marker, "label": line["label"]}
+        band(ax, epochs, 100 * precision, **style)
+        if line["epoch"] is not None:
+            mean = 100 * precision.mean(0)[epochs == line["epoch"]]
+            (dotted,) = ax.plot(line["epoch"], mean, "o", color=colour, markersize=7)
+    if dotted is not None:
+        label = "epoch of the table, chosen on the validation part"
+        ax.plot([], [], "o", color="0.4", markersize=7, label=label)
+    panel(ax, "", "epoch (samples of all workers together)", "P@1 on the test set (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False, loc="lower right")
+    spread = "one seed" if seeds == 1 else f"mean ± one standard deviation, {seeds} seeds"
+    figure.suptitle(f"{title}: {spread}")
     save(figure, path)

@@ -89,14 +89,9 @@ def train(
                 {name: float(values[s]) for name, values in accuracy.items()}
                 for s in range(len(stream.seeds))
             ]
-            new = report_rows(stream, epoch, done, loss, finite, found, seconds)
-            rows += new
-            for row in new:
-                if row["left_out"]:
-                    report(
-                        f"epoch {epoch}, seed {row['seed']}: {row['left_out']} times a subnet "
-                        "became NaN or Inf and was left out of its round."
-                    )
+            rows += report_rows(stream, epoch, done, loss, finite, found, seconds)
+            for line in left_out(finite, stream.seeds, first):
+                report(f"epoch {epoch}, {line}")
             write_rows(folder / "metrics.csv", rows)
             last = epoch == config.epochs or stop(rows)
             if epoch >= saved + checkpoint_every or last:
@@ -135,6 +130,25 @@ def report_rows(stream, epoch, done, loss, finite, found, seconds) -> list[dict]
         }
         for s, seed in enumerate(stream.seeds)
     ]
+
+
+def left_out(finite, seeds, first: int, most: int = 5) -> list[str]:
+    """A line a seed that says in which rounds which subnets were left out, the first ones by name.
+
+    Args:
+      finite: bool `[seeds, rounds, n]`.
+      seeds: their numbers.
+      first: number of the first of the rounds.
+      most: so many are named.
+    """
+    lines = []
+    for seed, own in zip(seeds, finite, strict=True):
+        places = [f"subnet {e} in round {first + r}" for r, e in np.argwhere(~own)]
+        if places:
+            more = f" and {len(places) - most} more" if len(places) > most else ""
+            named = ", ".join(places[:most])
+            lines.append(f"seed {seed}: NaN or Inf, left out of its round: {named}{more}.")
+    return lines
 
 
 def _check_finite(finite, sound, seeds, first, epoch, checkpoints):

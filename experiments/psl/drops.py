@@ -15,6 +15,7 @@ variant takes one link out of this chain.
     python -m experiments.psl.drops                              # LeNet, CIFAR10, batches of 20
     python -m experiments.psl.drops --model psnet --dataset mnist
     python -m experiments.psl.drops --trace psl-squared          # one drop, step by step
+    python -m experiments.psl.drops --kicks --dataset mnist --variants psl-squared nll
     python -m experiments.psl.drops --plot                       # figures and drops.md again
 
 About 3 seconds an epoch and seed on one core (LeNet, CIFAR10, batches of 20). A training that was
@@ -32,7 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
+import psjax
 from experiments._run import run_script
 from experiments.psl import figures, reproduce, run, training
 
@@ -71,6 +74,8 @@ class Args:
     """Which to train."""
     trace: str | None = None
     """Train only this variant, with --first-seed, past its first drop, recording every step."""
+    kicks: bool = False
+    """Train the variants with --first-seed, recording in every epoch the largest step."""
     plot: bool = False
     """Train nothing; draw the figures and write drops.md."""
     out: pathlib.Path = pathlib.Path("runs/drops")
@@ -198,6 +203,10 @@ class Summary:
     drops_with_spike: int
     spikes: int
     """Epochs with a spike."""
+    first: int | None
+    """The earliest epoch with a drop."""
+    largest: float
+    """Largest gradient norm over the median of its epoch."""
 
 
 def summarise(rows: list[dict]) -> Summary:
@@ -216,6 +225,8 @@ def summarise(rows: list[dict]) -> Summary:
         drops=sum(map(len, drops)),
         drops_with_spike=sum(bool(spikes[s, i]) for s, d in enumerate(drops) for i, _ in d),
         spikes=int(spikes.sum()),
+        first=min((int(epochs[i]) for d in drops for i, _ in d), default=None),
+        largest=float(np.max(largest / median)),
     )
 
 
@@ -265,12 +276,42 @@ def table(results: pathlib.Path) -> str:
                 f"{s.spikes} of {n * s.epochs}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## All settings of figures 6 and 7", "", *settings_lines(results)]
+    if len(steps := kicks_lines(results)) > 2:
+        lines += ["", "## Steps, root mean square in learning rates", "", *steps]
     for path in sorted(results.glob("drops_trace-*.csv")):
         title, _ = trace_title(path)
         lines += ["", f"**{title}.** {trace_summary(run.read_rows(path))}"]
     text = "\n".join(lines) + "\n"
     (results / "drops.md").write_text(text)
     return text
+
+
+def settings_lines(results: pathlib.Path) -> list[str]:
+    """Drops and spikes of every setting that `reproduce` has measured, as a Markdown table."""
+    lines = [
+        "| setting | seeds × epochs | drops in 100 epochs | large ones | the first in epoch "
+        "| drops in an epoch with a spike | epochs with a spike | largest gradient / median |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    measured = figures.load(results)
+    for name in reproduce.SETTINGS:
+        if name not in measured:
+            continue
+        s = summarise(measured[name])
+        network, loss, dataset, batch_size = reproduce.SETTINGS[name]
+        cells = [
+            f"{network}-{loss}, {dataset}, {batch_size}",
+            f"{len(s.last)} × {s.epochs}",
+            mean_std(s.per_100, 1),
+            mean_std(s.large_per_100, 1),
+            "" if s.first is None else str(s.first),
+            f"{s.drops_with_spike} of {s.drops}",
+            f"{s.spikes} of {len(s.last) * s.epochs}",
+            f"{s.largest:.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw_frequency(results: pathlib.Path) -> None:
@@ -324,26 +365,102 @@ def draw_frequency(results: pathlib.Path) -> None:
 # -------------------------------------------------------------------------------------------- trace
 
 
-def adam_metrics(config: training.Config):
-    """`step -> loss, gradient, root_v, moved`, of a step with Adam.
+def adam_metrics(config: training.Config, num_classes: int):
+    """`step -> loss, nll, worst, gradient, root_v, moved`, of a step with Adam.
 
-    `gradient` is its norm; `root_v` the mean over coordinates of Adam's sqrt(v_hat); `moved` the
-    root mean square of the update in learning rates.
+    `nll` is the mean and `worst` the largest negative log-likelihood of the batch's samples, of
+    doubled scores where the loss is the squared one; `gradient` is the gradient's norm; `root_v`
+    the mean over coordinates of Adam's sqrt(v_hat); `moved` the root mean square of the update in
+    learning rates.
     """
+    net = training.make_model(config, num_classes)
+    slope = 2 if config.loss == "psl-squared" else 1
 
     def metrics(step: training.Step):
         nu = optax.tree.get(step.opt_state, "nu")
         count = optax.tree.get(step.opt_state, "count")
         weights = sum(x.size for x in jax.tree.leaves(step.params))
         roots = sum(jnp.sum(jnp.sqrt(x)) for x in jax.tree.leaves(nu))
+        images = step.batch["image"]
+        scores = net.apply({"params": step.params}, images.reshape(-1, *images.shape[-3:]))
+        labels, weight = (step.batch[name].ravel() for name in ("label", "weight"))
+        nll = optax.softmax_cross_entropy_with_integer_labels(slope * scores, labels)
         return {
             "loss": step.loss,
+            "nll": jnp.sum(weight * nll) / jnp.sum(weight),
+            "worst": jnp.max(jnp.where(weight > 0, nll, 0)),
             "gradient": optax.tree.norm(step.grads),
             "root_v": roots / weights / jnp.sqrt(1 - config.b2**count),
             "moved": optax.tree.norm(step.updates) / math.sqrt(weights) / config.learning_rate,
         }
 
     return metrics
+
+
+def build(config: training.Config, data_dir: str | None) -> training.Program:
+    """A training of one seed that records `adam_metrics`."""
+    classes = psjax.data.load(config.dataset, "test", data_dir).num_classes
+    config = dataclasses.replace(config, seeds=1)
+    return training.build(config, data_dir, adam_metrics(config, classes))
+
+
+def kicks(config: training.Config, data_dir: str | None = None) -> list[dict]:
+    """Train one seed; a row an epoch, like those of `run.train`, with the size of the steps.
+
+    `kick` is the largest step of the epoch and `median_step` the median one, root mean squares in
+    learning rates.
+    """
+    program = build(config, data_dir)
+    state, rows = program.state, []
+    for epoch in tqdm(range(config.epochs), unit="epoch", desc=f"{config.loss} kicks"):
+        state, metrics = program.epoch(state, program.batches(epoch), program.train)
+        own = {name: np.asarray(x)[0] for name, x in metrics.items()}
+        row = {
+            "epoch": epoch + 1,
+            "seed": config.first_seed,
+            "test_accuracy": float(program.accuracy(state["params"], program.test)[0]),
+            "max_grad_norm": float(own["gradient"].max()),
+            "median_grad_norm": float(np.median(own["gradient"])),
+            "worst_nll": float(own["worst"].max()),
+            "kick": float(own["moved"].max()),
+            "median_step": float(np.median(own["moved"])),
+        }
+        rows.append(row)
+    return rows
+
+
+def kicks_lines(results: pathlib.Path) -> list[str]:
+    """What `kicks` has recorded, as a Markdown table."""
+    lines = [
+        "| setting | variant | seed, epochs | drops | epochs with a spike | largest gradient / "
+        "median, median over those | largest NLL of a sample | largest step of an epoch, median "
+        "over all | over those with a spike | over those with a drop | median step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("drops_kicks-*.csv")):
+        match = re.fullmatch(r"drops_kicks-(\w+-\w+-\d+)-(.+)-(\d+)\.csv", path.name)
+        if match is None:
+            continue
+        rows = run.read_rows(path)
+        column = {k: np.array([row[k] for row in rows]) for k in rows[0]}
+        relative = column["max_grad_norm"] / column["median_grad_norm"]
+        spiked = relative > SPIKE
+        dropped = np.zeros_like(spiked)
+        dropped[[i for i, _ in find_drops(column["test_accuracy"])]] = True
+        middle = lambda values: f"{np.median(values):.2g}" if len(values) else ""
+        cells = [
+            describe(match[1]),
+            VARIANTS[match[2]][0],
+            f"{match[3]}, {len(rows)}",
+            str(int(dropped.sum())),
+            str(int(spiked.sum())),
+            middle(relative[spiked]),
+            f"{column['worst_nll'].max():.3g}",
+            *(middle(column["kick"][which]) for which in (spiked | True, spiked, dropped)),
+            middle(column["median_step"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def trace(
@@ -370,11 +487,10 @@ def trace(
 
     Returns:
       Rows of equally many steps each: `at_epoch` (the middle), `steps` and, over the steps, median
-      and largest `loss`, `gradient`, `root_v`, `moved` (see `adam_metrics`); `accuracy` is NaN in a
-      row without a measurement. Empty if there was no drop.
+      and largest of everything in `adam_metrics`; `accuracy` is NaN in a row without a measurement.
+      Empty if there was no drop.
     """
-    config = dataclasses.replace(config, seeds=1)
-    program = training.build(config, data_dir, adam_metrics(config))
+    program = build(config, data_dir)
     state = program.state
     kept: list[dict[str, np.ndarray]] = []
     at: list[int] = []  # steps after which the accuracy was measured, from the start
@@ -450,8 +566,8 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
     rows = run.read_rows(path)
     column = {k: np.array([row[k] for row in rows]) for k in rows[0]}
     x = column["at_epoch"]
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True)
+    figure = Figure(figsize=(10, 10.5), layout="constrained")
+    axes = figure.subplots(6, 1, sharex=True)
     measured = ~np.isnan(column["accuracy"])
     axes[0].plot(x[measured], 100 * column["accuracy"][measured], ".-", color="black", linewidth=1)
     figures.panel(axes[0], "", "", "test accuracy\n(%)")
@@ -459,6 +575,7 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
         axes[1:],
         (
             ("loss", "training loss\nof a step", "#0072B2"),
+            ("worst", "NLL of the worst\nsample of a step", "#E69F00"),
             ("gradient", "gradient norm\nof a step", "#D55E00"),
             ("root_v", "Adam's √v̂\n(mean)", "#009E73"),
             ("moved", "size of a step\n(rms, learning rates)", "#CC79A7"),
@@ -469,7 +586,7 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
             x, column[f"largest_{name}"], color=colour, linewidth=0.8, alpha=0.55, label="largest"
         )
         ax.plot(x, column[name], color=colour, linewidth=1.4, label=f"median of {steps}")
-        ax.set_yscale("log")
+        ax.set_yscale("linear" if name == "worst" else "log")  # an NLL is a logarithm
         figures.panel(ax, "", "", label)
     axes[1].legend(frameon=False, ncols=2, loc="upper right", fontsize=8.5)
     at = x[outlier(rows)[0]]
@@ -510,7 +627,10 @@ def main(args: Args) -> None:
         print(table(args.results))
         return
     for variant in args.variants:
-        if args.plot:
+        if args.kicks:
+            name = f"drops_kicks-{args.setting}-{variant}-{args.first_seed}.csv"
+            run.write_rows(args.results / name, kicks(config_of(args, variant), args.data_dir))
+        elif args.plot:
             collect(args, variant)
         else:
             train(args, variant)
