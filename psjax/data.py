@@ -53,7 +53,7 @@ def load(name: str = "digits", split: str = "train", data_dir: str | None = None
       data_dir: where TFDS keeps its sets; None: `TFDS_DATA_DIR`, else TFDS's own default.
 
     Raises:
-      ValueError: unknown set or split.
+      ValueError: unknown set or split; images of more than one shape; labels outside `[0, C)`.
       FileNotFoundError: a TFDS set that is not prepared, with the command that prepares it.
       ImportError: scikit-learn or tensorflow-datasets is not installed.
     """
@@ -137,15 +137,28 @@ def _load_digits(split):
 
 def _load_tfds(name, split, data_dir, rows=None):
     records, num_classes = _tfds_records(name, split, data_dir, rows)
-    images = np.stack([record["image"] for record in records])
-    labels = np.asarray([record["label"] for record in records], np.int32)
-    return Dataset(name, images, labels, num_classes, 1 / 255)
+    labels = _labels_of(records, name, split, num_classes)
+    images = [record["image"] for record in records]
+    shapes = sorted({image.shape for image in images})
+    if len(shapes) > 1:
+        msg = (
+            f"load({name!r}, split={split!r}): the images have {len(shapes)} shapes, from "
+            f"{shapes[0]} to {shapes[-1]}; a batch needs one. Read the set with "
+            f"tfds.data_source({name!r}), resize its images, and build a psjax.data.Dataset."
+        )
+        raise ValueError(msg)
+    return Dataset(name, np.stack(images), labels, num_classes, 1 / 255)
 
 
 def _tfds_labels(name, split, data_dir):
     """Labels and their number, without decoding an image."""
     records, num_classes = _tfds_records(name, split, data_dir, None, skip=True)
-    return np.asarray([record["label"] for record in records], np.int32), num_classes
+    return _labels_of(records, name, split, num_classes), num_classes
+
+
+def _labels_of(records, name, split, num_classes):
+    call = f"load({name!r}, split={split!r})"
+    return _check_labels(call, [record["label"] for record in records], num_classes)
 
 
 def _tfds_records(name, split, data_dir, rows, skip=False):
@@ -155,21 +168,33 @@ def _tfds_records(name, split, data_dir, rows, skip=False):
         raise ImportError(_needs("tensorflow-datasets", name)) from error
     known = ["digits", *tfds.list_builders(with_community_datasets=False)]
     if name not in known:
-        near = difflib.get_close_matches(name, ["digits", *_TFDS], n=1)
-        near = near or difflib.get_close_matches(name, known, n=1)
+        nearest = lambda names: difflib.get_close_matches(str(name).lower(), names, n=1)
+        near = nearest(["digits", *_TFDS]) or nearest(known)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         msg = f"load({name!r}): no such data set in TensorFlow Datasets.{hint}"
         raise ValueError(msg)
     builder: Any = tfds.builder(name, data_dir=data_dir)
     features = builder.info.features
-    if features is None or not {"image", "label"} <= set(features):
-        msg = f"load({name!r}): not an image classification set (it has no 'image' and 'label')."
+    label = features["label"] if features and {"image", "label"} <= set(features) else None
+    num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
+    if num_classes is None:
+        msg = (
+            f"load({name!r}): not an image classification set (it has no 'image', or no 'label' "
+            "that is one class)."
+        )
+        raise ValueError(msg)
+    if builder.info.splits and split not in builder.info.splits:
+        msg = (
+            f"load({name!r}, split={split!r}): the set has no such split, only "
+            f"{sorted(builder.info.splits)}. Divide one that it has, or read another with "
+            f"tfds.data_source({name!r})."
+        )
         raise ValueError(msg)
     try:
         decoders = {"image": tfds.decode.SkipDecoding()} if skip else None
         source = builder.as_data_source(split=split, decoders=decoders)
         rows = range(len(source)) if rows is None else rows
-        return source.__getitems__(rows), features["label"].num_classes  # 5 times faster than each
+        return source.__getitems__(rows), num_classes  # 5 times faster than each
     except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
         msg = (
             f"load({name!r}, split={split!r}): not prepared as array_record in "
@@ -188,22 +213,20 @@ def check_labels(labels, num_classes: int) -> np.ndarray:
       TypeError: labels that are not integers.
       ValueError: empty, of rank other than 1, or outside `[0, num_classes)`.
     """
+    return _check_labels(f"check_labels(labels, num_classes={num_classes})", labels, num_classes)
+
+
+def _check_labels(call, labels, num_classes):
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        msg = (
-            f"check_labels(labels): labels are {labels.dtype}; write integers in "
-            f"[0, {num_classes})."
-        )
-        raise TypeError(msg)
     if labels.ndim != 1 or not labels.size:
-        msg = f"check_labels(labels): labels have shape {labels.shape}; write a non-empty [N]."
+        msg = f"{call}: labels have shape {labels.shape}; write a non-empty [N]."
         raise ValueError(msg)
+    if not np.issubdtype(labels.dtype, np.integer):
+        msg = f"{call}: labels are {labels.dtype}; write integers in [0, {num_classes})."
+        raise TypeError(msg)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
-        msg = (
-            f"check_labels(labels, num_classes={num_classes}): label {labels[bad[0]]} of sample "
-            f"{bad[0]} is outside [0, {num_classes})."
-        )
+        msg = f"{call}: label {labels[bad[0]]} of sample {bad[0]} is outside [0, {num_classes})."
         raise ValueError(msg)
     return labels.astype(np.int32)
 
@@ -245,7 +268,7 @@ class Batches(NamedTuple):
 
 def _flat(labels, batch_size, order):
     """The epoch's samples as `[steps, batch_size]`, -1 where the last batch has none."""
-    order = np.arange(len(labels)) if order is None else np.asarray(order)
+    order = np.arange(len(labels)) if order is None else _check_order(order, len(labels))
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(order):
         msg = f"batches(batch_size={batch_size}): write an integer from 1 to {len(order)}."
         raise ValueError(msg)
@@ -253,6 +276,27 @@ def _flat(labels, batch_size, order):
     flat = np.full(steps * batch_size, -1)
     flat[: len(order)] = order
     return flat.reshape(steps, batch_size)
+
+
+def _check_order(order, num_samples):
+    order = np.asarray(order)
+    if order.ndim != 1 or not order.size:
+        msg = (
+            f"batches(order=...): it has shape {order.shape}; write a non-empty [M], or None for "
+            "the data set's own order."
+        )
+        raise ValueError(msg)
+    if not np.issubdtype(order.dtype, np.integer):
+        msg = f"batches(order=...): it is {order.dtype}; write integers in [0, {num_samples})."
+        raise TypeError(msg)
+    bad = np.flatnonzero((order < 0) | (order >= num_samples))
+    if bad.size:
+        msg = (
+            f"batches(order=...): entry {bad[0]} is {order[bad[0]]}; write positions in "
+            f"[0, {num_samples}), the samples of the data set."
+        )
+        raise ValueError(msg)
+    return order
 
 
 def _weights(filled):
@@ -265,11 +309,17 @@ def batches(labels, batch_size: int, order=None) -> Batches:
     """Flat batches, `indices [steps, batch_size]`; the last one may be short, nothing is dropped.
 
     Args:
-      labels: `[N]`.
+      labels: `[N]`, integers from 0.
       batch_size: L.
-      order: `[M]`, the epoch's samples in order; None: the data set's own.
+      order: `[M]`, the epoch's samples in order, positions in `[0, N)`; None: the data set's own. A
+        position may be left out, or come more than once: it then counts each time.
+
+    Raises:
+      TypeError: labels or an order that are not integers.
+      ValueError: empty labels or order, entries out of range, a batch larger than the epoch.
     """
-    flat, labels = _flat(labels, batch_size, order), np.asarray(labels)
+    labels = _check_labels("batches(labels)", labels, 2**31)
+    flat = _flat(labels, batch_size, order)
     own = np.where(flat < 0, 0, labels[flat]).astype(np.int32)
     indices = np.where(flat < 0, len(labels), flat).astype(np.int32)
     return Batches(indices, _weights(flat >= 0), own)
@@ -294,7 +344,7 @@ def batches_by_label(
       labels: `[N]`, integers in `[0, num_classes)`.
       num_classes: C.
       batch_size: L.
-      order: `[M]`, the epoch's samples in order; None: the data set's own.
+      order: `[M]`, the epoch's samples in order, as in `batches`; None: the data set's own.
       slots: samples of one label that a batch has room for; None: `most_of_a_label`. Give the
         largest over all epochs where the order changes, for a constant shape.
 
@@ -334,7 +384,7 @@ def tiles_by_label(
       labels: `[N]`, integers in `[0, num_classes)`.
       num_classes: C.
       batch_size: L.
-      order: `[M]`, the epoch's samples in order; None: the data set's own.
+      order: `[M]`, the epoch's samples in order, as in `batches`; None: the data set's own.
       tile: samples a tile.
       tiles: tiles a batch; None: as many as the fullest batch of the epoch needs.
 

@@ -7,12 +7,18 @@ biases.
 
 Both are Flax modules whose parameters carry the `class` axis. The sub-network behind a set of `m`
 scores is the same module with `m` classes, `model.clone(num_classes=m)`, applied to the gathered
-weights::
+weights:
 
-    net = psjax.models.psnet("digits")
-    variables = net.init(jax.random.key(0), images)            # [batch, height, width, channels]
-    params = flax.linen.unbox(variables)["params"]
-    axes = flax.linen.get_partition_spec(variables)["params"]
+>>> import flax, jax, jax.numpy as jnp, psjax
+>>> net = psjax.models.psnet("digits")
+>>> images = jnp.zeros((5, 8, 8, 1))  # [batch, height, width, channels]
+>>> variables = jax.jit(net.init)(jax.random.key(0), images)
+>>> params = flax.linen.unbox(variables)["params"]
+>>> axes = flax.linen.get_partition_spec(variables)["params"]
+>>> stacked = psjax.select(axes, {"class": [[3, 7]]}, like=params).gather(params)
+>>> element = jax.tree.map(lambda x: x[0], stacked)
+>>> jax.jit(net.clone(num_classes=2).apply)({"params": element}, images).shape
+(5, 2)
 
 MLP, VGG11 and SparseMLP are those of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of
 Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. Each hidden dense

@@ -9,17 +9,26 @@ functions here, and the structure with them. Without the layers that all scores 
 share nothing, $U_j U_{j_2}^\top = 0$, and two elements only what is their common class's own;
 `overlap` counts it. Elements that share no weight can be evaluated together, each weight by one of
 them: the pairs are the edges of the complete graph, and a round is a set of edges that do not touch
-(`rounds`: C - 1 rounds for even C, C for odd). ::
+(`rounds`: C - 1 rounds for even C, C for odd).
 
-    keep = psjax.dropout_mask(key, params, layers={"Conv_0": 1.0})
-    selection = psjax.select(axes, {"class": pairs, "label": pairs}, like=params).drop(keep)
-    together = psjax.structure.in_rounds(selection, params)     # leaves [rounds, elements, ...]
-    loss_and_grad = psjax.value_and_grad(element_fn, P("label"), chunk_size=num_classes)
-
-    def body(total, selection):                                 # a partition of the classes
-        return jax.tree.map(jnp.add, total, loss_and_grad(params, selection, batch)), None
-
-    (loss, grads), _ = jax.lax.scan(body, zeros, together)
+>>> import jax, jax.numpy as jnp, psjax
+>>> from jax.sharding import PartitionSpec as P
+>>> params = {"trunk": jnp.ones(3), "own": jnp.arange(4.0)}
+>>> axes = {"trunk": P(), "own": P("class")}
+>>> pairs = {"class": psjax.unordered_pairs(4)}
+>>> keep = psjax.dropout_mask(jax.random.key(0), params, layers={"trunk": 1.0})
+>>> selection = psjax.select(axes, pairs, like=params).drop(keep)
+>>> together = psjax.structure.in_rounds(selection, params)
+>>> together.valid.shape  # [rounds, elements]: each round is a partition of the classes
+(3, 2)
+>>> element_fn = lambda w: jnp.sum(w["trunk"]) + jnp.prod(w["own"])
+>>> loss_and_grad = psjax.value_and_grad(element_fn, chunk_size=4)
+>>> def body(total, selection):
+...     return jax.tree.map(jnp.add, total, loss_and_grad(params, selection)), None
+>>> zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+>>> (loss, grads), _ = jax.lax.scan(body, zeros, together)
+>>> grads["own"]  # of each class, the sum of the others
+Array([6., 5., 4., 3.], dtype=float32)
 
 The sum is the whole gradient in any order; a round's gradient goes home without a scatter.
 """
@@ -67,13 +76,19 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
         remains counts, though it may lead to none that does.
 
     Raises:
-      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has; from
-        `Selection.drop`.
+      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has, or
+        of one class; from `Selection.drop`.
     """
-    _check_axis("count", axes, like, axis)
+    size = _check_axis("count", axes, like, axis)
+    if size < 2:
+        msg = (
+            f"count(axis={axis!r}): the axis has size {size}, and an element is a pair of classes; "
+            "write a model of two classes or more."
+        )
+        raise ValueError(msg)
     drop = lambda s: s if keep is None else s.drop(keep)
     see = lambda rows: num_weights(drop(select(axes, {axis: rows}, like=like)), like)
-    num_classes = 2 if keep is None else _axis_sizes(axes, like)[2][axis]
+    num_classes = 2 if keep is None else size
     scores = see(np.arange(num_classes)[:, None])
     a, b = np.argsort(-scores, kind="stable")[:2]
     n, two = int(num_weights(drop(replicas(like, 1)), like)[0]), int(see([[a, b]])[0])
@@ -121,3 +136,4 @@ def _check_axis(call, axes, like, axis):
     if axis not in sizes:
         msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."
         raise ValueError(msg)
+    return sizes[axis]

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -136,6 +137,74 @@ class _Records(list):
         return [self[i] for i in indices]
 
 
+def _mocked(records):
+    import tensorflow_datasets as tfds
+
+    return tfds.testing.mock_data(as_data_source_fn=lambda *_, **__: _Records(records))
+
+
+def test_images_of_different_sizes_are_named(tmp_path):
+    shapes = [(32, 32, 3), (20, 30, 3), (32, 32, 3), (64, 10, 3)]
+    records = [{"image": np.zeros(shape, np.uint8), "label": 0} for shape in shapes]
+    match = (
+        r"load\('cifar100', split='train'\): the images have 3 shapes, from \(20, 30, 3\) to "
+        r"\(64, 10, 3\); .*tfds.data_source\('cifar100'\), resize"
+    )
+    with _mocked(records), pytest.raises(ValueError, match=match):
+        data.load("cifar100", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "read", [data.load, lambda *args, **kw: data.load_classes([3], *args, **kw)]
+)
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        ([3, -1], ValueError, r"label -1 of sample 1 is outside \[0, 100\)"),
+        ([3, 100], ValueError, r"label 100 of sample 1 is outside \[0, 100\)"),
+        ([3, 1.7], TypeError, "labels are float64; write integers"),
+        ([], ValueError, r"labels have shape \(0,\); write a non-empty"),
+    ],
+)
+def test_labels_of_a_tfds_set_are_checked(tmp_path, read, labels, error, match):
+    """Some sets have a split without labels, where all are -1."""
+    records = [{"image": np.zeros((32, 32, 3), np.uint8), "label": label} for label in labels]
+    with (
+        _mocked(records),
+        pytest.raises(error, match=rf"load\('cifar100', split='test'\): {match}"),
+    ):
+        read("cifar100", "test", data_dir=str(tmp_path))
+
+
+def test_a_split_that_the_set_does_not_have_is_named(tmp_path, monkeypatch):
+    """Not as one that could be prepared."""
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.DatasetInfo, "splits", {"train": None, "validation": None})
+    match = r"split='test'\): the set has no such split, only \['train', 'validation'\]"
+    with pytest.raises(ValueError, match=match):
+        data.load("cifar100", "test", data_dir=str(tmp_path))
+
+
+def test_a_set_of_another_kind_is_refused(monkeypatch):
+    import tensorflow_datasets as tfds
+
+    image, several = (
+        tfds.features.Image(),
+        tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3)),
+    )
+    for features in (
+        None,
+        tfds.features.FeaturesDict({"image": image}),
+        tfds.features.FeaturesDict({"image": image, "label": np.float32}),
+        tfds.features.FeaturesDict({"image": image, "label": several}),
+    ):
+        builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+        monkeypatch.setattr(tfds, "builder", lambda *_, builder=builder, **__: builder)
+        with pytest.raises(ValueError, match=r"load\('mnist'\): not an image classification set"):
+            data.load("mnist")
+
+
 def own_batches_are_the_whole_ones(name):
     """A plan's worker that reads its own classes sees the samples that the whole set has there."""
     halves = plan.cyclic(10, 5)
@@ -175,9 +244,58 @@ def test_a_set_that_is_not_prepared_says_how_to(tmp_path):
         data.load("fashion_mnist", data_dir=str(tmp_path))
 
 
+ORDERED = {
+    "flat": data.batches,
+    "label": lambda labels, *args: data.batches_by_label(labels, 7, *args),
+    "tile": lambda labels, size, order: data.tiles_by_label(labels, 7, size, 3, order),
+    "most": lambda labels, *args: data.most_of_a_label(labels, 7, *args),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+@pytest.mark.parametrize(
+    ("order", "error", "match"),
+    [
+        ([0, -1, 3], ValueError, r"entry 1 is -1; write positions in \[0, 230\)"),
+        ([0, 3, 230], ValueError, r"entry 2 is 230; write positions in \[0, 230\)"),
+        ([0.0, 1.5], TypeError, r"it is float64; write integers in \[0, 230\)"),
+        ([True, False], TypeError, "it is bool; write integers"),
+        ([], ValueError, r"it has shape \(0,\); write a non-empty \[M\], or None"),
+        ([[0, 1]], ValueError, r"it has shape \(1, 2\); write a non-empty \[M\]"),
+    ],
+)
+def test_an_order_that_is_not_one_is_refused(kind, order, error, match):
+    with pytest.raises(error, match=rf"batches\(order=...\): {match}"):
+        ORDERED[kind](LABELS, 1, order)
+
+
+def test_an_order_may_leave_samples_out_and_draw_one_twice():
+    order = [4, 9, 4]
+    np.testing.assert_array_equal(data.batches(LABELS, 3, order).indices, [order])
+    batches = data.batches_by_label(LABELS, 7, 3, order)
+    assert sorted(batches.indices[batches.weights > 0]) == sorted(order)
+    np.testing.assert_allclose(batches.weights.sum(), 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        ([0.5, 1.7, 2.0], TypeError, "labels are float64; write integers"),
+        ([0, -1], ValueError, "label -1 of sample 1 is outside"),
+        ([0, 2**31], ValueError, "label 2147483648 of sample 1 is outside"),
+        ([], ValueError, r"labels have shape \(0,\); write a non-empty"),
+        ([[0, 1]], ValueError, r"labels have shape \(1, 2\)"),
+    ],
+)
+def test_labels_of_flat_batches_are_checked(labels, error, match):
+    with pytest.raises(error, match=rf"batches\(labels\): {match}"):
+        data.batches(labels, 2)
+
+
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="Did you mean 'mnist'"):
-        data.load("mnits")
+    for name in ("mnits", "MNIST", "Mnits"):
+        with pytest.raises(ValueError, match="Did you mean 'mnist'"):
+            data.load(name)
     with pytest.raises(ValueError, match="write 'train' or 'test'"):
         data.load("digits", "validation")
     with pytest.raises(ValueError, match=r"label 7 of sample 2 is outside \[0, 7\)"):

@@ -128,11 +128,32 @@ def test_a_low_bound_bounds_the_gradient():
     assert slope.max() <= np.exp(4.0) * (1 + 1e-6)
 
 
-def test_labels_out_of_range_give_nan_never_a_number():
-    scores = jnp.zeros((3, 4))
-    got = losses.psl_with_integer_labels(scores, jnp.array([-1, 4, 0]))
-    assert jnp.isnan(got[:2]).all()
-    assert jnp.isfinite(got[2])
+@pytest.mark.parametrize("dtype", [np.int32, np.int8])
+@pytest.mark.parametrize("name", [*MARGINS, "nll", "one-vs-all"])
+def test_labels_out_of_range_give_nan_never_a_number(name, dtype):
+    """In the value and in every entry of the gradient, of that sample alone."""
+    if name in MARGINS:
+        loss = functools.partial(losses.psl_with_integer_labels, margin_fn=MARGINS[name][0])
+    else:
+        nll, all_ = losses.nll_with_integer_labels, losses.one_vs_all_with_integer_labels
+        loss = nll if name == "nll" else all_
+    labels = jnp.array([-1, 4, 0, -100, 100, 3], dtype)
+    outside = np.array([True, True, False, True, True, False])
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    got, grad = jax.jit(lambda s: (loss(s, labels), jax.grad(lambda s: loss(s, labels).sum())(s)))(
+        scores
+    )
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isnan(got), outside)
+    np.testing.assert_array_equal(np.isnan(grad), np.repeat(outside[:, None], 4, 1))
+    assert np.isfinite(got[~outside]).all()
+    assert np.isfinite(grad[~outside]).all()
+
+
+def test_labels_of_a_type_too_small_for_the_last_class_are_in_range():
+    labels = jnp.array([0, 255], jnp.uint8)
+    got = losses.nll_with_integer_labels(jnp.zeros((2, 300)), labels)
+    np.testing.assert_allclose(got, np.log(300), rtol=1e-6)
 
 
 def test_bad_input_is_named():
@@ -147,8 +168,19 @@ def test_bad_input_is_named():
         losses.pair(jnp.zeros((2, 3)), jnp.zeros(2))
     with pytest.raises(ValueError, match="write scores"):
         losses.block(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4)), jnp.zeros((2, 2)))
-    with pytest.raises(ValueError, match="no such loss; write one of"):
-        losses.margin_function("pls")
+    for pairs in (jnp.zeros(3), jnp.zeros((2, 2, 3)), 1.0):
+        with pytest.raises(ValueError, match=r"pairs \(.*write scores .* pairs \[l, s\]"):
+            losses.block(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4)), pairs)
+    with pytest.raises(ValueError, match=r"weight \(2,\), pairs \(2, 3\); write"):
+        losses.block(jnp.zeros((2, 3)), jnp.zeros(2), jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match="l <= s"):
+        losses.block(jnp.zeros((3, 4, 2)), jnp.zeros((3, 4)), jnp.zeros((3, 2)))
+    for name in ("pls", "PSL"):
+        match = rf"\('{name}'\): no such loss; write one of .*\. Did you mean 'psl'\?"
+        with pytest.raises(ValueError, match=match):
+            losses.margin_function(name)
+    with pytest.raises(ValueError, match=r"write one of \[.*\]\.$"):
+        losses.margin_function("nothing alike")
     with pytest.raises(ValueError, match="this loss has no bound"):
         losses.margin_function("one-vs-each", 4.0)
 

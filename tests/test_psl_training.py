@@ -137,7 +137,7 @@ def test_orders_are_made_from_seed_and_epoch_alone():
     ("change", "match"),
     [
         ({"loss": "psl-sqared"}, "--loss psl-sqared: write one of.*Did you mean 'psl-squared'"),
-        ({"model": "resnet"}, "--model resnet: write one of psnet, lenet"),
+        ({"model": "resnet"}, "--model resnet: write one of psnet, lenet.*Did you mean 'psnet'"),
         ({"compute": "element"}, "Did you mean 'elements'"),
         ({"loss": "nll"}, "--loss nll --compute elements: it has no pair elements"),
         ({"compute": "fused", "devices": "pmap"}, "the fused loss is one element"),

@@ -297,6 +297,31 @@ def test_jax_grad_of_the_scalar_has_the_semantics_of_jax(how):
     assert_close(got, expected("overlap")[1])
 
 
+ORDERS = ["hvp, forward over reverse", "hvp, reverse over forward"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_other_transforms_of_the_scalar_have_the_semantics_of_jax(how):
+    """Under check_vma, what JAX transposed it has added over the devices, and it adds it once."""
+    f = psjax.partially_separable(element, IN_AXES)
+    summed = how == "shard_map"
+
+    def own(w, *operands):
+        g = lambda w: f(w, *operands)
+        reverse = {name: TRANSFORMS[name](g) for name in [*ORDERS, "hessian"]}
+        reverse = reverse if summed else jax.lax.psum(reverse, "d")
+        return reverse | {"jvp": jax.lax.psum(TRANSFORMS["jvp"](g), "d")}
+
+    got = over_devices(own, how)(W, *spread_arguments())
+    assert_close(got, transformed(tuple(got)), rtol=1e-11)
+
+
+@functools.cache
+def transformed(names):
+    whole = lambda w: plain(w, make(), *ARGS)
+    return jax.jit(lambda: {name: TRANSFORMS[name](whole) for name in names})()
+
+
 def test_hessian_vector_products_over_devices():
     """Forward over the explicit gradient: this device's own, like the gradient."""
     fn, f = psjax.value_and_grad(element, IN_AXES), psjax.partially_separable(element, IN_AXES)

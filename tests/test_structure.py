@@ -130,6 +130,13 @@ def test_dependence_holds_for_an_axis_that_is_not_the_first():
     assert got["b"].tolist() == [-1, -1]
 
 
+def test_a_network_of_one_class_has_no_element():
+    with pytest.raises(
+        ValueError, match=r"count\(axis='class'\): .* size 1, .* two classes or more"
+    ):
+        structure.count({"a": P("class")}, {"a": np.zeros(1)})
+
+
 @pytest.mark.parametrize("fn", [structure.count, structure.dependence])
 def test_an_axis_that_no_parameter_has_is_refused(fn):
     axes, like = {"a": P("class")}, {"a": np.zeros(3)}
