@@ -18,7 +18,7 @@ import itertools
 import pathlib
 import sys
 
-from experiments._run import run_script
+from experiments._run import paste, run_script
 from experiments.psl import run, training
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -66,7 +66,7 @@ class Args:
     out: pathlib.Path = pathlib.Path("runs/reproduce")
     """Where run folders go."""
     plot: bool = False
-    """Run nothing; draw the figures and print the table from experiments/psl/results/."""
+    """Run nothing; the figures and the table, also into README.md, from what was measured."""
 
 
 def main(args: Args) -> None:
@@ -78,6 +78,9 @@ def main(args: Args) -> None:
         from experiments.psl import figures
 
         figures.draw(RESULTS)
+        readme = RESULTS.parent / "README.md"
+        if readme.exists():
+            paste(readme, "table", (RESULTS / "table.md").read_text())
         return
     RESULTS.mkdir(exist_ok=True)
     for name in args.only or SETTINGS:
