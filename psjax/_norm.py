@@ -18,7 +18,9 @@ class SubnetNorm(nn.Module):
     `[..., features] -> [..., features]`, statistics over all axes but the last, the variance that
     of the population, as in `flax.linen.BatchNorm`. Differences to it: parameters and statistics
     carry the axis of the neurons, so that they travel with a subnet; a missing statistic is an
-    error.
+    error. What `init` puts into `batch_stats`, mean 0 and variance 1, is no statistic of anything:
+    running averages start there. With it a prediction is no error, but normalises nothing; give
+    `psjax.ist.calibrate`'s collection in its place.
 
     Attributes:
       axis: name of the axis that subnets divide; None where every subnet has all features.
@@ -39,7 +41,7 @@ class SubnetNorm(nn.Module):
         """Normalise by the batch if `train`, else by the collection `batch_stats`.
 
         Raises:
-          ValueError: prediction without statistics.
+          ValueError: prediction without a mean or a variance.
         """
         if self.is_mutable_collection("moments") and not self.is_initializing():
             if self.has_variable("moments", "mean"):
@@ -79,11 +81,13 @@ class SubnetNorm(nn.Module):
         return moments
 
     def _predict(self, x):
-        if not self.is_initializing() and not self.has_variable("batch_stats", "mean"):
+        missing = [x for x in ("mean", "var") if not self.has_variable("batch_stats", x)]
+        if missing and not self.is_initializing():
             msg = (
                 f"SubnetNorm {'/'.join(self.path)}: prediction (train=False) needs statistics of "
-                "the whole network, and there is no 'batch_stats' collection; write variables = "
-                "{'params': params, 'batch_stats': psjax.ist.calibrate(model, params, batches)}."
+                f"the whole network, and 'batch_stats' has no {' and no '.join(missing)} here; "
+                "write variables = {'params': params, "
+                "'batch_stats': psjax.ist.calibrate(model, params, batches)}."
             )
             raise ValueError(msg)
         mean, var = (running.value for running in self._running(x.shape[-1]))

@@ -1,7 +1,7 @@
 """What independent subnets are compared with, through the same core and with the same signature.
 
-A script changes one word, `psjax.local_update`, and what follows from it: every worker has the whole
-network, so the selection is `psjax.replicas(params, n)` and `loss_fn` is that of the whole module.
+A script changes one word, `psjax.local_update`, and what follows from it: every worker has the
+whole network, so the selection is `psjax.replicas(params, n)`, `loss_fn` that of the whole module.
 
 Data parallel with dropout, the explanation that section 6.1 of arXiv:1910.02120 gives for the gains
 of independent subnets ("a distributed version of dropout"), is `data_parallel` with a model whose

@@ -1,4 +1,4 @@
-"""Traffic, work and memory: the formulas, and a ledger read off compiled programs.
+"""Traffic and work by formulas; traffic, work and memory by a ledger of compiled programs.
 
 The formulas are for plain networks of `t` dense layers, `widths = (N_0, ..., N_t)`, whose layer `i`
 has a matrix of $N_{i-1} N_i$ weights. Each function gives a `Cost` of one gradient step, all `n`
@@ -10,7 +10,8 @@ workers together:
   B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
   Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), letter by letter.
 
-`ledger` counts the same quantities in any program that XLA has compiled, whatever its model.
+`ledger` counts the same traffic and work in any program that XLA has compiled, whatever its model,
+and the memory that it plans on a device.
 """
 
 from collections.abc import Sequence

@@ -28,6 +28,7 @@ import optax
 from flax import linen as nn
 from jax.tree_util import keystr
 
+from psjax._check_subnets import check_subnets as check_subnets
 from psjax._partition import random_partition
 from psjax._selection import Selection
 from psjax._separable import element_value_and_grad
@@ -66,8 +67,12 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
     of the training data with the whole network. Layer by layer: the statistics of a layer are those
     of its inputs once all layers before it use theirs, so that there are as many passes over the
-    batches as layers of normalisation. With one hidden layer, and scores that are not normalised,
-    there is nothing to correct but noise, because its inputs are whole in a subnet too.
+    batches as layers of normalisation. What follows only shared leaves and the first divided layer
+    has whole inputs in a subnet too: with one hidden layer, and scores that are not normalised,
+    there is nothing to correct but the noise of running averages. Normalised scores, like a second
+    layer, have all neurons for inputs, of which a subnet has a share.
+
+    It replaces the statistics of `init` and those of training, which a model takes for its own.
 
     Args:
       model: a module whose call without `train=True` predicts.
@@ -183,63 +188,6 @@ def gradient_bias(
     ratio = jax.tree.map(lambda a, b: norm(a) / norm(b), mean, whole)
     distance = jax.tree.map(lambda a, b: norm(a - b) / norm(b), mean, whole)
     return GradientBias(cosine, ratio, distance)
-
-
-def check_subnets(
-    fn: Callable[..., Any],
-    subnet_fn: Callable[..., Any],
-    params: Any,
-    selection: Selection,
-    *args: Any,
-    tolerance: float = 1e-4,
-) -> None:
-    """Raise if a layer reduces over a divided axis, so that a subnet is no part of the network.
-
-    A subnet must compute what the whole network does with every other entry set to zero. A layer
-    normalisation or a softmax over divided neurons does not: its sum knows the others. One
-    evaluation of every subnet and of the whole network, on the host; once before a training.
-
-    Args:
-      fn: `fn(params, *args)`, scores of the whole network, of any shape.
-      subnet_fn: the same of a subnet.
-      params: of the whole network.
-      selection: the subnets.
-      *args: such as a batch of inputs, of samples that differ.
-      tolerance: largest difference allowed, relative to the largest score.
-
-    Raises:
-      ValueError: the scores of a subnet differ.
-    """
-    seen = selection.gather(params)
-    for e in range(selection.num_elements):
-        own = jnp.arange(selection.num_elements) == e
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        alone = selection.scatter_mean(seen, zeros, where=own)
-        small = subnet_fn(jax.tree.map(lambda x, e=e: x[e], seen), *args)
-        large = fn(alone, *args)
-        if jnp.shape(small) != jnp.shape(large):
-            msg = (
-                f"check_subnets: a subnet's scores have shape {jnp.shape(small)}, those of the "
-                f"whole network {jnp.shape(large)}; write two functions of the same output."
-            )
-            raise ValueError(msg)
-        largest = float(jnp.max(jnp.abs(large)))
-        if not 0 < largest < float("inf"):
-            msg = (
-                f"check_subnets: the largest score of subnet {e} is {largest}, which shows nothing;"
-                " give several samples that differ, and weights that are not all zero."
-            )
-            raise ValueError(msg)
-        error = float(jnp.max(jnp.abs(small - large))) / largest
-        if not error <= tolerance:
-            msg = (
-                f"check_subnets: the scores of subnet {e} differ by {error:.2g} from those of the "
-                "whole network with all other entries zero. A layer reduces over an axis that is "
-                f"divided, one of {sorted(selection.indices)} (a LayerNorm, a softmax); normalise "
-                "each neuron by itself (psjax.nn.SubnetNorm), or leave that axis out of the "
-                "annotation."
-            )
-            raise ValueError(msg)
 
 
 class ScaleByAdamState(NamedTuple):

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
 
 import psjax
 from experiments._checkpoint import Checkpoints
@@ -354,10 +355,42 @@ def test_saving_and_loading_keeps_the_statistics(x64, how, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
-def test_prediction_without_statistics_names_calibrate(x64):
+def test_of_one_hidden_layer_only_normalised_scores_have_other_statistics_in_a_subnet(x64):
+    net, x, n = psjax.models.MLP(3, (6,), normalize_output=True), samples("1 layer"), 3
+    params, axes = init(net, x[0])
+    selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
+    whole = jit(lambda params: psjax.ist.calibrate(net, params, x))(params)
+    of_all = jit(jax.vmap(lambda own: psjax.ist.calibrate(net.subnet(n), own, x)))
+    seen = of_all(jit(selection.gather)(params))
+    for e in range(n):
+        statistics = jax.tree.map(lambda v, e=e: v[e], seen)
+        rows = selection.indices["hidden_0"][e]
+        hidden = {name: v[rows] for name, v in whole["SubnetNorm_0"].items()}
+        close(statistics["SubnetNorm_0"], hidden)
+        assert (statistics["SubnetNorm_1"]["var"] < 0.9 * whole["SubnetNorm_1"]["var"]).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"), [((), "mean and no var"), (["mean"], "var"), (["var"], "mean")]
+)
+@pytest.mark.parametrize("mutable", [False, ["batch_stats"]])
+def test_prediction_without_statistics_names_calibrate(x64, names, missing, mutable):
     net, variables, _, x = calibrated("1 layer")
-    with pytest.raises(ValueError, match=r"SubnetNorm_0: prediction .*psjax\.ist\.calibrate"):
-        net.apply({"params": variables["params"]}, x)
+    statistics = variables["batch_stats"]["SubnetNorm_0"]
+    some = {"SubnetNorm_0": {name: statistics[name] for name in names}}
+    given = {"params": variables["params"], **({"batch_stats": some} if names else {})}
+    message = rf"SubnetNorm_0: prediction .* has no {missing} here; .*psjax\.ist\.calibrate"
+    with pytest.raises(ValueError, match=message):
+        net.apply(given, x, mutable=mutable)
+
+
+def test_the_statistics_of_init_are_where_running_averages_start_and_normalise_nothing(x64):
+    """No error, and nothing but a factor of nearly 1: `calibrate`'s take their place."""
+    norm, x = psjax.nn.SubnetNorm(use_scale=False, use_bias=False), jnp.asarray(normal(7, 4))
+    statistics = norm.init(jax.random.key(0), x, train=False)
+    close(norm.apply(statistics, x, train=False), x / np.sqrt(1 + norm.epsilon))
+    calibrated = {"batch_stats": psjax.ist.calibrate(norm, {}, x[None], train=False)}
+    close(norm.apply(calibrated, x, train=False), norm.apply({}, x, train=True))
 
 
 def test_nothing_to_calibrate_is_refused():
@@ -534,42 +567,131 @@ def test_no_selection_has_no_gradient_bias():
         psjax.ist.gradient_bias(squared_loss, squared_loss, params, [], batch)
 
 
-class Reducing(nn.Module):
-    """One hidden layer, and a layer after it that reduces over its neurons."""
-
-    width: int
-    layer: str
-
-    @nn.compact
-    def __call__(self, x):
-        x = psjax.nn.SubnetDense(self.width, None, "neurons")(x)
-        if self.layer == "LayerNorm":
-            annotated = lambda init: nn.with_partitioning(init, ("neurons",))
-            ones, zeros = (annotated(nn.initializers.constant(c)) for c in (1, 0))
-            x = nn.LayerNorm(scale_init=ones, bias_init=zeros)(x)
-        else:
-            x = nn.softmax(x)
-        return psjax.nn.SubnetDense(3, "neurons", None)(x)
+REDUCING = {
+    "mean": lambda x: x - x.mean(-1, keepdims=True),
+    "softmax": nn.softmax,
+    "L2": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "L1": lambda x: x / (1e-3 + jnp.abs(x).sum(-1, keepdims=True)),
+    "largest": lambda x: x / (1e-3 + jnp.abs(x).max(-1, keepdims=True)),
+    "maximum": lambda x: nn.relu(x) / (1 + nn.relu(x).max(-1, keepdims=True)),
+    "winner": lambda x: jnp.where(x == x.max(-1, keepdims=True), x, 0),
+    "winner of relu": lambda x: (y := nn.relu(x)) * (y == y.max(-1, keepdims=True)),
+    "cumulative": lambda x: jnp.cumsum(x, axis=-1),
+}
 
 
-def check(net, small, sizes, n, x, **kwargs):
-    params, axes = init(net, x)
-    selection = jit(lambda: psjax.ist.membership(0, 0, axes, sizes, n))()
-    apply = lambda net: jit(lambda params, x: net.apply({"params": params}, x, **kwargs))
-    psjax.ist.check_subnets(apply(net), apply(small), params, selection, x)
+def check(net, n, *x, train=True, biases=1):
+    """Of a model with normal weights: normalised by the batch if `train`, else by statistics."""
+    variables = jax.eval_shape(net.init, jax.random.key(0), *x)
+    axes, shapes = nn.get_partition_spec(variables), nn.unbox(variables)
+    if train:
+        axes, shapes = ({"params": tree["params"]} for tree in (axes, shapes))
+    variables = perturbed(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
+    scale = lambda path, x: jnp.asarray(biases * x if "bias" in keystr(path) else np.abs(x))
+    weight = lambda path, x: jnp.asarray(x) if x.ndim > 1 else scale(path, x)
+    variables = jax.tree_util.tree_map_with_path(weight, variables)
+    selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
+    apply = lambda net: jit(lambda variables, *x: net.apply(variables, *x, train=train))
+    psjax.ist.check_subnets(apply(net), apply(net.subnet(n)), variables, selection, *x)
 
 
-@pytest.mark.parametrize("name", ["no scale, no shift", "convolutions"])
-def test_subnets_of_a_normalised_network_are_parts_of_it(x64, name):
-    """6 and 5 neurons among 4."""
-    net = NETS[name]
-    check(net, net.subnet(4), net.sizes, 4, samples(name)[0], train=True)
+ALONE = {"normalize": False, "normalize_output": True}
+PARTS = {  # models, and whether they are normalised by the batch
+    "one layer": (psjax.models.MLP(3, (12,)), True),
+    "no layer is normalised": (psjax.models.MLP(3, (12, 11), normalize=False), True),
+    "the output is, too": (psjax.models.MLP(3, (12, 11), normalize_output=True), True),
+    "the output alone is": (psjax.models.MLP(3, (12, 11), **ALONE), True),
+    "by given statistics": (psjax.models.MLP(3, (12, 11), normalize_output=True), False),
+    "no scale, no shift": (psjax.models.MLP(3, (12, 11), use_scale=False, use_bias=False), True),
+    "convolutions": (psjax.models.VGG11(3, (4, 0), (12,), implementation="native"), True),
+    "sparse": (psjax.models.SparseMLP(4, 9, (11,)), True),
+}
 
 
-@pytest.mark.parametrize("layer", ["LayerNorm", "softmax"])
-def test_a_layer_that_reduces_over_a_divided_axis_is_found_and_the_axis_named(x64, layer):
-    with pytest.raises(ValueError, match=r"an axis that is divided, one of \['neurons'\]"):
-        check(Reducing(6, layer), Reducing(3, layer), {"neurons": 6}, 2, samples("1 layer")[0])
+@pytest.mark.parametrize("biases", [1, 0])
+@pytest.mark.parametrize("name", PARTS)
+def test_subnets_of_the_models_are_parts_of_them(name, biases):
+    """12 or 11 neurons among 3; with biases and shifts, and with zeros as at the start; float32."""
+    net, train = PARTS[name]
+    ids = np.random.default_rng(0).integers(0, 9, (4, 2))
+    image = normal(5, 4, 4, 2).astype(np.float32)
+    x = (ids, image[0, 0]) if name == "sparse" else (image,)
+    check(net, 3, *x, train=train, biases=biases)
+
+
+softmax = functools.partial(jax.nn.softmax, axis=-1)
+standardised = lambda x, axis: (
+    (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True) + 1e-3)
+)
+LAYERS = {
+    "layer normalisation": lambda x: standardised(x, -1),
+    "softmax": softmax,
+    "mean": lambda x: x - x.mean(-1, keepdims=True),
+    "L2": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "L1": lambda x: x / (1e-3 + jnp.abs(x).sum(-1, keepdims=True)),
+    "largest": lambda x: x / (1e-3 + jnp.abs(x).max(-1, keepdims=True)),
+    "maximum": lambda x: nn.relu(x) / (1 + nn.relu(x).max(-1, keepdims=True)),
+    "winner takes all": lambda x: jnp.where(x == x.max(-1, keepdims=True), x, 0),
+    "cumulative sum": lambda x: jnp.cumsum(x, axis=-1),
+}
+OUTPUTS = {
+    "as they are": lambda x: x,
+    "by the batch": lambda x: standardised(x, 0),
+    "softmax": softmax,
+}
+
+
+def check_layer(layer, after, output, skip=0):
+    """Two hidden layers, `layer` after one of them; `output` of the scores."""
+    axes = {"a": P(None, "h1"), "b": P("h1", "h2"), "c": P("h2", None), "bias": P("h1"), "d": P()}
+    axes["skip"] = P("h1", None)
+    shapes = {"a": (7, 4), "b": (4, 6), "c": (6, 3), "bias": (4,), "d": (3,), "skip": (4, 3)}
+    params = {name: jnp.asarray(normal(*shape)) for name, shape in shapes.items()}
+
+    def fn(params, x):
+        x = jnp.tanh(x @ params["a"] + params["bias"])
+        x = layer(x) if after == 1 else x
+        scores = skip * x @ params["skip"] + params["d"]
+        x = jnp.tanh(x @ params["b"])
+        x = layer(x) if after == 2 else x
+        return output(scores + x @ params["c"])
+
+    shares = {"h1": [[0, 2], [1, 3]], "h2": [[0, 1, 4], [2, 3, 5]]}
+    selection = psjax.select(axes, shares, like=params)
+    psjax.ist.check_subnets(fn, fn, params, selection, jnp.asarray(normal(5, 7)))
+
+
+@pytest.mark.parametrize("output", ["as they are", "by the batch"])
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_that_reduces_over_a_divided_axis_is_found_and_the_axis_named(
+    x64, layer, after, output
+):
+    with pytest.raises(ValueError, match=r"an axis that is divided, one of \['h1', 'h2'\]"):
+        check_layer(LAYERS[layer], after, OUTPUTS[output])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_layer_that_reduces_over_nothing_passes(x64, output):
+    check_layer(jnp.sin, 1, OUTPUTS[output])
+
+
+def test_neurons_may_reach_scores_that_are_their_sum_through_several_leaves(x64):
+    check_layer(jnp.sin, 1, lambda x: x, skip=1)
+    with pytest.raises(ValueError, match="an axis that is divided"):
+        check_layer(LAYERS["maximum"], 1, lambda x: x, skip=1)
+    with pytest.raises(ValueError, match="no sum over the subnets.*before they are normalised"):
+        check_layer(jnp.sin, 1, softmax, skip=1)
+
+
+def test_elements_that_share_rows_are_parts_of_the_network_though_they_meet_in_it(x64):
+    """In the network the one row in common sees what the elements see of the layer before."""
+    fn = lambda w, x: jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"]
+    axes = {"a": P(None, "h1"), "b": P("h1", "h2"), "c": P("h2", None)}
+    shapes = {"a": (7, 4), "b": (4, 6), "c": (6, 3)}
+    params = {name: jnp.asarray(normal(*shape)) for name, shape in shapes.items()}
+    selection = psjax.select(axes, dict.fromkeys(["h1", "h2"], [[0, 1], [1, 2]]), like=params)
+    psjax.ist.check_subnets(fn, fn, params, selection, jnp.asarray(normal(5, 7)))
 
 
 # ----------------------------------------------------------------------------- Adam's own counting

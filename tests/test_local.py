@@ -30,6 +30,8 @@ OPTIMIZERS = {
     "momentum": (ref.Optimizer("momentum", 0.1), optax.sgd(0.1, momentum=0.9)),
     "adam": (ref.Optimizer("adam", 0.03), optax.adam(0.03)),
 }
+# Compiling takes longest: at level 0 half as long as by default.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -224,20 +226,31 @@ def test_one_step_of_sgd_on_a_partition_is_one_of_the_summed_loss():
     close(new, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
 
 
-@pytest.mark.parametrize("n", [N, 2])
-def test_what_nobody_held_keeps_its_bits_and_what_one_held_moves(n):
-    params, selection = init(), draw(0, n=n)
-    update = psjax.local_update(loss_fn, optax.sgd(0.1))
-    state = optax.sgd(0.1).init(params)
-    new, _, _ = update(params, state, selection, make_batches(n=n))
-    held = jax.tree.map(lambda c: np.asarray(c) > 0, selection.counts(params))
+@pytest.mark.parametrize(("n", "name"), [(N, "sgd"), (N, "momentum"), (2, "adamw")])
+def test_what_nobody_held_keeps_its_bits_and_what_one_held_moves(n, name):
+    """Weights and moments, which are not zero before the round; the bits of -0 are those of -0."""
+    optimizer = (OPTIMIZERS | {"adamw": (None, optax.adamw(0.1, weight_decay=0.1))})[name][1]
+    selection, rng = draw(0, n=n), np.random.default_rng(0)
+    held = jax.tree.map(lambda c: np.asarray(c) > 0, selection.counts(init()))
     assert not held[1]["kernel"].all()
     assert held[1]["kernel"].any()
+    signed = lambda x, h: np.where(h | (rng.random(x.shape) < 0.5), x, -0.0)
+    params = jax.tree.map(signed, init(), held)
+    noise = lambda x: rng.random(x.shape) if x.ndim else x
+    state = jax.tree.map(noise, optimizer.init(params))
+    update = jit(psjax.local_update(loss_fn, optimizer))
+    new, new_state, _ = update(params, state, selection, make_batches(n=n))
+    old, new = ({"params": p, **moments_of(s)} for p, s in ((params, state), (new, new_state)))
+    assert set(old) - {"params"} == {"sgd": set(), "momentum": {"trace"}}.get(name, {"mu", "nu"})
+    bits = lambda x: np.asarray(x).view(np.uint64)
     for (path, w), v, h in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(new), jax.tree.leaves(held)
+        jax.tree_util.tree_leaves_with_path(old),
+        jax.tree.leaves(new),
+        jax.tree.leaves(dict.fromkeys(old, held)),
+        strict=True,
     ):
-        assert np.array_equal(np.asarray(w)[~h], np.asarray(v)[~h]), path
-        assert np.all(np.asarray(w)[h] != np.asarray(v)[h]), path
+        np.testing.assert_array_equal(bits(w)[~h], bits(v)[~h], jax.tree_util.keystr(path))
+        assert np.all(w[h] != np.asarray(v)[h]), path
 
 
 def test_a_padded_slot_stays_zero_even_where_its_gradient_is_nan():
@@ -501,6 +514,29 @@ def test_a_round_over_devices_is_the_round_on_one(wrapper, n, devices):
     close(new_state, expected[1])
     flat = np.asarray(metrics.loss).reshape(-1, J)[:n]
     np.testing.assert_allclose(flat, expected[2].loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "devices", "name"), [("pmap", 2, "nesterov"), ("shard_map", 3, "if finite")]
+)
+def test_a_subnet_that_becomes_nan_is_left_out_over_devices_as_it_is_on_one(wrapper, devices, name):
+    """Whichever of 3: alone on its device, beside a good one, beside padding; so are its counts."""
+    optimizer = CHAINS[name]
+    params, selection, parts = init(), draw(0), draw(0).split(devices)
+    state = optimizer.init(params)
+    alone = jit(psjax.local_update(loss_fn, optimizer))
+    inner = psjax.local_update(loss_fn, optimizer, axis_name="workers")
+    run = over_devices(inner, wrapper, devices, jit)
+    for bad in range(N):
+        batches = make_batches()
+        batches["x"] = batches["x"].at[bad, 1].set(jnp.nan)
+        expected = alone(params, state, selection, batches)
+        *new, metrics = run(params, state, parts, divided(batches, devices))
+        close(tuple(new), expected[:2])
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
+        finite = np.asarray(metrics.finite).ravel()[:N].tolist()
+        assert finite == expected[2].finite.tolist() == [e != bad for e in range(N)]
+        assert f"subnets [{bad}] " in psjax.ist.non_finite(parts, metrics)
 
 
 def test_a_hundred_rounds_are_one_trace():

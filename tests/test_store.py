@@ -111,7 +111,7 @@ def test_counts_of_every_entry_s_steps_travel_with_the_weights():
 
 @pytest.mark.parametrize(("n", "moments"), [(2, 0), (4, 0), (8, 0), (2, 2), (4, 1), (8, 2)])
 def test_a_round_sends_and_computes_what_the_formula_says(n, moments):
-    """Exactly, for widths that n * n divides; and a worker holds its share of the weights."""
+    """Exactly, for widths that n * n divides; and a worker holds its share of the weights alone."""
     sizes, optimizer = {"h1": 64, "h2": 128}, OPTIMIZERS[moments]
     params, batches = init(64, 128, jnp.float32), make_batches(n, jnp.float32)
     round, shardings = sharded_round(n, sizes, optimizer, params)
@@ -126,6 +126,8 @@ def test_a_round_sends_and_computes_what_the_formula_says(n, moments):
     own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arguments))
     split = 4 * (1 + moments) * (64 * N0 + 64 + 64 * 128 + 128 * CLASSES) // n
     assert own == split + 4 * (1 + moments) * CLASSES + (4 if moments == 2 else 0)
+    number, batch = 4, 4 * STEPS * BATCH * (N0 + 1)  # of the round; a worker's samples and labels
+    assert ledger.memory.argument == own + number + batch
 
 
 @pytest.mark.usefixtures("x64")
