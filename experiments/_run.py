@@ -62,8 +62,10 @@ def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:
     """Set the number of devices; the configuration, and the run folder where one is given.
 
     Raises:
-      ValueError: both `out` and `resume`; no run in the folder to resume.
+      ValueError: less than an epoch between checkpoints; both `out` and `resume`; no run in the
+        folder to resume.
     """
+    check_least("checkpoint_every", args.checkpoint_every, 1)
     if args.num_devices is not None:
         jax.config.update("jax_num_cpu_devices", args.num_devices)
     if args.resume is None:
@@ -130,26 +132,30 @@ def open_folder(
 ) -> None:
     """Make the run folder, or see that it holds the same training; write `config.json`.
 
+    A folder where a start was interrupted before it wrote `config.json` is as good as none.
+
     Args:
       config: a dataclass.
       folder: the run folder.
-      resume: whether it may exist.
+      resume: whether anything may be in it.
       free: of the old and the new configuration: what may differ. A longer training is the same.
 
     Raises:
-      FileExistsError: the folder exists and `resume` is False.
+      FileExistsError: something is in the folder and `resume` is False.
       ValueError: the folder holds a run of another configuration.
     """
     path = folder / "config.json"
     text = json.dumps(dataclasses.asdict(config), indent=1)
-    if not folder.exists():
-        folder.mkdir(parents=True)
-    elif not resume:
-        msg = (
-            f"run folder {folder} exists; write --resume {folder} to continue it, or another --out."
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = {entry.name for entry in folder.iterdir()} - {_aside(path).name}
+    if inside and not resume:
+        if path.name in inside:
+            msg = f"exists; write --resume {folder} to continue it, or another --out."
+        else:
+            msg = f"holds files but no run (no {path.name}); write another --out."
+        msg = f"run folder {folder} {msg}"
         raise FileExistsError(msg)
-    elif path.exists():
+    if path.exists():
         old, new = json.loads(path.read_text()), dataclasses.asdict(config)
         same = new.keys() - free(old, new)
         differ = [k for k in new if k in same and old.get(k) != new[k]]
@@ -177,9 +183,13 @@ def saved_config(folder: pathlib.Path, given: Any) -> Any:
 
 def replace(path: pathlib.Path, text: str) -> None:
     """Write a file whole or not at all."""
-    aside = path.with_suffix(path.suffix + ".tmp")
+    aside = _aside(path)
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def _aside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(path.suffix + ".tmp")
 
 
 def paste(readme: pathlib.Path, name: str, text: str) -> None:

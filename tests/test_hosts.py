@@ -349,6 +349,12 @@ def test_half_an_address_is_refused(arguments, message):
         cluster.initialize(*arguments)
 
 
+@pytest.mark.parametrize("option", ["checkpoint_every", "report_every"])
+def test_no_rounds_between_reports_are_refused_before_anybody_joins(option):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} 0: write 1 or more"):
+        script.main(script.Args(**{option: 0}))
+
+
 def test_no_cluster_to_detect_is_named():
     [(code, output)] = start(1, "--cluster", "auto", "--join-timeout", "60")
     assert code == 1

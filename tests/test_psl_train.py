@@ -1,6 +1,7 @@
 """The main job as a user runs it: interrupted, resumed, damaged, diverged."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -13,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import _run
 from experiments._checkpoint import Checkpoints, uninterrupted
+from experiments.ist import train as ist_train
 from experiments.psl import run, train, training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,10 +48,14 @@ def _finish(process, timeout=300):
     return process.returncode, output
 
 
-def _params(folder, epoch, config=SMALL):
+@functools.cache
+def _zeros(config):
     like = jax.eval_shape(lambda: training.build(config).state)
-    like = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), like)
-    step, state = Checkpoints(folder / "checkpoints").restore(like, pytest.fail)
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), like)
+
+
+def _params(folder, epoch, config=SMALL):
+    step, state = Checkpoints(folder / "checkpoints").restore(_zeros(config), pytest.fail)
     assert step == epoch
     return state["params"]
 
@@ -172,21 +179,97 @@ def test_a_run_folder_that_exists_is_left_alone(trained):
     assert (trained / "metrics.csv").read_text() == before
 
 
+@pytest.mark.parametrize("left", [(), ("config.json.tmp",)])
+def test_a_folder_that_an_interrupted_start_left_empty_is_started_in(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    _run.open_folder(SMALL, tmp_path, resume=False)
+    assert _run.saved_config(tmp_path, training.Config()) == SMALL
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_of_other_files_is_no_run_folder(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match=r"holds files but no run .*write another --out"):
+        _run.open_folder(SMALL, tmp_path, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("script", [train, ist_train])
+def test_no_epochs_between_checkpoints_are_refused_before_the_start(tmp_path, script):
+    with pytest.raises(ValueError, match="--checkpoint-every 0: write 1 or more"):
+        script.main(script.Args(out=tmp_path / "run", checkpoint_every=0))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained):
     other = dataclasses.replace(SMALL, model="lenet")
     with pytest.raises(ValueError, match="another training .model psnet there, lenet here"):
         run.train(other, trained, resume=True)
 
 
-def test_divergence_stops_with_step_and_margin_and_keeps_the_last_checkpoint(trained, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    config = dataclasses.replace(SMALL, optimizer="sgd", learning_rate=1e38)
-    with pytest.raises(
-        run.NotFiniteError, match=r"loss \w+ at step \d+ of epoch 1, seed 0; the largest"
-    ):
-        run.train(config, tmp_path / "diverged", report=lambda line: None)
-    assert Checkpoints(folder / "checkpoints").steps()[-1] == 6
+@pytest.mark.parametrize(
+    ("batch_size", "words"),
+    [
+        (240, r"^loss \w+ at step 2 of epoch 7, seed 0; "),
+        (1437, r"^NaN or Inf in the weights .* after step 1 of epoch 7, seed 0 \(loss \d\S*\); "),
+    ],
+    ids=["within an epoch", "in an epoch's last step"],
+)
+def test_divergence_stops_with_step_and_margin_and_keeps_the_last_checkpoint(
+    trained, tmp_path, batch_size, words
+):
+    how = {"compute": "fused", "batch_size": batch_size, "optimizer": "sgd"}
+    config = dataclasses.replace(SMALL, **how, learning_rate=1e38, epochs=8)
+    good = _params(trained, 6)
+    last = good["SeparableDense_1"]
+    last["bias"] = last["bias"].at[:, 0].add(5.0)  # steep: one step leads beyond float32
+    _run.open_folder(config, tmp_path, resume=False)
+    shutil.copy(trained / "metrics.csv", tmp_path)
+    state = {"params": good, "opt_state": training.make_optimizer(config).init(good)}
+    Checkpoints(tmp_path / "checkpoints").save(6, state)
+    margin = r"the largest margin of step 1 was -?\d.*checkpoint is that of epoch 6; try a lower"
+    with pytest.raises(run.NotFiniteError, match=words + margin):
+        run.train(config, tmp_path, resume=True, checkpoint_every=1, report=lambda line: None)
+    kept = _params(tmp_path, 6, config)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+    jax.tree.map(np.testing.assert_array_equal, kept, good)
+    assert (tmp_path / "metrics.csv").read_text() == (trained / "metrics.csv").read_text()
+
+
+def test_a_state_is_sound_where_every_number_in_it_is_finite():
+    state = {
+        "params": {"kernel": np.ones((4, 2, 3), np.float32), "bias": np.ones((4, 3), np.float32)},
+        "opt_state": (np.zeros(4, np.int32), np.ones((4, 2, 3), np.float32)),
+    }
+    state["params"]["bias"][1, 2] = np.nan
+    state["opt_state"][1][3, 0, 0] = np.inf
+    np.testing.assert_array_equal(training.sound(state), [True, False, True, False])
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("loss", "margins", "sound", "words"),
+    [
+        ([[1, 2], [3, INF]], [[1, 2], [3, 4]], [1, 0], "loss inf at step 2 .*5; .* step 2 was 4"),
+        ([[1, 2], [NAN, 3]], [[1, 2], [NAN, 4]], [0, 0], "at step 1 .*5; .* of epoch 6 was 7.5"),
+        ([[NAN, 2], [3, 4]], [[INF, 2], [3, 4]], [0, 1], "at step 1 .*4; no margin until then"),
+        (
+            [[1, 2], [3, 4]],
+            [[1, 2], [3, NAN]],
+            [1, 0],
+            r"after step 2 .*5 \(loss 4.* step 1 was 3",
+        ),
+    ],
+)
+def test_the_margin_is_the_last_that_is_known(tmp_path, loss, margins, sound, words):
+    metrics = {"loss": np.array(loss, float), "max_margin": np.array(margins, float)}
+    rows = [{"epoch": e, "seed": 5, "max_margin": m} for e, m in ((5, 1.0), (6, 7.5), (7, INF))]
+    args = rows, (4, 5), 8, Checkpoints(tmp_path)
+    with pytest.raises(run.NotFiniteError, match=words):
+        run._check_finite(metrics, np.array(sound, bool), *args)
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(trained, tmp_path):

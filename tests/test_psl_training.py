@@ -131,6 +131,12 @@ def test_orders_are_made_from_seed_and_epoch_alone():
         other = training.epoch_order(config, labels, 10, seed=1, epoch=3)
         assert not np.array_equal(one, other)
     assert training.epoch_order(training.Config(order="dataset"), labels, 10, 0, 0) is None
+    fixed = lambda seed, epoch: training.epoch_order(
+        training.Config(order="fixed"), labels, 10, seed, epoch
+    )
+    np.testing.assert_array_equal(fixed(1, 2), fixed(1, 3))
+    assert sorted(fixed(1, 2)) == list(range(len(labels)))
+    assert not np.array_equal(fixed(1, 2), fixed(2, 2))
 
 
 @pytest.mark.parametrize(

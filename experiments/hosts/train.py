@@ -84,6 +84,8 @@ def main(args: Args) -> pathlib.Path:
     """Join the others, train, return the run folder."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: pages about what one line says
     methods.check(args.config.method)
+    for name in ("checkpoint_every", "report_every"):
+        _run.check_least(name, getattr(args, name), 1)
     if args.resume is not None and args.out is not None:
         msg = f"--out {args.out} --resume {args.resume}: write one of them."
         raise ValueError(msg)

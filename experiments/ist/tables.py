@@ -221,8 +221,8 @@ def table3(trained: dict[Key, list[dict]]) -> str:
         lines.append(_row(cells))
     lines += [
         "",
-        "Test accuracy in %, mean ± standard deviation over seeds (seeds; epochs, until the training"
-        " loss stops improving or at most those above). Local SGD and IST with J = 10.",
+        "Test accuracy in %, mean ± standard deviation over seeds (seeds; epochs, until the loss "
+        "stops improving or at most those above). Local SGD and IST with J = 10.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -52,9 +52,10 @@ def train(
       report: told, a line at a time, what a person should know.
 
     Raises:
-      FileExistsError: the folder exists and `resume` is False.
+      FileExistsError: something is in the folder and `resume` is False.
       ValueError: the folder holds a run of another configuration.
-      NotFiniteError: NaN or Inf in the loss; the last good checkpoint stays.
+      NotFiniteError: NaN or Inf in the loss, or in the state after an epoch, which is then not
+        saved; the last good checkpoint stays.
       OSError: a checkpoint cannot be written.
     """
     folder = pathlib.Path(folder)
@@ -74,7 +75,8 @@ def train(
         for epoch in range(start + 1, config.epochs + 1):
             state, metrics = program.epoch(state, program.batches(epoch - 1), program.train)
             metrics = jax.tree.map(np.asarray, metrics)
-            _check_finite(metrics, seeds, epoch, checkpoints)
+            sound = np.asarray(training.sound(state))
+            _check_finite(metrics, sound, rows, seeds, epoch, checkpoints)
             accuracy = np.asarray(program.accuracy(state["params"], program.test))
             for s, seed in enumerate(seeds):
                 values = (
@@ -95,19 +97,35 @@ def train(
     return rows
 
 
-def _check_finite(metrics, seeds, epoch, checkpoints):
-    bad = np.argwhere(~np.isfinite(metrics["loss"]))
-    if not len(bad):
+def _check_finite(metrics, sound, rows, seeds, epoch, checkpoints):
+    """Stop at the first loss that is not finite, or after the epoch where the state is not."""
+    finite = np.isfinite(metrics["loss"])  # [seeds, steps]
+    if finite.all() and sound.all():
         return
-    s, step = bad[np.argmin(bad[:, 1])]
-    margins = metrics["max_margin"][s, : step + 1]
-    finite = margins[np.isfinite(margins)]
-    largest = finite.max() if finite.size else math.nan
-    last = checkpoints.steps()
+    last = finite.shape[1] - 1
+    bad = [(last if own.all() else np.argmin(own), s) for s, own in enumerate(finite)]
+    step, s = min((step, s) for step, s in bad if not (finite[s].all() and sound[s]))
+    loss = metrics["loss"][s, step]
+    place = f"step {step + 1} of epoch {epoch}, seed {seeds[s]}"
+    if finite[s, step]:
+        what = f"NaN or Inf in the weights or the optimizer's state after {place} (loss {loss:.4g})"
+    else:
+        what = f"loss {loss} at {place}"
+    margin = _largest_margin(metrics["max_margin"][s, : step + 1], rows, seeds[s])
+    steps = checkpoints.steps()
     msg = (
-        f"loss {metrics['loss'][s, step]} at step {step + 1} of epoch {epoch}, seed {seeds[s]}; "
-        f"the largest margin of the epoch until then was {largest:.4g}. The last good checkpoint "
-        f"is that of epoch {last[-1] if last else 0}; try a lower --learning-rate, --clip or "
-        "--margin-bound."
+        f"{what}; {margin}. The last good checkpoint is that of epoch {steps[-1] if steps else 0}; "
+        "try a lower --learning-rate, --clip or --margin-bound."
     )
     raise NotFiniteError(msg)
+
+
+def _largest_margin(margins, rows, seed):
+    """In words: of the last step where it is finite, else of the last such epoch."""
+    known = np.flatnonzero(np.isfinite(margins))
+    if len(known):
+        return f"the largest margin of step {known[-1] + 1} was {margins[known[-1]]:.4g}"
+    for row in reversed(rows):
+        if row["seed"] == seed and math.isfinite(row["max_margin"]):
+            return f"the largest margin of epoch {row['epoch']} was {row['max_margin']:.4g}"
+    return "no margin until then was finite"

@@ -21,7 +21,7 @@ from experiments import _run
 LOSSES = ("nll", "one-vs-all", "psl", "psl-squared", "psl-bounded", "one-vs-each", "squared-hinge")
 COMPUTE = ("fused", "elements", "pairs", "blocks")
 DEVICES = ("one", "pmap", "shard_map")
-ORDERS = ("dataset", "shuffled", "stratified")
+ORDERS = ("dataset", "fixed", "shuffled", "stratified")
 OPTIMIZERS = ("adam", "adamw", "sgd", "momentum")
 
 
@@ -60,7 +60,7 @@ class Config:
     margin_bound: float | None = None
     """Beyond it the exponential losses go on as their tangent. Default: 40 (float32), out of reach; 4 for psl-bounded."""
     order: str = "shuffled"
-    """dataset (the set's own, never reshuffled: the authors' way), shuffled or stratified, anew every epoch."""
+    """dataset (the set's own, never reshuffled: the authors' way), fixed (a seed's own random order, never reshuffled), shuffled or stratified, anew every epoch."""
 
     def __post_init__(self):
         for name, choices in (
@@ -215,6 +215,7 @@ def epoch_order(config: Config, labels, num_classes: int, seed: int, epoch: int)
     if config.order == "stratified":
         mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         return psjax.data.stratified_order(labels, num_classes, config.batch_size, mixed)
+    epoch = 0 if config.order == "fixed" else epoch
     return np.random.default_rng([seed, epoch]).permutation(len(labels))
 
 
@@ -226,7 +227,7 @@ class EpochBatches:
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
         self.room = None
         if config.compute != "fused":
-            epochs = range(1) if config.order == "dataset" else range(config.epochs)
+            epochs = range(1) if config.order in ("dataset", "fixed") else range(config.epochs)
             orders = (self._order(seed, e) for e in epochs for seed in self.seeds)
             if config.tile is None:
                 most = (
@@ -365,6 +366,14 @@ def epoch_fn(
         jax.shard_map(own_part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     )
     return lambda state, batches, data: sharded(state, batches, data, parts)
+
+
+@jax.jit
+def sound(state):
+    """`state -> [seeds]`: no NaN or Inf in the weights and the optimizer's state of a seed."""
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
+    return jnp.all(jnp.stack(finite), axis=0)
 
 
 def accuracy_fn(net, batch_size: int = 1000):

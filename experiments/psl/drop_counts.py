@@ -1,0 +1,188 @@
+"""Drops of accuracy, spikes of the gradient: what is counted as one, and in which variants."""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.psl import figures, reproduce, run
+
+VARIANTS = {
+    "psl-squared": ("PSL squared (the authors')", {"loss": "psl-squared"}),
+    "psl": ("PSL", {"loss": "psl"}),
+    "nll": ("NLL", {"loss": "nll"}),
+    "one-vs-each": ("one-vs-each", {"loss": "one-vs-each"}),
+    "bounded": ("PSL squared, tangent beyond e⁴", {"loss": "psl-squared", "margin_bound": 4.0}),
+    "clip": ("PSL squared, gradient clipped", {"loss": "psl-squared"}),
+    "b2-0.99": ("PSL squared, Adam b2 = 0.99", {"loss": "psl-squared", "b2": 0.99}),
+}
+LEAST, NOISE, LARGE, SPIKE = 1.0, 5.0, 5.0, 50.0
+DEFINITION = (
+    "A drop: the test accuracy falls, from one epoch to the next, by more than "
+    f"{LEAST:g} point and by more than {NOISE:g} times the median absolute change between epochs "
+    "of that run; falls in consecutive epochs are one drop, and their sum is its depth. Large: "
+    f"deeper than {LARGE:g} points. A spike: an epoch whose largest gradient norm is over "
+    f"{SPIKE:g} times its median."
+)
+
+
+def find_drops(accuracy) -> list[tuple[int, float]]:
+    """Drops in the accuracies of one run, one an epoch: `[(index, depth in points)]`.
+
+    Args:
+      accuracy: fractions in [0, 1].
+    """
+    falls = -100 * np.diff(accuracy)
+    if not len(falls):
+        return []
+    least = max(LEAST, NOISE * float(np.median(np.abs(falls))))
+    drops: list[tuple[int, float]] = []
+    before = None
+    for i in np.flatnonzero(falls > least):
+        if before is not None and i == before + 1:
+            drops[-1] = (drops[-1][0], drops[-1][1] + float(falls[i]))
+        else:
+            drops.append((int(i) + 1, float(falls[i])))
+        before = i
+    return drops
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is counted of a variant; arrays have an entry a seed."""
+
+    epochs: int
+    per_100: np.ndarray
+    """Drops per 100 epochs."""
+    large_per_100: np.ndarray
+    last: np.ndarray
+    """Test accuracy after the last epoch, %."""
+    best: np.ndarray
+    """Test accuracy after the best epoch, %."""
+    drops: int
+    drops_with_spike: int
+    spikes: int
+    """Epochs with a spike."""
+    first: int | None
+    """The earliest epoch with a drop."""
+    largest: float
+    """Largest gradient norm over the median of its epoch."""
+
+
+def summarise(rows: list[dict]) -> Summary:
+    """Count the drops and spikes of all seeds of a variant."""
+    epochs, accuracy = figures.series(rows, "test_accuracy")
+    largest, median = (figures.series(rows, f"{x}_grad_norm")[1] for x in ("max", "median"))
+    spikes = largest > SPIKE * median
+    drops = [find_drops(a) for a in accuracy]
+    changes = max(len(epochs) - 1, 1)
+    return Summary(
+        epochs=len(epochs),
+        per_100=np.array([100 * len(d) / changes for d in drops]),
+        large_per_100=np.array([100 * sum(x > LARGE for _, x in d) / changes for d in drops]),
+        last=100 * accuracy[:, -1],
+        best=100 * accuracy.max(1),
+        drops=sum(map(len, drops)),
+        drops_with_spike=sum(bool(spikes[s, i]) for s, d in enumerate(drops) for i, _ in d),
+        spikes=int(spikes.sum()),
+        first=min((int(epochs[i]) for d in drops for i, _ in d), default=None),
+        largest=float(np.max(largest / median)),
+    )
+
+
+def load(results: pathlib.Path) -> dict[str, dict[str, Summary]]:
+    """`{setting: {variant: summary}}` of everything measured, in the order of `VARIANTS`."""
+    settings: dict[str, dict[str, Summary]] = {}
+    for path in sorted(results.glob("drops-*.csv")):
+        match = re.fullmatch(r"drops-(\w+-\w+-\d+)-(.+)\.csv", path.name)
+        if match and match[2] in VARIANTS and (rows := run.read_rows(path)):
+            settings.setdefault(match[1], {})[match[2]] = summarise(rows)
+    return {s: {v: found[v] for v in VARIANTS if v in found} for s, found in settings.items()}
+
+
+def describe(setting: str) -> str:
+    model, dataset, batch_size = setting.split("-")
+    model = {"lenet": "LeNet", "psnet": "PSNet"}[model]
+    dataset = {"mnist": "MNIST", "cifar10": "CIFAR10"}.get(dataset, dataset)
+    return f"{model}, {dataset}, batches of {batch_size}"
+
+
+def mean_std(values: np.ndarray, digits: int) -> str:
+    return figures.plus_minus(float(values.mean()), float(figures.std(values)), digits)
+
+
+def settings_lines(results: pathlib.Path) -> list[str]:
+    """Drops and spikes of every setting that `reproduce` has measured, as a Markdown table."""
+    lines = [
+        "| setting | seeds × epochs | drops in 100 epochs | large ones | the first in epoch "
+        "| drops in an epoch with a spike | epochs with a spike | largest gradient / median |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    measured = figures.load(results)
+    for name in reproduce.SETTINGS:
+        if name not in measured:
+            continue
+        s = summarise(measured[name])
+        network, loss, dataset, batch_size = reproduce.SETTINGS[name]
+        cells = [
+            f"{network}-{loss}, {dataset}, {batch_size}",
+            f"{len(s.last)} × {s.epochs}",
+            mean_std(s.per_100, 1),
+            mean_std(s.large_per_100, 1),
+            "" if s.first is None else str(s.first),
+            f"{s.drops_with_spike} of {s.drops}",
+            f"{s.spikes} of {len(s.last) * s.epochs}",
+            f"{s.largest:.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw_frequency(results: pathlib.Path) -> None:
+    """`drops_frequency.png`: drops in 100 epochs and last accuracy of every variant and setting."""
+    settings = load(results)
+    if not settings:
+        return
+    heights = [1.1 + 0.36 * len(variants) for variants in settings.values()]
+    figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(
+        len(settings), 2, squeeze=False, width_ratios=(1.3, 1), height_ratios=heights
+    )
+    for (left, right), (setting, variants) in zip(axes, settings.items()):
+        y = np.arange(len(variants))
+        for offset, name, colour, field in (
+            (-0.19, f"deeper than {LEAST:g} point", "#56B4E9", "per_100"),
+            (0.19, f"deeper than {LARGE:g} points", "#D55E00", "large_per_100"),
+        ):
+            values = [getattr(s, field) for s in variants.values()]
+            errors = np.nan_to_num([figures.std(v) for v in values])
+            left.barh(
+                y + offset,
+                [v.mean() for v in values],
+                0.36,
+                xerr=errors,
+                color=colour,
+                label=name,
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
+        last = [s.last for s in variants.values()]
+        errors = np.nan_to_num([figures.std(v) for v in last])
+        right.errorbar([v.mean() for v in last], y, xerr=errors, fmt="o", color="black", capsize=2)
+        for i, values in enumerate(last):
+            right.plot(values, [i] * len(values), "|", color="0.55", markersize=9, zorder=0)
+        seeds = sorted({len(s.last) for s in variants.values()})
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        figures.panel(left, f"{describe(setting)} (seeds: {count})", "drops in 100 epochs", "")
+        figures.panel(right, "after the last epoch, mean ± std", "test accuracy (%)", "")
+        left.set_yticks(y, [VARIANTS[v][0] for v in variants])
+        right.set_yticks(y, [])
+        right.grid(axis="y", alpha=0)
+        for ax in (left, right):
+            ax.set_ylim(len(y) - 0.4, -0.6)
+            ax.set_axisbelow(True)
+        left.set_xlim(left=0)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figures.save(figure, results / "drops_frequency.png")
