@@ -54,8 +54,13 @@ COLOURS = {
     "local-sgd": "#009E73",
     "ist": "#0072B2",
 }
-DASHES = {1: "-", 5: ":", 10: "-", 50: "--"}  # by local steps
+DASHES = {1: "-.", 5: ":", 10: "-", 50: "--"}  # by local steps
 MARKERS = {1: "o", 5: "v", 10: "s", 50: "D"}
+
+
+def _dashes(line):
+    """Data parallel and one worker have no choice of local steps."""
+    return DASHES[line["local_steps"]] if line["method"] in ("ist", "local-sgd") else "-"
 
 
 def figure3(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
@@ -71,7 +76,7 @@ def figure3(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
     for ax, (name, lines) in zip(figure.subplots(2, 2).flat, panels.items()):
         for line in lines:
             colour, j = COLOURS[line["method"]], line["local_steps"]
-            style = {"color": colour, "linestyle": DASHES[j], "marker": MARKERS[j]}
+            style = {"color": colour, "linestyle": _dashes(line), "marker": MARKERS[j]}
             ax.plot(
                 workers, line["wired"], linewidth=1.6, markersize=4, label=line["label"], **style
             )
@@ -118,8 +123,8 @@ def figure4(path: str | os.PathLike, panels: dict[str, list[dict]]) -> None:
             for line in lines:
                 if column == "bytes" and not line["bytes"].any():
                     continue  # one worker sends nothing
-                colour, j = COLOURS[line["method"]], line["local_steps"]
-                style = {"color": colour, "linestyle": DASHES[j], "label": line["label"]}
+                colour, dashes = COLOURS[line["method"]], _dashes(line)
+                style = {"color": colour, "linestyle": dashes, "label": line["label"]}
                 band(ax, line[column], line["accuracy"], **style)
             panel(ax, name, text, "test accuracy (%)" if column == "seconds" else "")
             ax.set_xscale("log")

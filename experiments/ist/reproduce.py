@@ -4,7 +4,7 @@ B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks us
 Subnet Training*, arXiv:1910.02120, section 6, on spoken_digit: dense networks with 1024 neurons in
 every hidden layer, the paper's batch of 128 a worker, SGD with its learning rate 1e-2.
 
-    python -m experiments.ist.reproduce                     # all, over an hour on one core
+    python -m experiments.ist.reproduce                     # all, about two hours on one core
     python -m experiments.ist.reproduce --only steps        # time single local steps, a minute
     python -m experiments.ist.reproduce --only '2layer-*'   # the 2-layer networks
     python -m experiments.ist.reproduce --only '*-ist-n8-J10' --seeds 10
