@@ -117,14 +117,17 @@ def test_a_trace_names_the_gradient_before_the_fall_and_what_it_did():
     accuracy = [0.60, math.nan, 0.61, math.nan, 0.31, 0.30]
     rows = [
         {"at_epoch": 3.1 + 0.2 * i, "accuracy": a, "gradient": 2.0, "largest_gradient": 4.0}
+        | {"steps": 9.0, "largest_worst": 2.5}
         | {"root_v": 0.5, "largest_root_v": 0.5, "moved": 0.1, "largest_moved": 0.2}
         for i, a in enumerate(accuracy)
     ]
     rows[0]["largest_gradient"] = 9000.0  # long before the fall
     rows[3] |= {"largest_gradient": 5000.0, "largest_moved": 31.0, "largest_root_v": 20.0}
+    rows[3]["largest_worst"] = 8.6
     assert drop_steps.outlier(rows) == (3, 2500.0)
     text = drop_steps.trace_summary(rows)
     assert "In epoch 4 the largest gradient of a step was 2.5e+03 times the usual norm" in text
+    assert "NLL of its worst sample 8.6 where the worst of 9 steps usually had 2.5" in text
     assert "moved by 31 learning rates" in text
     assert "before 0.1" in text
     assert "grew 40 times" in text

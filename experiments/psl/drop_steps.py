@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 import psjax
@@ -194,14 +195,17 @@ def outlier(rows: list[dict]) -> tuple[int, float]:
 def trace_summary(rows: list[dict]) -> str:
     """What a trace shows, in numbers, as a sentence or two."""
     i, factor = outlier(rows)
-    usual = {k: float(np.median([r[k] for r in rows[: max(i, 1)]])) for k in ("root_v", "moved")}
-    kick = max(row["largest_moved"] for row in rows[i : i + 2])
-    growth = max(row["largest_root_v"] for row in rows[i : i + 2]) / usual["root_v"]
+    before, at = rows[: max(i, 1)], rows[i : i + 2]
+    usual = {k: float(np.median([r[k] for r in before])) for k in ("root_v", "moved")}
+    usual["worst"] = float(np.median([r["largest_worst"] for r in before]))
+    peak = {k: max(row[f"largest_{k}"] for row in at) for k in usual}
     return (
         f"In epoch {math.ceil(rows[i]['at_epoch'])} the largest gradient of a step was "
-        f"{factor:.3g} times the usual norm. The weights moved by {kick:.2g} learning rates (root "
-        f"mean square) in a step, before {usual['moved']:.2g}, and the mean of Adam's √v̂ grew "
-        f"{growth:.3g} times."
+        f"{factor:.3g} times the usual norm, the NLL of its worst sample {peak['worst']:.2g} where "
+        f"the worst of {rows[i]['steps']:.0f} steps usually had {usual['worst']:.2g}. The weights "
+        f"moved by {peak['moved']:.2g} learning rates (root mean square) in a step, before "
+        f"{usual['moved']:.2g}, and the mean of Adam's √v̂ grew "
+        f"{peak['root_v'] / usual['root_v']:.3g} times."
     )
 
 
@@ -246,6 +250,7 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
     for ax in axes:
         ax.axvline(at, color="0.4", linestyle=":", linewidth=1)
         ax.margins(x=0.01)
+        ax.yaxis.set_minor_formatter(NullFormatter())
     axes[-1].set_xlabel("epochs trained")
     figure.suptitle(f"A drop: {trace_title(path)[0]} (dotted: its largest gradient)")
     figures.save(figure, figure_path)
