@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._selection import Selection, _kept
+from psjax._masks import _kept
+from psjax._selection import Selection
 
 
 def check_subnets(

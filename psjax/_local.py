@@ -15,7 +15,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import _gather_leaf, _kept, _with_specs
+from psjax._leaf import _gather_leaf
+from psjax._masks import _kept
+from psjax._selection import _with_specs
 from psjax._separable import _check_chunk_size, _Elements
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from psjax._leaf import _gather_leaf, _scatter_leaf
 from psjax._select import _axis_sizes
-from psjax._selection import _gather_leaf, _is_spec, _scatter_leaf
+from psjax._selection import _is_spec
 from psjax._separable import _vary
 
 _ROW = P("row")

@@ -10,94 +10,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
+from psjax._leaf import _gather_leaf, _held, _merge_leaf, _scatter_leaf
+from psjax._masks import _both, _broadcasts, _kept, _masks
+
 _is_spec = lambda x: isinstance(x, P) or x is None
-
-
-# ------------------------------------------------------------------------------------------------
-# One leaf, one advanced index. `indices` maps axis names to int arrays `[*lead, m]` (keeps the
-# axis) or `[*lead]` (takes one row and drops it); `lead` is 0 or 1 axes of elements.
-
-
-def _layout(spec, indices, lead):
-    """Dimensions that are indexed, their indices as an open mesh, where the kept ones return."""
-    dims = [d for d, name in enumerate(spec or ()) if name in indices]
-    kept = [d for d in dims if indices[spec[d]].ndim > lead]
-    mesh = []
-    for d in dims:
-        index = indices[spec[d]]
-        shape = [index.shape[lead] if k == d else 1 for k in kept]
-        mesh.append(index.reshape(*index.shape[:lead], *shape))
-    # After the advanced index: [*lead, *kept, *rest]. Where do the kept axes stand originally?
-    dropped = [d for d in dims if d not in kept]
-    home = [lead + d - sum(x < d for x in dropped) for d in kept]
-    return dims, tuple(mesh), home
-
-
-def _gather_leaf(x, spec, indices, lead):
-    """`[...] -> [*lead, ...]`; a leaf without indexed axes comes back as it is, without `lead`."""
-    dims, mesh, home = _layout(spec, indices, lead)
-    if not dims:
-        return x
-    y = jnp.moveaxis(x, dims, range(len(dims)))
-    if len(dims) == 1:
-        fill = None if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 0
-        y = y.at[mesh].get(mode="fill" if fill == 0 else "clip", fill_value=fill)
-    else:  # one mask an axis: filling by a mask of all axes at once takes 5 times as long
-        y = y.at[mesh].get(mode="clip")
-        for index, size in zip(mesh, (x.shape[d] for d in dims)):
-            real = (index < size).reshape(*index.shape, *[1] * (y.ndim - index.ndim))
-            y = jnp.where(real, y, jnp.zeros((), y.dtype))
-    return jnp.moveaxis(y, range(lead, lead + len(home)), home)
-
-
-def _scatter_leaf(total, y, spec, indices, valid):
-    """Add `y [*lead, ...]` where `valid [*lead]`; the transpose of `_gather_leaf`."""
-    lead = valid.ndim
-    y = jnp.where(valid.reshape(*valid.shape, *[1] * (y.ndim - lead)), y, 0).astype(total.dtype)
-    dims, mesh, home = _layout(spec, indices, lead)
-    if not dims:
-        return total + jnp.sum(y, axis=tuple(range(lead)), dtype=total.dtype)
-    y = jnp.moveaxis(y, home, range(lead, lead + len(home)))
-    moved = jnp.moveaxis(total, dims, range(len(dims))).at[mesh].add(y, mode="drop")
-    return jnp.moveaxis(moved, range(len(dims)), dims)
-
-
-def _merge_leaf(y, spec, owners, places):
-    """`[E, ...] -> [...]` where no entry has two holders, and which entries have one.
-
-    The same as `_scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
-    scattering columns takes 10 times as long. `owners` and `places` are those of `_owners`.
-    """
-    dims = [d for d, name in enumerate(spec) if name in owners]
-    names = [spec[d] for d in dims]
-    first, *rest = dims
-    y = jnp.moveaxis(y, first + 1, 1)
-    rows = owners[names[0]] * y.shape[1] + places[names[0]]  # -m for a row that nobody holds
-    y = y.reshape(-1, *y.shape[2:]).at[rows].get(mode="clip")
-    y = jnp.moveaxis(y, 0, first)
-    for d, name in zip(rest, names[1:]):
-        y = jnp.take(y, places[name], axis=d, mode="clip")
-    held = _held(y.ndim, spec, owners)
-    return jnp.where(held, y, 0), held
-
-
-def _held(ndim, spec, owners):
-    """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
-    dims = [d for d, name in enumerate(spec) if name in owners]
-    along = lambda d: owners[spec[d]].reshape(*[-1 if k == d else 1 for k in range(ndim)])
-    held = along(dims[0]) >= 0
-    for d in dims[1:]:
-        held = held & (along(d) == along(dims[0]))
-    return held
-
-
-def _kept(keep, x, other=0):
-    """`x` where `keep` is True, `other` where a weight is dropped; `x` itself without a mask."""
-    if keep is None:
-        return x
-    keep, x = jnp.asarray(keep), jnp.asarray(x)
-    keep = keep.reshape((1,) * (x.ndim - keep.ndim) + keep.shape)
-    return jnp.where(keep, x, jnp.asarray(other, x.dtype))
 
 
 def _map(fn, specs, *trees):
@@ -105,9 +21,6 @@ def _map(fn, specs, *trees):
     leaves, treedef = jax.tree.flatten(trees[0])
     rest = [treedef.flatten_up_to(tree) for tree in trees[1:]]
     return treedef.unflatten([fn(*args) for args in zip(specs, leaves, *rest, strict=True)])
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 @functools.partial(
@@ -376,59 +289,6 @@ def _with_specs(selection, tree, specs, keep=None):
     paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     keep = None if selection.keep is None else tuple(keep or ())
     return dataclasses.replace(selection, specs=tuple(specs), paths=paths, keep=keep)
-
-
-def _masks(keep, paths):
-    """The leaves of a tree of masks, flat, one for every path."""
-    found = jax.tree_util.tree_leaves_with_path(keep, is_leaf=lambda x: x is None)
-    by_path = {keystr(path): x for path, x in found}
-    wrong = [p for p in by_path if p not in paths and by_path[p] is not None]
-    odd = sorted({*wrong, *(p for p in paths if p not in by_path)})
-    if odd:
-        msg = (
-            "Selection.drop(keep): keep is not a tree like the parameters; they differ in "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}. Write None where nothing is "
-            "dropped."
-        )
-        raise ValueError(msg)
-    return tuple(_mask(path, by_path[path]) for path in paths)
-
-
-def _mask(path, x):
-    if x is None:
-        return None
-    x = x if hasattr(x, "dtype") else np.asarray(x)
-    if x.dtype != bool:
-        msg = (
-            f"Selection.drop(keep): {path} is {x.dtype}{list(x.shape)}; write None, a bool or an "
-            "array of bool, True for what is kept."
-        )
-        raise TypeError(msg)
-    return x
-
-
-def _both(path, a, b):
-    """What two masks of one leaf keep together."""
-    if a is None or b is None:
-        return b if a is None else a
-    if not _broadcasts(a.shape, b.shape, either=True):
-        msg = (
-            f"Selection.drop(keep): {path} has a mask of shape {b.shape}, but one of shape "
-            f"{a.shape} already; both must broadcast to the leaf."
-        )
-        raise ValueError(msg)
-    ndim = max(a.ndim, b.ndim)
-    align = lambda x: x.reshape((1,) * (ndim - x.ndim) + x.shape)
-    return align(a) & align(b)
-
-
-def _broadcasts(shape, to, either=False):
-    """Whether an array broadcasts to a shape; with `either`, whether two do to a third."""
-    try:
-        wide = np.broadcast_shapes(shape, to)
-    except ValueError:
-        return False
-    return either or wide == tuple(to)
 
 
 def _repeat(x: Any, n: int):

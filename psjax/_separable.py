@@ -16,14 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import (
-    _check_like,
-    _gather_leaf,
-    _kept,
-    _merge_leaf,
-    _scatter_leaf,
-    _selected,
-)
+from psjax._leaf import _gather_leaf, _merge_leaf, _scatter_leaf
+from psjax._masks import _kept
+from psjax._selection import _check_like, _selected
 
 _ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
 

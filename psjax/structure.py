@@ -39,13 +39,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psjax._masks import _kept
 from psjax._overlap import num_weights as num_weights
 from psjax._overlap import overlap as overlap
 from psjax._rounds import disjoint_rounds as disjoint_rounds
 from psjax._rounds import in_rounds as in_rounds
 from psjax._rounds import rounds as rounds
 from psjax._select import _axis_sizes, replicas, select
-from psjax._selection import _check_like, _kept
+from psjax._selection import _check_like
 
 
 class WeightCounts(NamedTuple):
