@@ -10,6 +10,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# What is compiled here runs once or twice: LLVM's optimizations take longer than they save.
+jax.config.update("jax_disable_most_optimizations", True)
 
 _here = pathlib.Path(__file__).resolve().parent.parent
 _shared = _here.parent / "shared" / "tensorflow_datasets"
