@@ -8,14 +8,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 
-def over_devices(inner, wrapper, devices, jit=jax.jit):
+def over_devices(inner, wrapper, devices):
     """`inner`, with `axis_name="workers"`, as a call on `split` selections and divided batches.
 
     Args:
       inner: `(params, state, selection, batches) -> params, state, metrics` of one device.
       wrapper: "pmap", "shard_map" or "shard_map, check_vma=False".
       devices: how many.
-      jit: what compiles a `shard_map`.
     """
     if wrapper == "pmap":
         return jax.pmap(
@@ -34,7 +33,7 @@ def over_devices(inner, wrapper, devices, jit=jax.jit):
         params, state, metrics = inner(params, state, drop(selection), drop(batches))
         return params, state, jax.tree.map(lambda x: x[None], metrics)
 
-    return jit(
+    return jax.jit(
         jax.shard_map(
             body,
             mesh=mesh,

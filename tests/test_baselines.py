@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 import psjax
 from tests import reference_ist as ref
 from tests.over_devices import divided, over_devices
-from tests.test_ist import jit
 from tests.test_local import (
     AXES,
     OPTIMIZERS,
@@ -43,7 +42,7 @@ def test_a_round_is_the_steps_of_the_mean_gradient_by_plain_loops(name, chunk_si
     params, state, selection, _ = arguments(optimizer)
     expected = jax.tree.map(np.asarray, params)
     expected_state = ref.init_state(expected, plain)
-    update = jit(psjax.baselines.data_parallel(loss_fn, optimizer, chunk_size=chunk_size))
+    update = jax.jit(psjax.baselines.data_parallel(loss_fn, optimizer, chunk_size=chunk_size))
     for round in range(2):
         batches = make_batches(round)
         params, state, metrics = update(params, state, selection, batches)
@@ -79,8 +78,8 @@ def test_one_worker_and_workers_of_one_mind_are_plain_training(workers):
         update = psjax.baselines.data_parallel(loss_fn, optimizer)
     else:
         update, batches = psjax.baselines.data_parallel(loss_fn, optimizer, in_axes=None), own
-    new, new_state, metrics = jit(update)(params, state, selection, batches)
-    expected = jit(functools.partial(train, optimizer))(params, state, own)
+    new, new_state, metrics = jax.jit(update)(params, state, selection, batches)
+    expected = jax.jit(functools.partial(train, optimizer))(params, state, own)
     close((new, new_state), expected[:2])
     close(metrics.loss, np.broadcast_to(expected[2], (n, J)))
 
@@ -96,7 +95,7 @@ def test_two_devices_are_one(wrapper, n):
     expected = expected_of(n)
     inner = psjax.baselines.data_parallel(loss_fn, optimizer, axis_name="workers")
     devices = 2
-    run = over_devices(inner, wrapper, devices, jit)
+    run = over_devices(inner, wrapper, devices)
     parts = selection.split(devices), divided(batches, devices)
     new, new_state, metrics = run(params, state, *parts)
     close((new, new_state), expected[:2])
@@ -107,7 +106,7 @@ def test_two_devices_are_one(wrapper, n):
 @functools.cache
 def expected_of(n):
     _, optimizer = OPTIMIZERS["momentum"]
-    update = jit(psjax.baselines.data_parallel(loss_fn, optimizer))
+    update = jax.jit(psjax.baselines.data_parallel(loss_fn, optimizer))
     return jax.tree.map(np.asarray, update(*arguments(optimizer, n)))
 
 
@@ -115,7 +114,7 @@ def test_a_batch_that_is_not_finite_reaches_everybody():
     _, optimizer = OPTIMIZERS["sgd"]
     params, state, selection, batches = arguments(optimizer)
     bad = {**batches, "x": batches["x"].at[1, 0].set(jnp.nan)}
-    update = jit(psjax.baselines.data_parallel(loss_fn, optimizer))
+    update = jax.jit(psjax.baselines.data_parallel(loss_fn, optimizer))
     assert not update(params, state, selection, bad)[2].finite.any()
 
 
@@ -171,7 +170,7 @@ def test_the_dropout_baseline_keeps_a_hidden_neuron_with_probability_one_over_n(
 def test_the_dropout_baseline_runs_with_its_keys_in_the_batches():
     net = psjax.models.MLP(3, (8,), dropout=1 - 1 / N)
     batches = {**make_batches(), "key": jax.random.split(jax.random.key(1), (N, J))}
-    params = nn.unbox(jit(net.init)(jax.random.key(0), batches["x"][0, 0]))["params"]
+    params = nn.unbox(jax.jit(net.init)(jax.random.key(0), batches["x"][0, 0]))["params"]
 
     def loss(params, batch):
         rngs = {"dropout": batch["key"]}
@@ -179,7 +178,7 @@ def test_the_dropout_baseline_runs_with_its_keys_in_the_batches():
         return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]).mean()
 
     optimizer = optax.sgd(0.1)
-    update = jit(psjax.baselines.data_parallel(loss, optimizer))
+    update = jax.jit(psjax.baselines.data_parallel(loss, optimizer))
     start = params, optimizer.init(params), psjax.replicas(params, N)
     new, _, metrics = update(*start, batches)
     again, _, _ = update(*start, batches)
@@ -188,6 +187,6 @@ def test_the_dropout_baseline_runs_with_its_keys_in_the_batches():
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (new, other))))
     assert metrics.finite.all()
     first = jax.tree.map(lambda x: x[:, 0], batches)
-    own = jit(jax.vmap(functools.partial(loss, params)))(first)  # every worker its own neurons
+    own = jax.jit(jax.vmap(functools.partial(loss, params)))(first)  # every worker its own neurons
     assert len(np.unique(own)) == N
     np.testing.assert_allclose(metrics.loss[:, 0], np.full(N, np.mean(own)), rtol=1e-10)

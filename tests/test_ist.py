@@ -28,11 +28,6 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 DRAWS = 20_000
 # A mean of many draws lies within 5 standard errors of its expectation but once in 1.7 million.
 SIGMAS = 5
-# These tests mostly compile: at level 0 half as long as by default.
-jit_at = lambda level: functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": level}
-)
-jit = jit_at(0)
 
 
 def membership(seed, round, kind="uneven"):
@@ -43,7 +38,7 @@ def membership(seed, round, kind="uneven"):
 @functools.cache
 def draws(kind):
     """Index sets of the rounds 0, 1, ...: `{axis: [DRAWS, N, m]}`."""
-    rows = jit(jax.vmap(lambda round: membership(0, round, kind).indices))(jnp.arange(DRAWS))
+    rows = jax.jit(jax.vmap(lambda round: membership(0, round, kind).indices))(jnp.arange(DRAWS))
     return jax.tree.map(np.asarray, rows)
 
 
@@ -123,7 +118,7 @@ def test_stratified_every_subnet_gets_as_many_rows_of_every_owners_block():
 
 
 def test_the_same_seed_and_round_give_the_same_subnets_and_others_give_others():
-    draw = jit(lambda seed, round: membership(seed, round).indices)
+    draw = jax.jit(lambda seed, round: membership(seed, round).indices)
     same = lambda a, b: all(np.array_equal(a[name], b[name]) for name in a)
     assert same(draw(0, 3), draw(0, 3))
     different = [draw(0, 3), draw(0, 4), draw(1, 3), draw(3, 1), draw(3, 0)]
@@ -133,7 +128,7 @@ def test_the_same_seed_and_round_give_the_same_subnets_and_others_give_others():
 
 def test_seed_and_round_may_be_numbers_traced_or_mapped():
     plain = membership(0, 5, "even")
-    traced = jit(lambda seed, round: membership(seed, round, "even"))(0, 5)
+    traced = jax.jit(lambda seed, round: membership(seed, round, "even"))(0, 5)
     jax.tree.map(np.testing.assert_array_equal, traced, plain)
     mapped = {name: rows[5] for name, rows in draws("even").items()}
     jax.tree.map(np.testing.assert_array_equal, plain.indices, mapped)
@@ -164,7 +159,7 @@ def pushed(kind, names):
     draw = lambda: psjax.ist.membership(0, 0, axes, divided, N)
     blank = dataclasses.replace(jax.eval_shape(draw), valid=np.ones(N, bool))
     push_one = lambda indices: push(dataclasses.replace(blank, indices=indices), params)
-    summed, single = jit(jax.vmap(push_one))({name: draws(kind)[name] for name in divided})
+    summed, single = jax.jit(jax.vmap(push_one))({name: draws(kind)[name] for name in divided})
     return params["f"] @ params["w"], np.asarray(summed), np.asarray(single)
 
 
@@ -221,7 +216,7 @@ def test_the_exact_mean_over_all_partitions_of_a_linear_network(x64, hidden_laye
         own = dataclasses.replace(like, indices=indices).gather(kernels)
         return jnp.sum(jax.vmap(lambda w: functools.reduce(jnp.matmul, w, x))(own), axis=0)
 
-    mean = jnp.mean(jit(jax.vmap(output))(every), axis=0)
+    mean = jnp.mean(jax.jit(jax.vmap(output))(every), axis=0)
     whole = functools.reduce(np.matmul, kernels, x)
     np.testing.assert_allclose(n ** (hidden_layers - 1) * mean, whole, rtol=1e-12)
 
@@ -260,7 +255,7 @@ def perturbed(tree, seed=1):
 def init(net, x):
     variables = jax.eval_shape(net.init, jax.random.key(0), x)
     axes = nn.get_partition_spec(variables)["params"]
-    params = nn.unbox(jit(net.init)(jax.random.key(0), x))["params"]
+    params = nn.unbox(jax.jit(net.init)(jax.random.key(0), x))["params"]
     return perturbed(params), axes
 
 
@@ -271,7 +266,7 @@ def calibrated(name):
     every = x.reshape(-1, *x.shape[2:])
     params, _ = init(net, x[0])
 
-    @jit
+    @jax.jit
     def run(params):
         variables = {"params": params, "batch_stats": psjax.ist.calibrate(net, params, x)}
         scores = {
@@ -329,9 +324,9 @@ def test_a_model_of_several_arguments_is_calibrated_with_a_tuple_of_batches(x64)
     rng = np.random.default_rng(0)
     batches = jnp.asarray(rng.integers(0, 9, (3, 6, 2))), jnp.asarray(rng.normal(size=(3, 6, 2)))
     every = [x.reshape(-1, x.shape[-1]) for x in batches]
-    variables = jit(net.init)(jax.random.key(0), *every)
+    variables = jax.jit(net.init)(jax.random.key(0), *every)
 
-    @jit
+    @jax.jit
     def scores(params):
         statistics = psjax.ist.calibrate(net, params, batches)
         predicted = net.apply({"params": params, "batch_stats": statistics}, *every)
@@ -359,9 +354,9 @@ def test_of_one_hidden_layer_only_normalised_scores_have_other_statistics_in_a_s
     net, x, n = psjax.models.MLP(3, (6,), normalize_output=True), samples("1 layer"), 3
     params, axes = init(net, x[0])
     selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
-    whole = jit(lambda params: psjax.ist.calibrate(net, params, x))(params)
-    of_all = jit(jax.vmap(lambda own: psjax.ist.calibrate(net.subnet(n), own, x)))
-    seen = of_all(jit(selection.gather)(params))
+    whole = jax.jit(lambda params: psjax.ist.calibrate(net, params, x))(params)
+    of_all = jax.jit(jax.vmap(lambda own: psjax.ist.calibrate(net.subnet(n), own, x)))
+    seen = of_all(jax.jit(selection.gather)(params))
     for e in range(n):
         statistics = jax.tree.map(lambda v, e=e: v[e], seen)
         rows = selection.indices["hidden_0"][e]
@@ -458,7 +453,10 @@ def accuracy(hidden_layers, normalize, n=SUBNETS):
             jnp.mean(jnp.argmax(by_its_batch, -1) == test.labels),
         ]
 
-    right_each = jit_at(1)(lambda seeds: jax.lax.map(one_seed, seeds))(jnp.arange(SEEDS))
+    # Unlike the other tests this one trains for a while: conftest's level 0 would not be enough.
+    level = {"xla_backend_optimization_level": 1}
+    train = jax.jit(lambda seeds: jax.lax.map(one_seed, seeds), compiler_options=level)
+    right_each = train(jnp.arange(SEEDS))
     return [100 * float(a.mean()) for a in right_each]
 
 
@@ -506,7 +504,7 @@ def linear_network(hidden_layers, width=6):
 def gradient_bias(loss_fn, params, selections, batch):
     """Of a loss that does not know how many neurons there are."""
     measure = functools.partial(psjax.ist.gradient_bias, loss_fn, loss_fn)
-    return jit(measure)(params, selections, batch)
+    return jax.jit(measure)(params, selections, batch)
 
 
 def same_everywhere(tree, value, tolerance=1e-12):
@@ -591,7 +589,7 @@ def check(net, n, *x, train=True, biases=1):
     weight = lambda path, x: jnp.asarray(x) if x.ndim > 1 else scale(path, x)
     variables = jax.tree_util.tree_map_with_path(weight, variables)
     selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
-    apply = lambda net: jit(lambda variables, *x: net.apply(variables, *x, train=train))
+    apply = lambda net: jax.jit(lambda variables, *x: net.apply(variables, *x, train=train))
     psjax.ist.check_subnets(apply(net), apply(net.subnet(n)), variables, selection, *x)
 
 
@@ -709,7 +707,7 @@ def test_where_all_entries_take_all_steps_a_count_an_entry_is_adam(x64):
             return (optax.apply_updates(params, updates), state), None
 
         start = params, optimizer.init(params)
-        (end, (moments, _)), _ = jit(lambda c, s=step: jax.lax.scan(s, c, length=20))(start)
+        (end, (moments, _)), _ = jax.jit(lambda c, s=step: jax.lax.scan(s, c, length=20))(start)
         results.append((end, moments.mu, moments.nu))
     close(*results)
 

@@ -354,8 +354,6 @@ def test_vgg11_in_subnets_averages_convolutions_and_divides_the_dense_layers(mon
     monkeypatch.setattr(training, "load", lambda *_: (data, 3))
     small = functools.partial(psjax.models.VGG11, convolutions=(4, 0))
     monkeypatch.setattr(psjax.models, "VGG11", small)
-    quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-    monkeypatch.setattr(jax, "jit", quickly)
     config = training.Config(
         dataset="cifar10",
         model="vgg11",

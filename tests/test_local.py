@@ -30,8 +30,6 @@ OPTIMIZERS = {
     "momentum": (ref.Optimizer("momentum", 0.1), optax.sgd(0.1, momentum=0.9)),
     "adam": (ref.Optimizer("adam", 0.03), optax.adam(0.03)),
 }
-# Compiling takes longest: at level 0 half as long as by default.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -238,7 +236,7 @@ def test_what_nobody_held_keeps_its_bits_and_what_one_held_moves(n, name):
     params = jax.tree.map(signed, init(), held)
     noise = lambda x: rng.random(x.shape) if x.ndim else x
     state = jax.tree.map(noise, optimizer.init(params))
-    update = jit(psjax.local_update(loss_fn, optimizer))
+    update = jax.jit(psjax.local_update(loss_fn, optimizer))
     new, new_state, _ = update(params, state, selection, make_batches(n=n))
     old, new = ({"params": p, **moments_of(s)} for p, s in ((params, state), (new, new_state)))
     assert set(old) - {"params"} == {"sgd": set(), "momentum": {"trace"}}.get(name, {"mu", "nu"})
@@ -524,9 +522,9 @@ def test_a_subnet_that_becomes_nan_is_left_out_over_devices_as_it_is_on_one(wrap
     optimizer = CHAINS[name]
     params, selection, parts = init(), draw(0), draw(0).split(devices)
     state = optimizer.init(params)
-    alone = jit(psjax.local_update(loss_fn, optimizer))
+    alone = jax.jit(psjax.local_update(loss_fn, optimizer))
     inner = psjax.local_update(loss_fn, optimizer, axis_name="workers")
-    run = over_devices(inner, wrapper, devices, jit)
+    run = over_devices(inner, wrapper, devices)
     for bad in range(N):
         batches = make_batches()
         batches["x"] = batches["x"].at[bad, 1].set(jnp.nan)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import math
 import types
 from typing import Any
@@ -175,8 +174,6 @@ def test_the_table_divides_seconds_of_a_step(bench, monkeypatch):
 
 def test_a_table_is_measured(bench, monkeypatch):
     """The two fused programs, as they are: trained for two steps a call."""
-    quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-    monkeypatch.setattr(jax, "jit", quickly)
     monkeypatch.setattr(psl, "steps_a_call", lambda *_: 2)
     dataset = psl.balanced(10)
     table = psl.table_of(bench, dataset, training.on_device(dataset), 10, with_torch=False)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from tests.test_ist import jit, normal, perturbed
+from tests.test_ist import normal, perturbed
 
 
 def close(actual, expected, tolerance=1e-12):
@@ -43,7 +43,7 @@ def test_subnet_norm_is_flaxs_batch_norm(x64, shape, affine):
     x = jnp.asarray(3 + 2 * normal(*shape))
     variables, _ = unboxed(own, x, train=True)
 
-    @jit
+    @jax.jit
     def run(variables):
         mutable = ["batch_stats"]
         return {
@@ -271,7 +271,7 @@ def test_padding_contributes_nothing_to_scores_or_gradient(x64):
     net, variables, ids, values, labels = sparse()
     padding = np.asarray(ids) == 13
 
-    @jit
+    @jax.jit
     def value_and_grad(values):
         loss = lambda params: jnp.sum(
             net.apply({"params": params}, ids, values, labels, method="loss")
@@ -339,7 +339,7 @@ def test_convolutions_under_divided_dense_layers_are_averaged():
 
     optimizer = optax.sgd(0.1)
     selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
-    update = jit(psjax.local_update(loss_fn, optimizer))
+    update = jax.jit(psjax.local_update(loss_fn, optimizer))
     new, _, _ = update(params, optimizer.init(params), selection, {"x": x, "y": y})
 
     def alone(own, batches):
@@ -349,7 +349,7 @@ def test_convolutions_under_divided_dense_layers_are_averaged():
         )
         return jax.lax.scan(step, own, batches)[0]
 
-    ends = jit(jax.vmap(alone))(selection.gather(params), {"x": x, "y": y})
+    ends = jax.jit(jax.vmap(alone))(selection.gather(params), {"x": x, "y": y})
     for name in ("convolution_0", "convolution_2"):
         mean = np.mean(np.asarray(ends[name]), axis=0)
         np.testing.assert_allclose(new[name], mean, rtol=1e-4, atol=1e-5)

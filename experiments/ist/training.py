@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import psjax
 from experiments import _run
-from experiments.psl.training import over_seeds
+from experiments.psl.training import all_finite, over_seeds
 
 METHODS = ("ist", "ist-fixed", "local-sgd", "data-parallel", "data-parallel-dropout")
 MODELS = {"mlp": (2, 1024), "vgg11": (3, 4096)}  # dense layers, neurons of each hidden one
@@ -351,9 +351,7 @@ def rounds_fn(config: Config, one_round):
             return {"params": params, "opt_state": opt_state}, metrics
 
         state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
-        leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-        return state, {**metrics, "sound": sound}
+        return state, {**metrics, "sound": all_finite(state)}
 
     def rounds(state, seeds, indices, first, count, data, _=None):
         run = lambda state, seed, indices: one_seed(state, seed, indices, first, count, data)

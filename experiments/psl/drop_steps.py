@@ -1,6 +1,7 @@
 """What happened around a drop, step by step: loss, gradient, Adam's second moment, step."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -14,12 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
-import psjax
 from experiments.psl import figures, run, training
 from experiments.psl.drop_counts import SPIKE, VARIANTS, describe, find_drops
 
 
-def adam_metrics(config: training.Config, num_classes: int):
+def adam_metrics(config: training.Config, net, num_classes: int):
     """`step -> loss, nll, worst, gradient, root_v, moved`, of a step with Adam.
 
     `nll` is the mean and `worst` the largest negative log-likelihood of the batch's samples, of
@@ -27,7 +27,7 @@ def adam_metrics(config: training.Config, num_classes: int):
     the mean over coordinates of Adam's sqrt(v_hat); `moved` the root mean square of the update in
     learning rates.
     """
-    net = training.make_model(config, num_classes)
+    del num_classes  # as `training.margin_metrics` has it
     slope = 2 if config.loss == "psl-squared" else 1
 
     def metrics(step: training.Step):
@@ -53,9 +53,8 @@ def adam_metrics(config: training.Config, num_classes: int):
 
 def build(config: training.Config, data_dir: str | None) -> training.Program:
     """A training of one seed that records `adam_metrics`."""
-    classes = psjax.data.load(config.dataset, "test", data_dir).num_classes
     config = dataclasses.replace(config, seeds=1)
-    return training.build(config, data_dir, adam_metrics(config, classes))
+    return training.build(config, data_dir, functools.partial(adam_metrics, config))
 
 
 def kicks(config: training.Config, data_dir: str | None = None) -> list[dict]:

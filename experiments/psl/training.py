@@ -308,14 +308,20 @@ def margin_metrics(net, num_classes: int):
 
 
 def epoch_fn(
-    config: Config, net, optimizer, loss_and_grad, selection, num_classes: int, metrics_fn=None
+    config: Config,
+    net,
+    optimizer,
+    loss_and_grad,
+    selection,
+    num_classes: int,
+    make_metrics=margin_metrics,
 ):
     """`(state, batches, data) -> state, metrics`, one epoch of every seed, jitted.
 
-    `data` has `images` (uint8), `labels`, `scale`. `metrics_fn` makes a step's metrics of a `Step`,
-    those of `margin_metrics` by default; they come back as `[seeds, steps]`.
+    `data` has `images` (uint8), `labels`, `scale`. `make_metrics(net, num_classes)` gives a function
+    that makes a step's metrics of a `Step`; they come back as `[seeds, steps]`.
     """
-    metrics_fn = metrics_fn or margin_metrics(net, num_classes)
+    metrics_fn = make_metrics(net, num_classes)
 
     def psum(x):
         return jax.lax.psum(x, "workers") if config.devices != "one" else x
@@ -368,12 +374,14 @@ def epoch_fn(
     return lambda state, batches, data: sharded(state, batches, data, parts)
 
 
-@jax.jit
-def sound(state):
-    """`state -> [seeds]`: no NaN or Inf in the weights and the optimizer's state of a seed."""
+def all_finite(state):
+    """Whether there is no NaN or Inf in the weights and the optimizer's state of one seed."""
     leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
-    return jnp.all(jnp.stack(finite), axis=0)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+
+sound = jax.jit(jax.vmap(all_finite))
+"""`state -> [seeds]`: `all_finite` of every seed, jitted."""
 
 
 def accuracy_fn(net, batch_size: int = 1000):
@@ -417,8 +425,8 @@ class Program:
     test: dict[str, Any]
 
 
-def build(config: Config, data_dir: str | None = None, metrics_fn=None) -> Program:
-    """Load the data, make the model and the compiled functions; `metrics_fn` as in `epoch_fn`."""
+def build(config: Config, data_dir: str | None = None, make_metrics=margin_metrics) -> Program:
+    """Load the data, make the model and the compiled functions; `make_metrics` as in `epoch_fn`."""
     train = psjax.data.load(config.dataset, "train", data_dir)
     test = psjax.data.load(config.dataset, "test", data_dir)
     net = make_model(config, train.num_classes)
@@ -436,6 +444,6 @@ def build(config: Config, data_dir: str | None = None, metrics_fn=None) -> Progr
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
     loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
     args = config, net, optimizer, loss_and_grad, selection, train.num_classes
-    epoch = epoch_fn(*args, metrics_fn)
+    epoch = epoch_fn(*args, make_metrics)
     batches = EpochBatches(config, train.labels, train.num_classes)
     return Program(net, state, epoch, accuracy_fn(net), batches, on_device(train), on_device(test))
