@@ -268,7 +268,7 @@ def search(modulus: int, args: Args) -> tuple[tuple[int, ...], bool]:
     rng = np.random.default_rng((args.seed, modulus))
     known = None
     if args.start_from_table:
-        from psjax._covers import difference_cover
+        from psjax.plan._covers import difference_cover
 
         known = difference_cover(modulus)
         if not is_cover(known, modulus):

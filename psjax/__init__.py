@@ -10,11 +10,11 @@ from psjax import models as models
 from psjax import nn as nn
 from psjax import plan as plan
 from psjax import structure as structure
-from psjax._dropout import dropout_mask as dropout_mask
-from psjax._execute import pmap as pmap
-from psjax._execute import shard as shard
+from psjax._devices import pmap as pmap
+from psjax._devices import shard as shard
 from psjax._local import LocalMetrics as LocalMetrics
 from psjax._local import local_update as local_update
+from psjax._masks import dropout_mask as dropout_mask
 from psjax._partition import random_partition as random_partition
 from psjax._select import ordered_pairs as ordered_pairs
 from psjax._select import replicas as replicas

@@ -16,14 +16,14 @@ def _layout(spec, indices, lead):
     for d in dims:
         index = indices[spec[d]]
         shape = [index.shape[lead] if k == d else 1 for k in kept]
-        mesh.append(index.reshape(*index.shape[:lead], *shape))
+        mesh.append(index.reshape((*index.shape[:lead], *shape)))
     # After the advanced index: [*lead, *kept, *rest]. Where do the kept axes stand originally?
     dropped = [d for d in dims if d not in kept]
     home = [lead + d - sum(x < d for x in dropped) for d in kept]
     return dims, tuple(mesh), home
 
 
-def _gather_leaf(x, spec, indices, lead):
+def gather_leaf(x, spec, indices, lead):
     """`[...] -> [*lead, ...]`; a leaf without indexed axes comes back as it is, without `lead`."""
     dims, mesh, home = _layout(spec, indices, lead)
     if not dims:
@@ -40,8 +40,8 @@ def _gather_leaf(x, spec, indices, lead):
     return jnp.moveaxis(y, range(lead, lead + len(home)), home)
 
 
-def _scatter_leaf(total, y, spec, indices, valid):
-    """Add `y [*lead, ...]` where `valid [*lead]`; the transpose of `_gather_leaf`."""
+def scatter_leaf(total, y, spec, indices, valid):
+    """Add `y [*lead, ...]` where `valid [*lead]`; the transpose of `gather_leaf`."""
     lead = valid.ndim
     y = jnp.where(valid.reshape(*valid.shape, *[1] * (y.ndim - lead)), y, 0).astype(total.dtype)
     dims, mesh, home = _layout(spec, indices, lead)
@@ -52,10 +52,10 @@ def _scatter_leaf(total, y, spec, indices, valid):
     return jnp.moveaxis(moved, range(len(dims)), dims)
 
 
-def _merge_leaf(y, spec, owners, places):
+def merge_leaf(y, spec, owners, places):
     """`[E, ...] -> [...]` where no entry has two holders, and which entries have one.
 
-    The same as `_scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
+    The same as `scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
     scattering columns takes 10 times as long. `owners` and `places` are those of `_owners`.
     """
     dims = [d for d, name in enumerate(spec) if name in owners]
@@ -67,11 +67,11 @@ def _merge_leaf(y, spec, owners, places):
     y = jnp.moveaxis(y, 0, first)
     for d, name in zip(rest, names[1:]):
         y = jnp.take(y, places[name], axis=d, mode="clip")
-    held = _held(y.ndim, spec, owners)
+    held = held_entries(y.ndim, spec, owners)
     return jnp.where(held, y, 0), held
 
 
-def _held(ndim, spec, owners):
+def held_entries(ndim, spec, owners):
     """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
     dims = [d for d, name in enumerate(spec) if name in owners]
     along = lambda d: owners[spec[d]].reshape(*[-1 if k == d else 1 for k in range(ndim)])

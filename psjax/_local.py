@@ -5,7 +5,6 @@ A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Indep
 Training*, arXiv:1910.02120. Replicas make it local SGD.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
 
-from psjax._leaf import _gather_leaf
-from psjax._masks import _kept
-from psjax._selection import _with_specs
-from psjax._separable import _check_chunk_size, _Elements
+from psjax._elements import check_chunk_size, over_chunks, vary, view
+from psjax._masks import kept
+from psjax._state import state_owners
 
 
 class LocalMetrics(NamedTuple):
@@ -94,75 +91,99 @@ def local_update(
       >>> update(w, optimizer.init(w), psjax.replicas(w, 1), batches)[0]
       Array([0.5, 0.5], dtype=float32)
     """
-    _check_chunk_size("local_update", chunk_size)
+    check_chunk_size("local_update", chunk_size)
     mutable = tuple(mutable)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(params, opt_state, selection, batches):
         _check_mutable(mutable, params)
-        elements = _Elements("local_update", loss_fn, in_axes, chunk_size, selection)
-        operands, specs, treedef = elements._operands(params, (batches,))
-        num_params = len(selection.specs)
-        _check_steps(elements, operands[num_params:], specs[num_params:])
-        state, state_def = jax.tree.flatten(jax.tree.map(jnp.asarray, opt_state))
-        owners = _state_owners(params, opt_state)
-        state_specs = [P() if i is None else selection.specs[i] for i in owners]
-        keep = selection.keep or (None,) * num_params
-        keep = [*keep, *(None if i is None else keep[i] for i in owners)]
-        filled = {  # which slots of an element are rows and not padding
-            name: jnp.ones(selection.sizes[name], bool)
-            for name, index in selection.indices.items()
-            if index.ndim == 2 and not _all_filled(selection, name)
-        }
-        old = [*operands[:num_params], *state]
-        start = [_kept(k, x) for k, x in zip(keep, old, strict=True)]
-        kept = {  # the masks of the weights, which their elements see as they see the weights
-            i: _kept(keep[i], jnp.ones(operands[i].shape, bool))
-            for i in range(num_params)
-            if keep[i] is not None
-        }
-        operands = [*start[:num_params], *operands[num_params:], *start[num_params:]]
-        operands = [*operands, *filled.values(), *kept.values()]
-        own_specs = (selection.specs[i] for i in kept)
-        specs = [*specs, *state_specs, *(P(name) for name in filled), *own_specs]
+        seen = view("local_update", selection, in_axes, params, (batches,))
+        _check_steps(seen, len(selection.specs), in_axes, batches)
+        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        held = selection.of(*_with_state(selection, params, opt_state))  # what goes home
+        filled = _filled(selection)
+        masks = _masks_seen(selection, params)
+        trees = (params, batches, opt_state, filled, masks)
+        state_specs = held.specs[len(selection.specs) :]
+        mask_specs = [spec for spec, k in zip(selection.specs, _keep(selection)) if k is not None]
+        specs = [*seen.specs, *state_specs, *(P(name) for name in filled), *mask_specs]
+        start = jax.tree.map(jnp.asarray, held.masked((params, opt_state)))
+        leaves, treedef = jax.tree.flatten((start[0], batches, start[1], filled, masks))
+        leaves = vary([jnp.asarray(x) for x in leaves], (selection, leaves))
 
-        def train(*seen):
-            seen = iter(seen)
-            take = lambda n: list(itertools.islice(seen, n))
-            params, batches = treedef.unflatten(take(treedef.num_leaves))
-            opt_state = state_def.unflatten(take(state_def.num_leaves))
-            masks = dict(zip(filled, take(len(filled)), strict=True))
-            own = dict(zip(kept, take(len(kept)), strict=True))
-            clean = lambda tree: _zero_dropped(
-                _zero_padding(tree, params, selection.specs, masks), params, own
-            )
+        def train(*leaves):
+            params, batches, opt_state, filled, masks = treedef.unflatten(leaves)
+            clean = _cleaner(params, selection.specs, filled, masks)
             step = _step(loss_fn, optimizer, mutable, clean)
             (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
-            finite = jnp.all(jnp.isfinite(loss)) & _all_finite((params, opt_state))
+            finite = jnp.all(jnp.isfinite(loss)) & all_finite((params, opt_state))
             return (params, opt_state), loss, finite
 
-        varying = elements._varying(operands, operands)
-
-        def body(_, xs):
-            indices, valid = xs
-            return None, elements._map(train, varying, specs, indices, valid)
-
-        stacked, loss, finite = elements._rows(elements._loop(body, None)[1])
-        new = jax.tree.leaves(stacked)
-        specs = [*selection.specs, *state_specs]
-        home = [_goes_home(x, spec) for x, spec in zip(old, specs)]
-        those = lambda leaves: [x for x, yes in zip(leaves, home) if yes]
-        seen = _with_specs(selection, those(old), those(specs), those(keep))
-        mean = iter(seen.scatter_mean(those(new), those(old), where=finite, axis_name=axis_name))
-        good = finite & selection.valid
-        leaves = [
-            next(mean) if yes else _kept(_anywhere(k, axis_name), _first(y, x, good, axis_name), x)
-            for yes, k, x, y in zip(home, keep, old, new)
-        ]
-        params = jax.tree.structure(params).unflatten(leaves[:num_params])
-        return params, state_def.unflatten(leaves[num_params:]), LocalMetrics(loss, finite)
+        body = lambda _, part: (None, part.map(train, leaves))
+        _, (new, loss, finite) = over_chunks(seen.of(specs, trees), chunk_size, body, None)
+        params, opt_state = _home(held, (params, opt_state), new, finite, axis_name)
+        return params, opt_state, LocalMetrics(loss, finite)
 
     return update
+
+
+def _with_state(selection, params, opt_state):
+    """Specs, tree and masks of `(params, opt_state)`: a moment has those of its parameter."""
+    owners = state_owners(params, opt_state)
+    specs = [*selection.specs, *(P() if i is None else selection.specs[i] for i in owners)]
+    keep = _keep(selection)
+    keep = [*keep, *(None if i is None else keep[i] for i in owners)]
+    return specs, (params, opt_state), keep
+
+
+def _keep(selection):
+    return selection.keep or (None,) * len(selection.specs)
+
+
+def _filled(selection):
+    """Of every divided axis, which slots of an element are rows and not padding: seen as `True`."""
+    return {
+        name: jnp.ones(selection.sizes[name], bool)
+        for name, index in sorted(selection.indices.items())
+        if index.ndim == 2 and not _all_filled(selection, name)
+    }
+
+
+def _masks_seen(selection, params):
+    """The masks of the weights by leaf, None where nothing is dropped: seen as the weights are."""
+    leaves = zip(_keep(selection), jax.tree.leaves(params), strict=True)
+    return [None if k is None else kept(k, jnp.ones(jnp.shape(x), bool)) for k, x in leaves]
+
+
+def _cleaner(params, specs, filled, masks):
+    """Zero in the padded slots and the dropped weights of a tree like `params`, or a part of it."""
+    own = {}
+    found = jax.tree_util.tree_leaves_with_path(params)
+    for (path, x), spec, mask in zip(found, specs, masks, strict=True):
+        for d, name in enumerate(spec or ()):
+            if name in filled:
+                along = filled[name].reshape(*[-1 if k == d else 1 for k in range(x.ndim)])
+                mask = along if mask is None else mask & along
+        own[path] = mask  # a product would keep NaN
+    if all(mask is None for mask in own.values()):
+        return lambda tree: tree
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda p, x: kept(own[p], x), tree)
+
+
+def _home(held, old, new, finite, axis_name):
+    """The mean of what the elements hold; of whole integers, the first finite element's."""
+    before, treedef = jax.tree.flatten(old)
+    before = [jnp.asarray(x) for x in before]
+    after = jax.tree.leaves(new)
+    mean = [i for i, (x, spec) in enumerate(zip(before, held.specs)) if goes_home(x, spec)]
+    pick = lambda leaves: [leaves[i] for i in mean]
+    means = held.only(mean).scatter_mean(pick(after), pick(before), finite, axis_name)
+    found = dict(zip(mean, means, strict=True))
+    for i, x in enumerate(before):
+        if i not in found:
+            first = first_good(after[i], x, finite & held.valid, axis_name)
+            found[i] = kept(_anywhere(_keep(held)[i], axis_name), first, x)
+    return treedef.unflatten([found[i] for i in range(len(before))])
 
 
 def _step(loss_fn, optimizer, mutable, clean):
@@ -186,69 +207,7 @@ def _step(loss_fn, optimizer, mutable, clean):
     return step
 
 
-def _zero_padding(tree, params, specs, masks):
-    """Zero in the padded slots of a tree like `params`, or like some of its top-level entries."""
-    if not masks:
-        return tree
-    spec_of = {
-        path: spec
-        for (path, _), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True)
-    }
-
-    def leaf(path, x):
-        for d, name in enumerate(spec_of[path] or ()):
-            if name in masks:
-                mask = masks[name].reshape(*[-1 if k == d else 1 for k in range(x.ndim)])
-                x = jnp.where(mask, x, jnp.zeros_like(x))  # a product would keep NaN
-        return x
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def _zero_dropped(tree, params, masks):
-    """Zero in the dropped weights of a tree like `params`, or like some of its top-level entries.
-
-    `masks` are those of the leaves by number, of the shapes of what the element sees.
-    """
-    if not masks:
-        return tree
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    mask_of = {paths[i]: mask for i, mask in masks.items()}
-    return jax.tree_util.tree_map_with_path(lambda path, x: _kept(mask_of.get(path), x), tree)
-
-
-def _state_specs(params, specs, opt_state):
-    """How each leaf of the optimizer's state travels: as the parameter it belongs to, or whole."""
-    return [P() if i is None else specs[i] for i in _state_owners(params, opt_state)]
-
-
-def _state_owners(params, opt_state):
-    """Number of the parameter that each leaf of the optimizer's state belongs to, or None.
-
-    A leaf belongs to the parameter whose path its own path ends with, and whose shape it has.
-    """
-    owners = {
-        path: (i, jnp.shape(x))
-        for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(params))
-    }
-    found_owners = []
-    for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
-        tails = [path[i:] for i in range(len(path) + 1)]
-        found = [owners[tail][0] for tail in tails if owners.get(tail, (0, None))[1] == x.shape]
-        if not found and x.ndim:
-            msg = (
-                f"local_update(optimizer=...): the optimizer's state {keystr(path)} has shape "
-                f"{x.shape} and no parameter it belongs to has it; only trees shaped like the "
-                "parameters and scalars can travel with the weights. Write an optimizer "
-                "whose state is per entry, such as optax.sgd or optax.adam."
-            )
-            raise ValueError(msg)
-        found_owners.append(found[0] if found else None)
-    return found_owners
-
-
-def _all_finite(tree):
+def all_finite(tree):
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
@@ -258,12 +217,12 @@ def _all_filled(selection, name):
     return name in selection.disjoint and selection.indices[name].size == selection.sizes[name]
 
 
-def _goes_home(x, spec):
+def goes_home(x, spec):
     """Whether a leaf is scattered; whole integers, such as counts, are copied from one element."""
     return jnp.issubdtype(x.dtype, jnp.inexact) or any(name is not None for name in spec or ())
 
 
-def _first(y, old, good, axis_name):
+def first_good(y, old, good, axis_name):
     """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
     found, value = jnp.any(good), y[jnp.argmax(good)]
     if axis_name is not None:
@@ -283,20 +242,21 @@ def _anywhere(keep, axis_name):
     return jax.lax.pmax(jnp.asarray(keep).astype(jnp.int32), axis_name) > 0
 
 
-def _check_steps(elements, batches, specs):
+def _check_steps(seen, first, in_axes, batches):
     """Every leaf of the batches that an element sees begins with the same J, 1 or more."""
-    indices = {name: jnp.zeros(x.shape[1:], jnp.int32) for name, x in elements._indices().items()}
-    see = lambda *xs: [_gather_leaf(x, spec, indices, 0) for x, spec in zip(xs, specs)]
-    shapes = [x.shape for x in jax.eval_shape(see, *batches)]
+    leaves, E = jax.tree.leaves(batches), seen.num_elements
+    one = seen.only(range(first, len(seen.specs)))[0]
+    shapes = jax.eval_shape(lambda xs: one.map(lambda *xs: list(xs), xs), leaves)
+    shapes = [x.shape for x in shapes]
     lengths = {shape[0] if shape else None for shape in shapes}
     if not shapes:
-        msg = f"local_update: batches has no array; give [{elements.num_elements}, J, ...]."
+        msg = f"local_update: batches has no array; give [{E}, J, ...]."
         raise ValueError(msg)
     if len(lengths) != 1 or None in lengths:
         msg = (
-            f"local_update: leaves of batches have shapes {[x.shape for x in batches]}; an "
-            f"element sees {shapes} (in_axes={elements.in_axes!r}); all must begin with J, the "
-            f"number of local steps: [{elements.num_elements}, J, ...] with in_axes=0."
+            f"local_update: leaves of batches have shapes {[jnp.shape(x) for x in leaves]}; an "
+            f"element sees {shapes} (in_axes={in_axes!r}); all must begin with J, the number of "
+            f"local steps: [{E}, J, ...] with in_axes=0."
         )
         raise ValueError(msg)
     if lengths == {0}:

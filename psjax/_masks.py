@@ -1,4 +1,7 @@
-"""Masks of the weights that a selection drops: one for each leaf, or None."""
+"""Masks of the weights that a selection drops: one for each leaf, or None; and random ones."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,89 @@ import numpy as np
 from jax.tree_util import keystr
 
 
-def _kept(keep, x, other=0):
+def dropout_mask(
+    key: jax.Array, like: Any, rate: float = 0.0, layers: Mapping[str, float] | None = None
+) -> Any:
+    r"""Draw which weights and which whole layers are kept: a mask for `Selection.drop`.
+
+    Section 6.1 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
+    partitioned neural network training*, G-2023-36: a dropped layer changes the structure of the
+    loss, and without the layers that all scores share the elements of other classes do not overlap
+    (`psjax.structure.disjoint_rounds`). Weights are dropped one by one (L. Wan et al.,
+    *Regularization of Neural Networks using DropConnect*, 2013); for whole neurons write the mask
+    by hand, `[rows, 1]`.
+
+    **Nothing is rescaled.** For inverted dropout, where the expectation of a weight is the weight,
+    divide by $1 - r$ inside the element function, and use the whole weights to predict::
+
+        def element_fn(w, batch):
+            w = jax.tree.map(lambda x: x / (1 - rate), w)
+
+    Args:
+      key: a PRNG key; may be traced, so that one compiled step serves every draw. Devices that
+        share the parameters must share it.
+      like: the parameters, or `jax.ShapeDtypeStruct`s of them.
+      rate: $r$ in `[0, 1]`, the probability that a weight is dropped, independently of all others.
+      layers: `{path: probability}` that a whole layer is dropped, by one draw for all its leaves;
+        the path as `"Conv_0"` or `"block/Conv_0/kernel"`. In a layer that is kept, single weights
+        are dropped at `rate`.
+
+    Returns:
+      A tree like the parameters: None for a leaf that nothing can drop, `bool[]` for one that is
+      dropped or kept whole, `bool[...]` of the leaf's shape else; True is kept. Which it is depends
+      on the arguments alone and not on the draw.
+
+    Raises:
+      ValueError: a probability outside `[0, 1]`, a path that no parameter has.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, psjax
+      >>> w = {"Conv_0": jnp.ones((2, 2)), "Dense_0": jnp.ones(3)}
+      >>> psjax.dropout_mask(jax.random.key(0), w, layers={"Conv_0": 1.0})
+      {'Conv_0': Array(False, dtype=bool), 'Dense_0': None}
+    """
+    layers = dict(layers or {})
+    for name, p in {"rate": rate, **{f"layers[{path!r}]": p for path, p in layers.items()}}.items():
+        if not 0 <= p <= 1:
+            msg = f"dropout_mask: {name} is {p}; write a probability from 0 to 1."
+            raise ValueError(msg)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    paths = ["/".join(_key_name(k) for k in path) for path, _ in leaves]
+    under = {layer: {p for p in paths if f"{p}/".startswith(f"{layer}/")} for layer in layers}
+    for layer, found in under.items():
+        if not found:
+            tops = sorted({p.split("/")[0] for p in paths})
+            msg = (
+                f"dropout_mask(layers=...): no parameter has the path {layer!r}; those at the top "
+                f"are {tops}, and deeper ones are written 'block/Conv_0'."
+            )
+            raise ValueError(msg)
+    layers_key, *keys = jax.random.split(key, 1 + len(leaves))
+    draws = jax.random.split(layers_key, max(1, len(layers)))
+    kept = {
+        layer: jax.random.bernoulli(draw, np.float32(1 - p))
+        for draw, (layer, p) in zip(draws, sorted(layers.items()))
+    }
+
+    def mask(path, x, key):
+        whole = [kept[layer] for layer in kept if path in under[layer]]
+        if rate:
+            whole.append(jax.random.bernoulli(key, np.float32(1 - rate), x.shape))
+        out = None
+        for m in whole:
+            out = m if out is None else out & m
+        return out
+
+    masks = [mask(path, x, k) for path, (_, x), k in zip(paths, leaves, keys, strict=True)]
+    return treedef.unflatten(masks)
+
+
+def _key_name(entry):
+    """`Conv_0` of a dictionary's key, an attribute, a place in a list."""
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
+def kept(keep, x, other: Any = 0):
     """`x` where `keep` is True, `other` where a weight is dropped; `x` itself without a mask."""
     if keep is None:
         return x
@@ -15,7 +100,7 @@ def _kept(keep, x, other=0):
     return jnp.where(keep, x, jnp.asarray(other, x.dtype))
 
 
-def _masks(keep, paths):
+def masks_of(keep, paths):
     """The leaves of a tree of masks, flat, one for every path."""
     found = jax.tree_util.tree_leaves_with_path(keep, is_leaf=lambda x: x is None)
     by_path = {keystr(path): x for path, x in found}
@@ -44,11 +129,11 @@ def _mask(path, x):
     return x
 
 
-def _both(path, a, b):
+def both(path, a, b):
     """What two masks of one leaf keep together."""
     if a is None or b is None:
         return b if a is None else a
-    if not _broadcasts(a.shape, b.shape, either=True):
+    if not broadcasts(a.shape, b.shape, either=True):
         msg = (
             f"Selection.drop(keep): {path} has a mask of shape {b.shape}, but one of shape "
             f"{a.shape} already; both must broadcast to the leaf."
@@ -59,7 +144,7 @@ def _both(path, a, b):
     return align(a) & align(b)
 
 
-def _broadcasts(shape, to, either=False):
+def broadcasts(shape, to, either=False):
     """Whether an array broadcasts to a shape; with `either`, whether two do to a third."""
     try:
         wide = np.broadcast_shapes(shape, to)

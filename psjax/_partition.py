@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._select import _specs
+from psjax._select import flat_specs
 from psjax._selection import Selection
 
 
@@ -45,7 +45,7 @@ def random_partition(
     Raises:
       ValueError: an axis that no parameter has, more elements than rows, blocks of unequal size.
     """
-    specs, paths = _specs("random_partition", axes)
+    specs, paths = flat_specs("random_partition", axes)
     known = {name for spec in specs for name in spec or () if name is not None}
     if num_elements < 1 or not sizes:
         msg = (

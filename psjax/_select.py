@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import Selection, _is_spec
+from psjax._selection import Selection, is_spec
 
 
 def select(
@@ -49,7 +49,7 @@ def select(
       >>> s.scatter_add(s.gather(w), w)["x"]
       Array([0., 1., 4., 3., 4.], dtype=float32)
     """
-    specs, paths, found = _axis_sizes(axes, like)
+    specs, paths, found = axis_sizes(axes, like)
     in_params = set(found)
     arrays = {name: _index_array(name, index) for name, index in indices.items()}
     _check_lengths(arrays)
@@ -116,9 +116,9 @@ def _pairs(call, num_classes, choose):
     return np.array(list(choose(range(num_classes), 2)), np.int32)
 
 
-def _specs(call, axes, like_paths=None):
+def flat_specs(call, axes, like_paths=None):
     """Flat specs of a tree of axes, and their paths, which must be those of the parameters."""
-    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec)
+    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
     paths = tuple(keystr(path) for path, _ in found)
     if like_paths is not None and paths != like_paths:
         odd = sorted(set(paths) ^ set(like_paths)) or list(like_paths)
@@ -140,12 +140,12 @@ def _specs(call, axes, like_paths=None):
     return tuple(specs), paths
 
 
-def _axis_sizes(axes, like):
+def axis_sizes(axes, like):
     """Flat specs and paths of the parameters, and the size of every named axis."""
-    axes = axes(like) if isinstance(axes, Callable) and not _is_spec(axes) else axes
+    axes = axes(like) if isinstance(axes, Callable) and not is_spec(axes) else axes
     leaves = jax.tree_util.tree_leaves_with_path(like)
     paths = tuple(keystr(path) for path, _ in leaves)
-    specs, _ = _specs("select", axes, paths)
+    specs, _ = flat_specs("select", axes, paths)
     sizes, where = {}, {}
     for (path, x), spec in zip(leaves, specs):
         if len(spec) > x.ndim:

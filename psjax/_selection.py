@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._leaf import _gather_leaf, _held, _merge_leaf, _scatter_leaf
-from psjax._masks import _both, _broadcasts, _kept, _masks
+from psjax._leaf import gather_leaf, held_entries, merge_leaf, scatter_leaf
+from psjax._masks import both, broadcasts, kept, masks_of
 
-_is_spec = lambda x: isinstance(x, P) or x is None
+is_spec = lambda x: isinstance(x, P) or x is None
 
 
 def _map(fn, specs, *trees):
@@ -81,16 +81,16 @@ class Selection:
           A tree of the same structure. A leaf with no selected axis is repeated, `[E, ...]`; an
           element that is not valid gets zeros.
         """
-        self._check("gather(params)", params)
+        self.check("Selection.gather(params)", params)
         valid = jnp.asarray(self.valid)
 
         def leaf(spec, x):
-            y = _gather_leaf(jnp.asarray(x), spec, self.indices, 1)
-            if not _selected(spec, self.indices):
+            y = gather_leaf(jnp.asarray(x), spec, self.indices, 1)
+            if not selected(spec, self.indices):
                 y = jnp.broadcast_to(y, (self.num_elements, *y.shape))
             return jnp.where(valid.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.zeros_like(y))
 
-        return _map(leaf, self.specs, self._dropped(params))
+        return _map(leaf, self.specs, self.masked(params))
 
     def scatter_add(self, stacked, like):
         r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
@@ -99,9 +99,9 @@ class Selection:
           stacked: tree of arrays `[E, ...]` as `gather` returns.
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
-        self._check("scatter_add(stacked, like)", like)
+        self.check("Selection.scatter_add(stacked, like)", like)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return self._dropped(self._add(zeros, stacked, jnp.asarray(self.valid)))
+        return self.masked(self._add(zeros, stacked, jnp.asarray(self.valid)))
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
@@ -117,12 +117,12 @@ class Selection:
           A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit (but
           -0 and, on the CPU, subnormal numbers come back as 0). A mean of integers is rounded down.
         """
-        self._check("scatter_mean(stacked, params)", params)
+        self.check("Selection.scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)
         valid = valid if where is None else valid & where
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, counts = self._add(zeros, stacked, valid), self._counts(params, valid, axis_name)
-        total = self._dropped(total)
+        total = self.masked(total)
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
 
@@ -135,7 +135,7 @@ class Selection:
 
     def counts(self, params):
         """How many elements hold each entry: a tree like `params`, int32."""
-        self._check("counts(params)", params)
+        self.check("Selection.counts(params)", params)
         counts = self._counts(params, jnp.asarray(self.valid))
         return jax.tree.map(lambda n, x: jnp.broadcast_to(n, x.shape), counts, params)
 
@@ -143,7 +143,8 @@ class Selection:
         """Divide the elements among `n` workers: leaves `[E, ...] -> [n, ceil(E / n), ...]`.
 
         Elements keep their order; where `n` does not divide E, the last workers get copies of the
-        last element that are not valid and hold nothing. For a user's `pmap`, or `psjax.shard`.
+        last element that are not valid and hold nothing. For a user's `pmap`, or `psjax.shard`;
+        `selection.split(n)[w]` is what worker w has.
 
         Raises:
           ValueError: if `n` is less than 1, or the selection is split already.
@@ -151,12 +152,66 @@ class Selection:
         if n < 1 or self.valid.ndim != 1:
             msg = f"split({n}): n must be positive and the selection [E], not {self.valid.shape}."
             raise ValueError(msg)
-        divide = lambda x: _divide_rows(x, n)
-        each = -(-self.num_elements // n)
-        own = np.arange(n * each).reshape(n, each) < self.num_elements
-        indices = jax.tree.map(divide, self.indices)
-        keep = jax.tree.map(lambda x: _repeat(x, n), self.keep)
-        return dataclasses.replace(self, indices=indices, valid=divide(self.valid) & own, keep=keep)
+        parts = self.parts(n, -(-self.num_elements // n))
+        return dataclasses.replace(parts, keep=jax.tree.map(lambda x: repeat(x, n), self.keep))
+
+    def parts(self, n: int, size: int) -> "Selection":
+        """`[n, size]` elements in their order, the last one repeated, not valid, as padding."""
+        places = np.arange(n * size).reshape(n, size)
+        rows = np.minimum(places, self.num_elements - 1)
+        parts = dataclasses.replace(self, keep=None)[rows]
+        return dataclasses.replace(parts, valid=parts.valid & (places < self.num_elements))
+
+    def __getitem__(self, rows) -> "Selection":
+        """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
+        if self.valid.ndim > 1:
+            return jax.tree.map(lambda x: x[rows], self)
+        host = isinstance(rows, np.ndarray | int | slice)
+        take = lambda x: (
+            np.asarray(x)[rows, ...] if host and isinstance(x, np.ndarray) else jnp.asarray(x)[rows]
+        )
+        indices = {name: take(index) for name, index in self.indices.items()}
+        return dataclasses.replace(self, indices=indices, valid=take(self.valid))
+
+    # ------------------------------------------ the same elements, and what they see of other trees
+
+    def of(self, specs, tree, keep=None) -> "Selection":
+        """The same elements, and what they see of another tree: a batch, an optimizer's state.
+
+        Args:
+          specs: the `PartitionSpec` of every leaf, flat.
+          tree: the other tree.
+          keep: the mask of every leaf, flat, or None: nothing of it is dropped.
+        """
+        paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+        keep = tuple(keep) if keep and any(k is not None for k in keep) else None
+        return dataclasses.replace(self, specs=tuple(specs), paths=paths, keep=keep)
+
+    def only(self, leaves) -> "Selection":
+        """Of some leaves alone, by number; their tree is then a list."""
+        pick = lambda xs: tuple(xs[i] for i in leaves)
+        keep = None if self.keep is None else pick(self.keep)
+        paths = tuple(f"[{i}]" for i in range(len(leaves)))
+        return dataclasses.replace(self, specs=pick(self.specs), paths=paths, keep=keep)
+
+    def map(self, fn, leaves):
+        """`fn` of what every element sees of the leaves: `[E, ...]`; of one element, `[...]`.
+
+        Shared leaves are not repeated: the map passes them whole to every element.
+        """
+        lead = self.valid.ndim
+        seen = [gather_leaf(x, s, self.indices, lead) for x, s in zip(leaves, self.specs)]
+        if not lead:
+            return fn(*seen)
+        mapped = tuple(0 if selected(spec, self.indices) else None for spec in self.specs)
+        if 0 not in mapped:  # replicas of one whole
+            repeat = lambda y: jnp.broadcast_to(y, (*self.valid.shape, *y.shape))
+            return jax.tree.map(repeat, fn(*seen))
+        return jax.vmap(fn, in_axes=mapped)(*seen)
+
+    def add(self, total, stacked):
+        """`total` and what the elements give, without masks: `scatter_add` in a loop."""
+        return self._add(total, stacked, jnp.asarray(self.valid))
 
     def drop(self, keep) -> "Selection":
         """The same elements, none of which sees the weights that `keep` drops: dropout.
@@ -193,27 +248,27 @@ class Selection:
                 "first and split then, or take this device's part, [E], first."
             )
             raise ValueError(msg)
-        masks = _masks(keep, self.paths)
+        masks = masks_of(keep, self.paths)
         if self.keep is not None:
             masks = tuple(
-                _both(path, a, b) for path, a, b in zip(self.paths, self.keep, masks, strict=True)
+                both(path, a, b) for path, a, b in zip(self.paths, self.keep, masks, strict=True)
             )
         return dataclasses.replace(self, keep=masks)
 
-    def _dropped(self, tree):
+    def masked(self, tree):
         """A tree like the parameters with 0 for every weight that is dropped."""
         if self.keep is None:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten([_kept(k, x) for k, x in zip(self.keep, leaves, strict=True)])
+        return treedef.unflatten([kept(k, x) for k, x in zip(self.keep, leaves, strict=True)])
 
     def _add(self, zeros, stacked, valid):
         owners, places = self._owners(valid)
 
         def add(spec, zero, y):
             if self._one_holder(spec):
-                return _merge_leaf(y, spec, owners, places)[0].astype(zero.dtype)
-            return _scatter_leaf(zero, y, spec, self.indices, valid)
+                return zero + merge_leaf(y, spec, owners, places)[0].astype(zero.dtype)
+            return scatter_leaf(zero, y, spec, self.indices, valid)
 
         return _map(add, self.specs, zeros, stacked)
 
@@ -225,16 +280,16 @@ class Selection:
         def leaf(spec, keep, x):
             if self._one_holder(spec):
                 if keep is None:
-                    return _held(x.ndim, spec, owners).astype(jnp.int32)
-                count = _kept(keep, _held(x.ndim, spec, mine).astype(jnp.int32))
+                    return held_entries(x.ndim, spec, owners).astype(jnp.int32)
+                count = kept(keep, held_entries(x.ndim, spec, mine).astype(jnp.int32))
                 return count if axis_name is None else jax.lax.psum(count, axis_name)
             names = [*(spec or ()), *[None] * (x.ndim - len(spec or ()))]
             shape = [n if name in self.indices else 1 for n, name in zip(x.shape, names)]
-            ones = _gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1)
-            if not _selected(spec, self.indices):
+            ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1)
+            if not selected(spec, self.indices):
                 ones = jnp.broadcast_to(ones, (self.num_elements, *ones.shape))
-            count = _scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
-            count = _kept(keep, count)  # this device's, whose masks may be its own
+            count = scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
+            count = kept(keep, count)  # this device's, whose masks may be its own
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
         leaves, treedef = jax.tree.flatten(params)
@@ -253,6 +308,8 @@ class Selection:
         With `axis_name` elements are counted over all devices.
         """
         owners, places = {}, {}
+        if not self.disjoint:
+            return owners, places
         element = jnp.arange(self.num_elements, dtype=jnp.int32)
         if axis_name is not None:
             element = element + self.num_elements * jax.lax.axis_index(axis_name)
@@ -268,46 +325,28 @@ class Selection:
             places[name] = jnp.zeros(size, jnp.int32).at[index].set(place, mode="drop")
         return owners, places
 
-    def _check(self, call, params):
+    def check(self, call, params):
+        """Raise unless these are the parameters that `select` was given, and no split selection."""
         if self.valid.ndim != 1:
             msg = (
                 f"{call}: the selection has leaves of shape {self.valid.shape}; inside a mapped "
                 "function take this device's part, [E], first."
             )
             raise ValueError(msg)
-        _check_like(f"Selection.{call}", self, params)
+        check_like(call, self, params)
 
 
-def _with_specs(selection, tree, specs, keep=None):
-    """The same index sets for another tree of the same axes, such as an optimizer's state."""
-    if selection.keep is not None and keep is None:
-        msg = (
-            "exchange: the selection drops weights (Selection.drop), which does not work with "
-            "weights in shards; write psjax.local_update alone, or a selection that drops nothing."
-        )
-        raise ValueError(msg)
-    paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
-    keep = None if selection.keep is None else tuple(keep or ())
-    return dataclasses.replace(selection, specs=tuple(specs), paths=paths, keep=keep)
-
-
-def _repeat(x: Any, n: int):
+def repeat(x: Any, n: int):
     """`[...] -> [n, ...]`; NumPy's arrays stay so."""
     host = isinstance(x, np.ndarray | np.generic)
     return (np if host else jnp).broadcast_to(x, (n, *x.shape))
 
 
-def _divide_rows(x, n):
-    """`[E, ...] -> [n, ceil(E / n), ...]`, the last row repeated; NumPy's arrays stay so."""
-    places = np.arange(n * -(-x.shape[0] // n)).reshape(n, -1)
-    return x[np.minimum(places, x.shape[0] - 1)]
-
-
-def _selected(spec, indices):
+def selected(spec, indices):
     return any(name in indices for name in spec or ())
 
 
-def _check_like(call, selection, params):
+def check_like(call, selection, params):
     """The parameters must be those that `select` was given: a wrong size would gather zeros."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(keystr(path) for path, _ in leaves)
@@ -327,7 +366,7 @@ def _check_like(call, selection, params):
                 )
                 raise ValueError(msg)
     for (path, x), keep in zip(leaves, selection.keep or ()):
-        if keep is not None and not _broadcasts(keep.shape, x.shape):
+        if keep is not None and not broadcasts(keep.shape, x.shape):
             msg = (
                 f"{call}: the mask that Selection.drop got for {keystr(path)} has shape "
                 f"{tuple(keep.shape)}, which does not broadcast to the leaf's {tuple(x.shape)}."

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psjax._local import LocalMetrics, _all_finite, local_update
-from psjax._scores import score_exchange as score_exchange
+from psjax._local import LocalMetrics, all_finite, local_update
 from psjax._separable import value_and_grad
+from psjax.plan._scores import score_exchange as score_exchange
 
 
 def local_sgd(
@@ -122,7 +122,7 @@ def data_parallel(
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
-        finite = jnp.all(jnp.isfinite(loss)) & _all_finite((params, opt_state))
+        finite = jnp.all(jnp.isfinite(loss)) & all_finite((params, opt_state))
         repeat = lambda x: jnp.broadcast_to(x, (selection.num_elements, *x.shape))
         return params, opt_state, LocalMetrics(repeat(loss), repeat(finite))
 

@@ -33,7 +33,7 @@ from flax import linen as nn
 
 from psjax import losses
 from psjax import nn as psnn
-from psjax._norm import annotated
+from psjax.nn._annotate import annotated
 
 
 class PSNet(nn.Module):

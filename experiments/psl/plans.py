@@ -52,7 +52,7 @@ def main(args: Args) -> psjax.plan.Plan:
     """Print the table, draw the picture, return the plan."""
     net = psjax.models.psnet(args.preset)
     shape = (1, *IMAGES.get(args.preset, (32, 32, 3)))
-    plan = psjax.plan.best(
+    costs = psjax.plan.best(
         net,
         args.classes,
         args.workers,
@@ -63,9 +63,10 @@ def main(args: Args) -> psjax.plan.Plan:
         memory=args.memory,
         slots=args.slots,
     )
-    print(plan)
+    plan = costs.best
+    print(costs)
     print()
-    print(dataclasses.replace(plan, costs=None))
+    print(plan)
     if args.picture is not None:
         draw(plan, args.picture)
     return plan

@@ -1,0 +1,205 @@
+"""Traffic and work of plain dense networks, by formulas."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Cost(NamedTuple):
+    """Of one gradient step on average, all workers together.
+
+    Attributes:
+      floats: numbers sent; a worker's `1/n`, a round's `local_steps` times it.
+      flops: floating point operations of the matrix products, two to a multiplication.
+      samples: seen; divide by it to compare methods that see different numbers of them.
+    """
+
+    floats: float
+    flops: float
+    samples: int
+
+
+# ------------------------------------------------------------------------------ without coordinator
+
+
+def data_parallel(
+    widths: Sequence[int], batch_size: int, num_workers: int, *, vectors: int = 0
+) -> Cost:
+    r"""Data parallel SGD whose gradients go round a ring.
+
+    With $W = \sum_{i=1}^t N_{i-1} N_i$ plus `vectors`, a ring all-reduce sends $2 (n-1) W$ floats,
+    $2 W (n-1)/n$ a worker. A sample costs 6 operations a weight, of the output and the gradients of
+    weight and input; 4 in the first layer, whose input needs none.
+
+    Args:
+      widths: `(N_0, ..., N_t)`.
+      batch_size: samples of *one worker* at a gradient step.
+      num_workers: n.
+      vectors: floats beside the matrices, such as biases; their work is not counted.
+
+    Raises:
+      ValueError: fewer than two widths; a number that is not positive.
+    """
+    matrices = _matrices("data_parallel", 2, widths, batch_size, num_workers)
+    return _replicas(matrices, batch_size, num_workers, vectors)
+
+
+def local_sgd(
+    widths: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    local_steps: int,
+    *,
+    moments: int = 0,
+    vectors: int = 0,
+) -> Cost:
+    """Local SGD, whose weights are averaged round a ring every `local_steps` gradient steps.
+
+    Args:
+      widths: as in `data_parallel`.
+      batch_size: likewise, samples of one worker.
+      num_workers: n.
+      local_steps: J.
+      moments: of the optimizer, averaged with the weights: 0 none, 1 a momentum, 2 Adam's.
+      vectors: as in `data_parallel`.
+
+    Raises:
+      ValueError: as `data_parallel`.
+    """
+    matrices = _matrices("local_sgd", 2, widths, batch_size, num_workers, local_steps)
+    floats, flops, samples = _replicas(matrices, batch_size, num_workers, vectors)
+    return Cost((1 + moments) * floats / local_steps, flops, samples)
+
+
+def independent_subnets(
+    widths: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    local_steps: int,
+    *,
+    moments: int = 0,
+    split_vectors: int = 0,
+    shared: int = 0,
+) -> Cost:
+    r"""Independent subnet training between workers that hold the weights themselves.
+
+    Every hidden layer is split: a subnet has a share $1/n$ of its neurons. Each leaf lives in `n`
+    shards along one split axis. At the beginning of a round one all-to-all a leaf hands every
+    worker the parts of its subnet, and one returns them at the end; the share $1/n$ that a worker
+    holds itself is not sent. A round of $J$ steps sends
+
+    $$2 (1 - 1/n) (1 + m) \Big[N_0 N_1 + N_{t-1} N_t + \frac1n \sum_{i=2}^{t-1} N_{i-1} N_i + V\Big]
+    + 2 (n - 1) (1 + m) S$$
+
+    floats with $m$ `moments`, $V$ `split_vectors` and $S$ `shared`. That is exact for a stratified
+    draw, where each owner splits its own $N_i/n$ neurons into `n` equal groups, so for hidden
+    widths that $n^2$ divides; of other draws it is the mean, without what padding adds. Who draws
+    what follows from a common seed and is not sent.
+
+    The work is that of `data_parallel` on the subnets, $1/n^2$ of a matrix between hidden layers
+    and $1/n$ of the first and the last. A step sees `n * batch_size` samples, each by one subnet.
+
+    Args:
+      widths: `(N_0, ..., N_t)`, a hidden layer at least.
+      batch_size: samples of one worker at a gradient step.
+      num_workers: n, also the number of subnets.
+      local_steps: J, gradient steps a round.
+      moments: of the optimizer, which travel with their weights: 0 none, 1 a momentum, 2 Adam's.
+      split_vectors: floats of the vectors along split axes: `sum(widths[1:-1])` for the biases of
+        the hidden layers, three times that with the scales and shifts of a normalisation.
+      shared: floats of the leaves that every worker has, such as the bias of the output, `N_t`;
+        they and their moments are averaged by a ring all-reduce.
+
+    Raises:
+      ValueError: fewer than three widths; a number that is not positive.
+    """
+    call, n = "independent_subnets", num_workers
+    first, *hidden, last = _matrices(call, 3, widths, batch_size, n, local_steps)
+    ends = first + last + split_vectors
+    exchange = n * ends + sum(hidden) + n**2 * shared  # n^2 times: whole numbers come out whole
+    floats = 2 * (n - 1) * (1 + moments) * exchange / (n**2 * local_steps)
+    flops = batch_size * (4 * first + 6 * last + 6 * sum(hidden) / n)
+    return Cost(floats, float(flops), n * batch_size)
+
+
+# ------------------------------------------------------------------------------------ as they stand
+
+
+def printed_data_parallel(widths: Sequence[int], batch_size: int, num_workers: int) -> Cost:
+    r"""Data parallel as section 4.2 prints it: $\sum n N_{i-1} N_i$ floats, $4 B \sum N_{i-1} N_i$.
+
+    Warning: the floats are what flows in when a coordinator broadcasts the weights; no gradient
+    returns. $B$ samples are divided over the workers, and of the three products of a layer (output,
+    gradient of the weight, of the input) the work has two. See `data_parallel`.
+
+    Args:
+      widths: `(N_0, ..., N_t)`.
+      batch_size: samples of *all workers* at a gradient step.
+      num_workers: n.
+
+    Raises:
+      ValueError: as `data_parallel`.
+    """
+    matrices = _matrices("printed_data_parallel", 2, widths, batch_size, num_workers)
+    weights = sum(matrices)
+    floats, flops = num_workers * weights, 4 * batch_size * weights
+    return Cost(float(floats), float(flops), batch_size)
+
+
+def printed_independent_subnets(
+    widths: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    local_steps: int,
+    *,
+    ends_once: bool = False,
+) -> Cost:
+    r"""Independent subnet training as section 4.2 prints it.
+
+    $$\frac{N_0 N_1 + N_{t-1} N_t}{J} + \sum_{i=1}^{l} \frac{N_{i-1} N_i}{n J}
+    \quad\text{floats,}\qquad
+    4 B \Big[N_0 N_1 + N_{t-1} N_t + \sum_{i=1}^{l} \frac{N_{i-1} N_i}{n}\Big]
+    \quad\text{operations.}$$
+
+    Warning: the sums run over all layers ($l$, which the paper does not define, can only be $t$),
+    so that the first and the last, counted whole before, are counted once more by $1/n$. The text
+    has $1/n$ for *the other* matrices, $i = 2, ..., t-1$; that is `ends_once=True`. Either way the
+    floats are only what flows in at the beginning of a round: nothing returns, no worker owns a
+    share, no moments travel. Of three products a layer the work has two. See
+    `independent_subnets`.
+
+    Args:
+      widths: `(N_0, ..., N_t)`, a hidden layer at least.
+      batch_size: samples of one worker at a gradient step; `n` times as many are seen.
+      num_workers: n.
+      local_steps: J.
+      ends_once: sum over the layers between the first and the last, as the text says.
+
+    Raises:
+      ValueError: as `independent_subnets`.
+    """
+    call, n = "printed_independent_subnets", num_workers
+    matrices = _matrices(call, 3, widths, batch_size, n, local_steps)
+    summed = matrices[1:-1] if ends_once else matrices
+    weights = matrices[0] + matrices[-1] + sum(summed) / n
+    return Cost(weights / local_steps, 4 * batch_size * weights, n * batch_size)
+
+
+def _replicas(matrices, batch_size, num_workers, vectors):
+    floats = 2 * (num_workers - 1) * (sum(matrices) + vectors)
+    samples = num_workers * batch_size
+    flops = samples * (6 * sum(matrices) - 2 * matrices[0])
+    return Cost(float(floats), float(flops), samples)
+
+
+def _matrices(call, least, widths, batch_size, num_workers, local_steps=1):
+    if len(widths) < least:
+        layer = "layer" if least == 2 else "hidden layer"
+        msg = f"{call}(widths={tuple(widths)}): write (N_0, ..., N_t) with one {layer} at least."
+        raise ValueError(msg)
+    numbers = {"batch_size": batch_size, "num_workers": num_workers, "local_steps": local_steps}
+    for name, value in [*numbers.items(), ("widths", min(widths))]:
+        if value < 1:
+            given = tuple(widths) if name == "widths" else value
+            msg = f"{call}({name}={given}): write 1 or more."
+            raise ValueError(msg)
+    return [a * b for a, b in zip(widths, widths[1:])]

@@ -1,0 +1,28 @@
+"""Data sets in memory, and their batches as index arrays.
+
+Images and labels of a split, spoken words as features, sparse samples of very many labels; and the
+batches of an epoch: whole, by label, in tiles, stratified. Reading a set needs the packages of
+`psjax[data]`; the batches need NumPy alone.
+"""
+
+from psjax.data._batches import Batches as Batches
+from psjax.data._batches import batches as batches
+from psjax.data._batches import batches_by_label as batches_by_label
+from psjax.data._batches import check_labels as check_labels
+from psjax.data._batches import most_of_a_label as most_of_a_label
+from psjax.data._batches import stratified_order as stratified_order
+from psjax.data._batches import tiles_by_label as tiles_by_label
+from psjax.data._images import Dataset as Dataset
+from psjax.data._images import OwnRows as OwnRows
+from psjax.data._images import load as load
+from psjax.data._images import load_classes as load_classes
+from psjax.data._images import take as take
+from psjax.data._sparse import SparseDataset as SparseDataset
+from psjax.data._sparse import pad_rows as pad_rows
+from psjax.data._sparse import read_xc as read_xc
+from psjax.data._sparse import write_xc as write_xc
+from psjax.data._speech import WORDS as WORDS
+from psjax.data._speech import LogMel as LogMel
+from psjax.data._speech import SpeechDataset as SpeechDataset
+from psjax.data._speech import load_speech as load_speech
+from psjax.data._speech import log_mel as log_mel

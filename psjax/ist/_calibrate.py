@@ -1,0 +1,81 @@
+"""Statistics of every normalisation in the whole network, before it predicts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.tree_util import keystr
+
+
+def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
+    r"""Mean and variance of every `psjax.nn.SubnetNorm`'s input in the whole network.
+
+    Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
+    of the training data with the whole network. Layer by layer: the statistics of a layer are those
+    of its inputs once all layers before it use theirs, so that there are as many passes over the
+    batches as layers of normalisation. What follows only shared leaves and the first divided layer
+    has whole inputs in a subnet too: with one hidden layer, and scores that are not normalised,
+    there is nothing to correct but the noise of running averages. Normalised scores, like a second
+    layer, have all neurons for inputs, of which a subnet has a share.
+
+    It replaces the statistics of `init` and those of training, which a model takes for its own.
+
+    Args:
+      model: a module whose call without `train=True` predicts.
+      params: of the whole network.
+      batches: samples `[K, B, ...]`, K batches of B, or a tuple of such arrays, the model's
+        positional arguments. Activations are those of one batch at a time; the statistics are
+        pooled, those of the K * B samples.
+      **kwargs: further arguments of the model's call.
+
+    Returns:
+      The collection `batch_stats`. Nothing is compiled here; call it inside a `jax.jit` of yours.
+
+    Raises:
+      ValueError: a model without `SubnetNorm`, or no batch.
+    """
+    batches = batches if isinstance(batches, tuple) else (batches,)
+    for x in batches:
+        if jnp.ndim(x) < 2 or not x.shape[0]:
+            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; write [K, B, ...], K >= 1."
+            raise ValueError(msg)
+    init = lambda *args: nn.unbox(model.init(jax.random.key(0), *args, **kwargs))
+    shapes = jax.eval_shape(init, *(x[0] for x in batches))
+    if not shapes.get("batch_stats"):
+        msg = f"calibrate({type(model).__name__}): it has no psjax.nn.SubnetNorm to calibrate."
+        raise ValueError(msg)
+    stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["batch_stats"])
+
+    def moments(args):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, *args, mutable=["moments"], **kwargs)[1].get("moments", {})
+
+    def pool(mean, var, count):
+        weight = (count / jnp.sum(count))[:, None]
+        pooled = jnp.sum(weight * mean, axis=0)
+        return pooled, jnp.sum(weight * (var + (mean - pooled) ** 2), axis=0)
+
+    is_norm = lambda node: isinstance(node, Mapping) and "mean" in node
+    num_norms = len(jax.tree.leaves(stats, is_leaf=is_norm))
+    for _ in range(num_norms):  # each pass settles at least one layer more
+        found = jax.lax.map(moments, batches)
+        if _norm_paths(found, is_norm) != _norm_paths(stats, is_norm):
+            odd = sorted(_norm_paths(found, is_norm) ^ _norm_paths(stats, is_norm))
+            msg = (
+                f"calibrate({type(model).__name__}): 'batch_stats' has {', '.join(odd)}, which no "
+                "psjax.nn.SubnetNorm computes; write SubnetNorm in the place of BatchNorm."
+            )
+            raise ValueError(msg)
+        stats = jax.tree.map(
+            lambda m: dict(zip(("mean", "var"), pool(m["mean"], m["var"], m["count"]))),
+            found,
+            is_leaf=is_norm,
+        )
+    return stats
+
+
+def _norm_paths(tree, is_norm):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_norm)
+    return {keystr(path) for path, _ in leaves}

@@ -1,0 +1,160 @@
+"""Weights that live in shards over the workers: fetch a subnet, train it, give it back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
+
+from psjax._local import LocalMetrics, first_good, goes_home
+from psjax._select import replicas
+from psjax._selection import is_spec
+from psjax._state import state_specs_of
+
+_HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
+
+
+def store_specs(axes: Any, sizes: Mapping[str, int], axis_name: str) -> Any:
+    """Where each leaf lives: the first of its divided axes lies in shards, one a worker.
+
+    Args:
+      axes: tree of `PartitionSpec`s of axis names, of the parameters or (`state_axes`) of an
+        optimizer's state.
+      sizes: `{axis name: size}` of the divided axes.
+      axis_name: name of the mesh axis of the workers.
+
+    Returns:
+      A tree of `PartitionSpec`s for `jax.device_put` or `jax.shard_map`; `P()` for shared leaves,
+      which every worker holds.
+    """
+
+    def leaf(spec):
+        home = _home(spec, sizes)
+        return P() if home is None else P(*[None] * home, axis_name)
+
+    return jax.tree.map(leaf, axes, is_leaf=is_spec)
+
+
+def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
+    r"""A round of independent subnet training between workers that hold the weights themselves.
+
+    Section 4.4 of arXiv:1910.02120: no coordinator; each weight matrix is sharded over the workers,
+    who all draw the same subnets from `(seed, round_number)`. Worker s fetches subnet s from all
+    owners by one `all_to_all` per leaf, trains it, and returns it by another; shared leaves are
+    averaged. The traffic is that of `psjax.cost.independent_subnets`, which a test holds to the
+    last byte.
+
+    Args:
+      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`.
+      axis_name: name of the mapped axis, whose size is the number of subnets.
+
+    Returns:
+      A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)` for
+      the inside of your `jax.shard_map`: `params` and `opt_state` are this worker's shards, as
+      `store_specs` lays them out; `selection` is the whole, replicated one, drawn with
+      `stratified=True`; `batches` `[1, J, ...]` and the metrics are this worker's own.
+
+    Raises:
+      ValueError: at the call, another number of subnets than workers, or shards that do not fit.
+    """
+
+    def exchanged(params, opt_state, selection, batches):
+        n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+        _check(selection, n)
+        leaves, treedef = jax.tree.flatten((params, jax.tree.map(jnp.asarray, opt_state)))
+        specs = [*selection.specs, *state_specs_of(params, selection.specs, opt_state)]
+        _check_shards(params, selection, n)
+        homes: Any = [_home(spec, selection.sizes) for spec in specs]
+        part = _part(selection, me, n)
+        split = [i for i, home in enumerate(homes) if home is not None]
+        names = [_at_home(specs[i], homes[i]) for i in split]
+        part = part.of(names, [leaves[i] for i in split])
+
+        seen = list(leaves)
+        for i, y in zip(split, part.gather([leaves[i] for i in split])):
+            y = jax.lax.all_to_all(y, axis_name, 0, 0)  # [owner, ..., rows of the owner's, ...]
+            y = jnp.moveaxis(y, 0, homes[i])
+            seen[i] = y.reshape(*y.shape[: homes[i]], -1, *y.shape[homes[i] + 2 :])
+        subnet, state = treedef.unflatten(seen)
+        subnet, state, metrics = update(subnet, state, replicas(subnet, 1), batches)
+
+        finite, new = metrics.finite[0], jax.tree.leaves((subnet, state))
+        back = []
+        for i in split:
+            y, home = new[i], homes[i]
+            y = jnp.moveaxis(y.reshape(*y.shape[:home], n, -1, *y.shape[home + 1 :]), home, 0)
+            back.append(jax.lax.all_to_all(y, axis_name, 0, 0))  # [subnet, ..., rows of mine, ...]
+        home_again = part.scatter_mean(back, [leaves[i] for i in split])
+        for i, y in zip(split, home_again):
+            new[i] = y
+        holders = jax.lax.psum(finite.astype(jnp.int32), axis_name)
+        for i in (i for i, home in enumerate(homes) if home is None):
+            if goes_home(leaves[i], specs[i]):
+                total = jax.lax.psum(jnp.where(finite, new[i], 0), axis_name)
+                mean = total / jnp.maximum(holders, 1).astype(total.dtype)
+                new[i] = jnp.where(holders > 0, mean, leaves[i])
+            else:
+                new[i] = first_good(new[i][None], leaves[i], finite[None], axis_name)
+        params, opt_state = treedef.unflatten(new)
+        return params, opt_state, LocalMetrics(*metrics)
+
+    return exchanged
+
+
+def _home(spec, sizes):
+    """The dimension along which a leaf is sharded: its first divided axis, or None."""
+    return next((d for d, name in enumerate(spec or ()) if name in sizes), None)
+
+
+def _at_home(spec, home):
+    return P(*[name + _HOME if d == home else name for d, name in enumerate(spec)])
+
+
+def _part(selection, me, n):
+    """What each subnet sees of this worker's shards: its rows of mine, and all its others."""
+    indices, sizes = dict(selection.indices), dict(selection.axis_sizes)
+    for name, index in selection.indices.items():
+        block = selection.sizes[name] // n
+        mine = jax.lax.dynamic_index_in_dim(jnp.asarray(index).reshape(n, n, -1), me, 1, False)
+        indices[name + _HOME] = (mine - me * block).astype(jnp.int32)
+        sizes[name + _HOME] = block
+    return dataclasses.replace(
+        selection,
+        indices=indices,
+        axis_sizes=tuple(sorted(sizes.items())),
+        disjoint=(*selection.disjoint, *(name + _HOME for name in selection.indices)),
+    )
+
+
+def _check(selection, n):
+    if selection.keep is not None:
+        msg = (
+            "exchange: the selection drops weights (Selection.drop), which does not work with "
+            "weights in shards; write psjax.local_update alone, or a selection that drops nothing."
+        )
+        raise ValueError(msg)
+    if selection.num_elements != n or selection.blocks != n:
+        msg = (
+            f"exchange: {n} workers need a stratified partition into {n} subnets; this selection "
+            f"has {selection.num_elements} elements and {selection.blocks} blocks. Pass "
+            f"psjax.ist.membership(seed, round_number, axes, sizes, {n}, stratified=True)."
+        )
+        raise ValueError(msg)
+
+
+def _check_shards(params, selection, n):
+    for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), selection.specs):
+        home = _home(spec, selection.sizes)
+        for d, name in enumerate(spec or ()):
+            if name in selection.sizes:
+                want = selection.sizes[name] // (n if d == home else 1)
+                if x.shape[d] != want:
+                    msg = (
+                        f"exchange: {keystr(path)} has shape {x.shape} on this worker, but "
+                        f"dimension {d}, {name!r}, must be {want}; lay the parameters out as "
+                        "psjax.ist.store_specs says."
+                    )
+                    raise ValueError(msg)

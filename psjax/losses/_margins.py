@@ -1,0 +1,233 @@
+"""Losses of margins between pairs of scores: margin functions, and sums of them."""
+
+import difflib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Beyond the bound the exponential goes on as its tangent. Adam squares gradients: in float32 they
+# must stay below e^44, in float64 below e^354.
+_BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
+
+
+def exponential(z, bound: float | None = None):
+    r"""$e^{\min(z, B)} (1 + \max(z - B, 0))$: $e^z$ up to $B$, its tangent beyond.
+
+    The tangent is taken margin by margin, so the loss stays partially separable, and value and
+    gradient stay finite in float32 for scores up to 1e16.
+
+    Args:
+      z: margins, any shape, floating.
+      bound: $B$. None: 40 in float32 and bfloat16, 300 in float64, 5 in float16, where it is a
+        guard that a training that converges never meets. See `bounded_exponential` for a low one.
+    """
+    z = jnp.asarray(z)
+    bound = _BOUNDS[jnp.result_type(z, jnp.float16).name] if bound is None else bound
+    return jnp.exp(jnp.minimum(z, bound)) * (1 + jnp.maximum(z - bound, 0))
+
+
+def squared_exponential(z, bound: float | None = None):
+    r"""$\varphi(z) = e^{2z}$, the loss that the paper's authors ran; safe as `exponential` is."""
+    return exponential(2 * z, bound)
+
+
+def bounded_exponential(z, bound: float = 4.0):
+    r"""`exponential` with a bound low enough to change training: another loss, on purpose.
+
+    One misclassified sample then weighs at most about $e^B$ times a sample on the boundary. What
+    was measured is `squared_exponential` with `margin_bound=4`: under Adam no large drop in
+    accuracy, where without the bound there were four (experiments/psl/README.md, three seeds). For
+    $e^z$ itself, as here, it was not.
+    """
+    return exponential(z, bound)
+
+
+def softplus(z):
+    r"""$\log(1 + e^z)$: one-vs-each (Titsias, 2016, arXiv:1609.07410), gradients in [0, 1]."""
+    return jax.nn.softplus(z)
+
+
+def squared_hinge(z):
+    r"""$\max(0, 1 + z)^2$: the squared multiclass hinge of Weston and Watkins (1999)."""
+    return jnp.square(jnp.maximum(1 + z, 0))
+
+
+MarginFn = Callable[[jax.Array], jax.Array]
+
+
+def psl_with_integer_labels(scores, labels, margin_fn: MarginFn = exponential):
+    r"""$\sum_{j \ne y} \varphi(c_j - c_y)$ of each sample, from all scores; (6b) of the paper.
+
+    With $\varphi = \exp$ and $p_y$ the softmax probability of the label it is $1/p_y - 1$, that is
+    $e^{\mathrm{NLL}} - 1$: its gradient is the negative log-likelihood's with each sample weighted
+    by $1/p_y$, which makes it heavy-tailed: under Adam one sample that is confidently wrong moves
+    every weight. (6a) of the paper also sums the term $j = y$ and is larger by 1. The authors' own
+    runs used `squared_exponential`, which is the same at doubled scores.
+
+    In float32 a plain $e^z$ overflows at a margin of 88.7, $e^{2z}$ at 44.4; `exponential` goes on
+    as its tangent before that. Margins in training stay far below: in 40 epochs of the paper's
+    PSNet on MNIST the largest $2z$ was 7.
+
+    Args:
+      scores: `[..., C]`, floating, C >= 2.
+      labels: `[...]`, integers in `[0, C)`. Out of range gives NaN, in the sample's value and
+        gradient, for a jitted function cannot raise; `psjax.data.check_labels` raises on the host.
+      margin_fn: $\varphi$, elementwise.
+
+    Returns:
+      `[...]`, the loss of each sample.
+
+    Raises:
+      ValueError: scores that are not `labels.shape + (C,)`, or a single class.
+      TypeError: labels that are not integers.
+    """
+    scores, labels = _check("psl_with_integer_labels", scores, labels)
+    correct = jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
+    own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
+    loss = jnp.sum(jnp.where(correct, 0, margin_fn(scores - own)), axis=-1)
+    return _nan_outside(labels, scores) * loss
+
+
+def nll_with_integer_labels(scores, labels):
+    """Negative log-likelihood (2) of each sample, the plain method; needs every score at once.
+
+    Args and errors as `psl_with_integer_labels`.
+    """
+    scores, labels = _check("nll_with_integer_labels", scores, labels)
+    loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    return _nan_outside(labels, scores) * loss
+
+
+def one_vs_all_with_integer_labels(scores, labels):
+    r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: C elements of one score each.
+
+    Fully separable: no element shares a class's weights with another.
+
+    Args and errors as `psl_with_integer_labels`.
+    """
+    scores, labels = _check("one_vs_all_with_integer_labels", scores, labels)
+    own = jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
+    return _nan_outside(labels, scores) * jnp.sum(one_score(scores, own), axis=-1)
+
+
+def one_score(score, own):
+    """One-vs-all loss of one class: `softplus(-score)` where the sample is the class's own.
+
+    Args:
+      score: `[...]`, the score $c_j$.
+      own: `[...]`, bool, whether the label is $j$.
+    """
+    return jax.nn.softplus(jnp.where(own, -score, score))
+
+
+def pair(scores, weight, margin_fn: MarginFn = exponential):
+    r"""Element $h_{kj}$ (6c): two scores, the samples labelled $k$.
+
+    Args:
+      scores: `[..., 2]`, the scores of $k$ and of $j$, for samples labelled $k$.
+      weight: `[...]`, of each sample: $1/L$ with $L$ the **whole** batch, 0 for an empty slot.
+      margin_fn: $\varphi$.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: scores of another shape.
+    """
+    if jnp.shape(scores) != (*jnp.shape(weight), 2):
+        msg = (
+            f"pair(scores, weight): scores have shape {jnp.shape(scores)} and weight "
+            f"{jnp.shape(weight)}; write scores [..., 2] and weight [...]."
+        )
+        raise ValueError(msg)
+    return _weighted(weight, margin_fn(scores[..., 1] - scores[..., 0]))
+
+
+def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
+    r"""Sum of the elements $h_{ab}$ among $s$ classes for which `pairs[a, b]` is not 0.
+
+    Args:
+      scores: `[l, slots, s]`: the scores of all $s$ classes, for the samples of the first $l$.
+      weight: `[l, slots]`, of each sample: $1/L$ with $L$ the whole batch, 0 for an empty slot.
+      pairs: `[l, s]`, which ordered pairs (label, other) are this block's; the diagonal is 0.
+      margin_fn: $\varphi$.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: scores of another shape.
+    """
+    shape = jnp.shape(scores)
+    fits = len(shape) == 3 and jnp.shape(weight) == shape[:2] and shape[0] <= shape[2]
+    if not fits or jnp.shape(pairs) != (shape[0], shape[2]):
+        msg = (
+            f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight "
+            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [l, slots, s], weight "
+            "[l, slots], pairs [l, s] with l <= s."
+        )
+        raise ValueError(msg)
+    own = jnp.diagonal(scores, axis1=0, axis2=2).T[..., None]  # [l, slots, 1]
+    used = jnp.where(pairs[:, None, :] != 0, weight[..., None], 0)
+    return _weighted(used, margin_fn(scores - own))
+
+
+def _weighted(weight, values):
+    # An empty slot holds no image: whatever its scores are, even inf, must not become NaN.
+    return jnp.sum(jnp.where(weight == 0, 0, weight * values))
+
+
+def _check(call, scores, labels):
+    scores, labels = jnp.asarray(scores), jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        msg = f"{call}(scores, labels): labels are {labels.dtype}; write integers in [0, C)."
+        raise TypeError(msg)
+    if scores.ndim != labels.ndim + 1 or scores.shape[:-1] != labels.shape:
+        msg = (
+            f"{call}(scores, labels): scores have shape {scores.shape} and labels {labels.shape}; "
+            "write scores [..., C] and labels [...]."
+        )
+        raise ValueError(msg)
+    if scores.shape[-1] < 2:
+        msg = f"{call}(scores, labels): {scores.shape[-1]} class; a margin needs two scores."
+        raise ValueError(msg)
+    return scores, labels
+
+
+def _nan_outside(labels, scores):
+    """1 for each label in `[0, C)`, NaN for others: as a factor it reaches the gradient too."""
+    last = min(scores.shape[-1] - 1, jnp.iinfo(labels.dtype).max)
+    return jnp.where((labels >= 0) & (labels <= last), 1.0, jnp.nan)
+
+
+def margin_function(name: str, bound: float | None = None) -> MarginFn:
+    """Margin function of a named loss.
+
+    Args:
+      name: `psl`, `psl-squared`, `psl-bounded`, `one-vs-each` or `squared-hinge`.
+      bound: $B$ of the exponentials; None for their own.
+
+    Raises:
+      ValueError: unknown name, or a bound for a loss that has none.
+    """
+    table = {
+        "psl": exponential,
+        "psl-squared": squared_exponential,
+        "psl-bounded": bounded_exponential,
+        "one-vs-each": softplus,
+        "squared-hinge": squared_hinge,
+    }
+    if name not in table:
+        near = difflib.get_close_matches(str(name).lower(), table, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"margin_function({name!r}): no such loss; write one of {sorted(table)}.{hint}"
+        raise ValueError(msg)
+    if bound is None:
+        return table[name]
+    if not name.startswith("psl"):
+        msg = f"margin_function({name!r}, bound={bound}): this loss has no bound; leave it out."
+        raise ValueError(msg)
+    return functools.partial(table[name], bound=bound)

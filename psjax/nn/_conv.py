@@ -1,0 +1,118 @@
+"""Convolution with pooling folded in, and the logistic function, as in the papers' networks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = None):
+    r"""Convolution ('VALID', stride 1) and, folded into it, average pooling.
+
+    A convolution followed by the mean over `pool x pool` windows is one convolution with the mean
+    of the shifted kernels and stride `pool`: a 5x5 kernel and 2x2 pooling are a 6x6 kernel with
+    stride 2, 36 products an output where the plain form has 100. The result is that of
+    `avg_pool(conv(x) + bias)` (pooling windows that do not fit are dropped, as in Flax's 'VALID').
+
+    Args:
+      x: images `[batch, height, width, in]`.
+      kernel: `[kernel_height, kernel_width, in, out]`, of the dtype of `x`.
+      bias: `[out]`, or None.
+      pool: side of the pooling window, 1 for none.
+      implementation: `"native"` calls XLA's convolution; `"patches"` cuts the image into patches
+        by slices and multiplies once by a matrix, which inside a `lax.scan` on the CPU is 5 to 18
+        times faster. None: patches on the CPU, native elsewhere, decided when XLA compiles.
+
+    Returns:
+      `[batch, (height - kernel_height + 1) // pool, (width - kernel_width + 1) // pool, out]`.
+
+    Raises:
+      ValueError: if the shapes do not fit or no output is left.
+    """
+    _check_conv(x, kernel, pool, implementation)
+    if implementation is None:
+        y = jax.lax.platform_dependent(x, kernel, cpu=_patches(pool), default=_native(pool))
+    else:
+        y = {"native": _native, "patches": _patches}[implementation](pool)(x, kernel)
+    return y if bias is None else y + bias
+
+
+def _check_conv(x, kernel, pool, implementation):
+    call = f"conv(x={jnp.shape(x)}, kernel={jnp.shape(kernel)}, pool={pool})"
+    if implementation not in (None, "native", "patches"):
+        msg = f"{call}: implementation={implementation!r}; write 'native', 'patches' or None."
+        raise ValueError(msg)
+    if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4 or x.shape[3] != kernel.shape[2]:
+        msg = f"{call}: x is [batch, height, width, in] and kernel [height, width, in, out]."
+        raise ValueError(msg)
+    if pool < 1 or any((n - k + 1) // pool < 1 for n, k in zip(x.shape[1:3], kernel.shape[:2])):
+        msg = f"{call}: nothing is left of the image; write a smaller kernel or pooling window."
+        raise ValueError(msg)
+
+
+def _native(pool):
+    """XLA's convolution with stride `pool` and the mean of the `pool**2` shifted kernels."""
+
+    def apply(x, kernel):
+        shifts = [(i, j) for i in range(pool) for j in range(pool)]
+        pads = [((i, pool - 1 - i), (j, pool - 1 - j), (0, 0), (0, 0)) for i, j in shifts]
+        folded = sum(jnp.pad(kernel, pad) for pad in pads) / pool**2
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, folded, (pool, pool), "VALID", dimension_numbers=dims
+        )
+
+    return apply
+
+
+def _patches(pool):
+    """Blocks of `pool x pool` pixels become channels of one; then stride 1, slices, one product."""
+
+    def apply(x, kernel):
+        kh, kw, channels, features = kernel.shape
+        gh, gw = ((k + 2 * (pool - 1)) // pool for k in (kh, kw))  # blocks the folded kernel spans
+        rows, cols = ((n - k + 1) // pool for n, k in zip(x.shape[1:3], (kh, kw)))
+        height, width = (rows + gh - 1) * pool, (cols + gw - 1) * pool
+        x = x[:, :height, :width]
+        x = jnp.pad(x, [(0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)])
+        x = x.reshape(-1, rows + gh - 1, pool, cols + gw - 1, pool, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *x.shape[1:4:2], pool**2 * channels)
+        parts = [x[:, i : i + rows, j : j + cols] for i in range(gh) for j in range(gw)]
+        # The kernel is folded by one product with a constant and kept as [features, taps]: pads,
+        # transposes, and a product with the patches transposed, cost an element half its time.
+        fold = jnp.asarray(_fold_matrix(kh, kw, pool), kernel.dtype)
+        taps = kernel.reshape(kh * kw, channels, features)
+        matrix = jnp.einsum("fk,kco->ofc", fold, taps).reshape(features, -1)
+        return jnp.einsum("bhwk,ok->bhwo", jnp.concatenate(parts, axis=-1), matrix)
+
+    return apply
+
+
+def _fold_matrix(kh, kw, pool):
+    """From the kernel's taps to those of the folded one, in the order of the patches' channels."""
+    gh, gw = ((k + 2 * (pool - 1)) // pool for k in (kh, kw))
+    fold = np.zeros((gh, gw, pool, pool, kh, kw))
+    for a, b, i, j in itertools.product(range(kh), range(kw), range(pool), range(pool)):
+        (r, u), (c, v) = divmod(a + i, pool), divmod(b + j, pool)
+        fold[r, c, u, v, a, b] += 1 / pool**2
+    return fold.reshape(gh * gw * pool**2, kh * kw)
+
+
+@jax.custom_jvp
+def sigmoid(x):
+    """The logistic function; its derivative is written so that XLA's CPU backend computes it once.
+
+    Value and derivative are those of `jax.nn.sigmoid`, whose cotangent `g * (y * (1 - y))` is fused
+    into every consumer, the patch sums before it included, and computed again in each. As
+    `g * y - (g * y) * y` it is materialised where `g` would be dear, which is XLA's choice and not
+    a promise; an MNIST PSNet's step at batch 20 went from 1.9 to 1.2 ms.
+    """
+    return jax.nn.sigmoid(x)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    y = sigmoid(*primals)
+    (g,) = tangents
+    return y, g * y - (g * y) * y

@@ -1,0 +1,194 @@
+"""Layers shared by all class groups, and layers of a group of outputs for each class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from psjax.nn._annotate import annotated
+from psjax.nn._conv import conv
+
+
+def split_groups(x, num_groups: int):
+    """Divide the last axis among groups: `[..., features]` to `[..., num_groups, features/group]`.
+
+    Raises:
+      ValueError: if `num_groups` does not divide the last axis (section 5.2: it must).
+    """
+    features = x.shape[-1]
+    if num_groups < 1 or features % num_groups:
+        msg = (
+            f"split_groups(x, num_groups={num_groups}): the last axis of x has {features} features,"
+            f" which {num_groups} groups cannot share evenly; write a multiple of {num_groups}."
+        )
+        raise ValueError(msg)
+    return x.reshape(*x.shape[:-1], num_groups, features // num_groups)
+
+
+def _check_groups(layer, x, rank, shape):
+    if jnp.ndim(x) != rank or x.shape[-2] != layer.groups:
+        msg = (
+            f"{type(layer).__name__}(groups={layer.groups}): x has shape {jnp.shape(x)}, but must "
+            f"be {shape} with {layer.groups} groups; split_groups(x, {layer.groups}) divides a "
+            "plain layer's output."
+        )
+        raise ValueError(msg)
+
+
+def _glorot(**axes) -> Callable[..., Any]:
+    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **axes)
+
+
+# The fans of a fan-out layer are those of the whole plain layer that it is; a separable layer's
+# groups are small dense layers, each with its own.
+_plain_init = _glorot()
+_fan_out_init = _glorot(in_axis=-2, out_axis=(0, -1))
+_separable_init = _glorot(batch_axis=(0,))
+_zeros = nn.initializers.zeros
+
+
+def _grouped(init, axis: str, rank: int) -> Callable[..., Any]:
+    """An initializer whose array is annotated with the group axis first."""
+    return annotated(init, axis, *[None] * (rank - 1))
+
+
+class Conv(nn.Module):
+    """Plain convolution shared by all groups, pooling folded in.
+
+    `[B, H, W, in] -> [B, h, w, features]`. Its parameters are annotated with no
+    axis: every sub-network holds them whole. See `conv`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _plain_init, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv(x, kernel, bias, pool=self.pool, implementation=self.implementation)
+
+
+class Dense(nn.Module):
+    """Plain dense layer shared by all groups: `[..., in] -> [..., features]`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _plain_init, (x.shape[-1], self.features))
+        return x @ kernel + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+class FanOutConv(nn.Module):
+    """Convolution from all inputs to each group: `[B, H, W, in] -> [B, h, w, groups, features]`.
+
+    Kernel `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both
+    annotated with `axis` first. It is a plain convolution of `groups * features` kernels; the
+    paper's PSNet has one as its last convolution.
+    """
+
+    groups: int
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    axis: str = "class"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", _grouped(_fan_out_init, self.axis, len(shape)), shape)
+        bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
+        whole = jnp.moveaxis(kernel, 0, -2).reshape(*shape[1:4], -1)
+        y = conv(x, whole, bias.ravel(), pool=self.pool, implementation=self.implementation)
+        return split_groups(y, self.groups)
+
+
+class SeparableConv(nn.Module):
+    """Convolution from each group to its counterpart.
+
+    `[B, H, W, groups, in] -> [B, h, w, groups, features]`. Kernel
+    `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both annotated
+    with `axis` first.
+    """
+
+    groups: int
+    features: int
+    kernel_size: tuple[int, int] = (5, 5)
+    pool: int = 1
+    axis: str = "class"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        _check_groups(self, x, 5, "[batch, height, width, groups, in]")
+        shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", _grouped(_separable_init, self.axis, len(shape)), shape)
+        bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
+        # One convolution a group, unrolled: vmap over kernels is a grouped convolution, whose
+        # gradient is up to 40 times slower on the CPU.
+        parts = [
+            conv(x[..., g, :], kernel[g], pool=self.pool, implementation=self.implementation)
+            for g in range(self.groups)
+        ]
+        return jnp.stack(parts, axis=-2) + bias
+
+
+class FanOutDense(nn.Module):
+    """Dense layer from all inputs to each group: `[B, in] -> [B, groups, features]`.
+
+    Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first.
+    It is a plain dense layer of `groups * features` outputs.
+    """
+
+    groups: int
+    features: int
+    axis: str = "class"
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.groups, x.shape[-1], self.features)
+        kernel = self.param("kernel", _grouped(_fan_out_init, self.axis, len(shape)), shape)
+        bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
+        whole = jnp.moveaxis(kernel, 0, 1).reshape(x.shape[-1], -1)
+        return split_groups(x @ whole, self.groups) + bias
+
+
+class SeparableDense(nn.Module):
+    """Dense layer from each group to its counterpart: `[B, groups, in] -> [B, groups, features]`.
+
+    Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first:
+    `groups` times fewer weights than a dense layer (section 5.2, figure 2).
+
+    Attributes:
+      groups: number of groups.
+      features: outputs of one group.
+      axis: name of the groups' axis.
+      in_axis, out_axis: names of the inputs and outputs of a group, where subnets divide them.
+    """
+
+    groups: int
+    features: int
+    axis: str = "class"
+    in_axis: str | None = None
+    out_axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        _check_groups(self, x, 3, "[batch, groups, in]")
+        shape = (self.groups, x.shape[-1], self.features)
+        names = self.axis, self.in_axis, self.out_axis
+        kernel = self.param("kernel", annotated(_separable_init, *names), shape)
+        bias_init = annotated(_zeros, self.axis, self.out_axis)
+        bias = self.param("bias", bias_init, (self.groups, self.features))
+        return jnp.einsum("bgi,gio->bgo", x, kernel) + bias
+
+
+def flatten_groups(x):
+    """`[batch, height, width, groups, features] -> [batch, groups, height * width * features]`."""
+    x = jnp.moveaxis(x, -2, 1)
+    return x.reshape(*x.shape[:2], -1)

@@ -1,0 +1,136 @@
+"""Layers whose inputs and outputs are divided among subnets, and their normalisation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from psjax.nn._annotate import annotated
+
+
+class SubnetDense(nn.Module):
+    """Dense layer whose inputs and outputs may be divided among subnets.
+
+    `[B, in] -> [B, features]`. The kernel is `[in, features]`, but `[features, in]` where only the
+    outputs are divided: rows of a kernel move between subnets faster than its columns. He-normal
+    kernel, zero bias.
+
+    Attributes:
+      features: number of outputs.
+      in_axis, out_axis: names of the divided axes; None for what every subnet holds whole.
+      use_bias: whether to add a bias; a normalisation that follows has its own shift.
+    """
+
+    features: int
+    in_axis: str | None = None
+    out_axis: str | None = None
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        rows_first = self.in_axis is None and self.out_axis is not None
+        names, shape = (self.in_axis, self.out_axis), (x.shape[-1], self.features)
+        init = nn.initializers.he_normal(in_axis=-2, out_axis=-1)
+        if rows_first:
+            names, shape = names[::-1], shape[::-1]
+            init = nn.initializers.he_normal(in_axis=-1, out_axis=-2)
+        kernel = self.param("kernel", annotated(init, *names), shape)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (int(rows_first),)), ((), ())))
+        if not self.use_bias:
+            return y
+        return y + self.param(
+            "bias", annotated(nn.initializers.zeros, self.out_axis), (self.features,)
+        )
+
+
+class SubnetNorm(nn.Module):
+    r"""Batch normalisation over whatever neurons the (sub)network has: $(x - \mu) / \sigma$.
+
+    Section 5 of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using
+    Independent Subnet Training*, arXiv:1910.02120: a neuron has fewer inputs in a subnet than in
+    the whole network, so each is normalised by its own statistics: while training by the batch's,
+    at prediction by those that `psjax.ist.calibrate` computes with the whole network.
+
+    `[..., features] -> [..., features]`, statistics over all axes but the last, the variance that
+    of the population, as in `flax.linen.BatchNorm`. Differences to it: parameters and statistics
+    carry the axis of the neurons, so that they travel with a subnet; a missing statistic is an
+    error. What `init` puts into `batch_stats`, mean 0 and variance 1, is no statistic of anything:
+    running averages start there. With it a prediction is no error, but normalises nothing; give
+    `psjax.ist.calibrate`'s collection in its place.
+
+    Attributes:
+      axis: name of the axis that subnets divide; None where every subnet has all features.
+      use_scale, use_bias: whether a scale and a shift are learned.
+      momentum: of the running averages, which are updated only where the caller makes the
+        collection `batch_stats` mutable. They are a subnet's; see `psjax.ist.calibrate`.
+      epsilon: added to the variance.
+    """
+
+    axis: str | None = None
+    use_scale: bool = True
+    use_bias: bool = True
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Normalise by the batch if `train`, else by the collection `batch_stats`.
+
+        Raises:
+          ValueError: prediction without a mean or a variance.
+        """
+        if self.is_mutable_collection("moments") and not self.is_initializing():
+            if self.has_variable("moments", "mean"):
+                msg = (
+                    f"SubnetNorm {'/'.join(self.path)}: called twice in one pass, but it has one "
+                    "mean and variance; write a SubnetNorm for each place."
+                )
+                raise ValueError(msg)
+            mean, var = _moments(x)
+            count = jnp.asarray(x.size // x.shape[-1], x.dtype)
+            for name, value in (("mean", mean), ("var", var), ("count", count)):
+                self.put_variable("moments", name, value)
+        mean, var = self._train(x) if train else self._predict(x)
+        shape = (x.shape[-1],)
+        scale = jnp.reciprocal(jnp.sqrt(var + self.epsilon))
+        if self.use_scale:
+            scale = scale * self.param("scale", annotated(nn.initializers.ones, self.axis), shape)
+        y = (x - mean) * scale
+        if self.use_bias:
+            y = y + self.param("bias", annotated(nn.initializers.zeros, self.axis), shape)
+        return y
+
+    def _running(self, features):
+        """The running mean and variance, made where they are not there yet."""
+        return [
+            self.variable("batch_stats", name, annotated(init, self.axis), None, (features,))
+            for name, init in (("mean", nn.initializers.zeros), ("var", nn.initializers.ones))
+        ]
+
+    def _train(self, x):
+        moments = _moments(x)
+        if self.is_mutable_collection("batch_stats"):
+            for running, new in zip(self._running(x.shape[-1]), moments):
+                if not self.is_initializing():
+                    old: Any = running.value
+                    running.value = self.momentum * old + (1 - self.momentum) * new
+        return moments
+
+    def _predict(self, x):
+        missing = [x for x in ("mean", "var") if not self.has_variable("batch_stats", x)]
+        if missing and not self.is_initializing():
+            msg = (
+                f"SubnetNorm {'/'.join(self.path)}: prediction (train=False) needs statistics of "
+                f"the whole network, and 'batch_stats' has no {' and no '.join(missing)} here; "
+                "write variables = {'params': params, "
+                "'batch_stats': psjax.ist.calibrate(model, params, batches)}."
+            )
+            raise ValueError(msg)
+        mean, var = (running.value for running in self._running(x.shape[-1]))
+        return mean, var
+
+
+def _moments(x):
+    over = tuple(range(x.ndim - 1))
+    return jnp.mean(x, axis=over), jnp.var(x, axis=over)

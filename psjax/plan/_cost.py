@@ -1,0 +1,367 @@
+"""What a plan costs, before it runs: memory, bytes, products and the time of a step."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from psjax import structure
+from psjax._partition import random_partition
+from psjax.plan._routes import Routes
+from psjax.plan._store import Store
+
+
+class Workload(NamedTuple):
+    """What a model costs, as numbers; made by `workload`.
+
+    Attributes:
+      axes: `PartitionSpec`s of the parameters.
+      like: `jax.ShapeDtypeStruct`s of them.
+      common: weights behind every score.
+      private: weights of one class.
+      common_flops: operations of value and gradient for one sample, of what all scores share.
+      class_flops: the same of what one score has to itself.
+      itemsize: bytes of a weight.
+      model: what was counted, to count a narrower one; None where the numbers are written by hand.
+      inputs: `jax.ShapeDtypeStruct` of its input.
+    """
+
+    axes: Any
+    like: Any
+    common: int
+    private: int
+    common_flops: float
+    class_flops: float
+    itemsize: int
+    model: Any = None
+    inputs: Any = None
+
+
+class Prediction(NamedTuple):
+    """One way to take a step, of the most loaded worker.
+
+    Attributes:
+      name: of the method.
+      plan: the `Plan`, or None for a method that is not one.
+      memory: bytes of weights, gradients and optimizer moments; activations are not counted.
+      down: bytes a worker receives of weights.
+      up: bytes a worker sends of gradients, scores or weights that return.
+      flops: operations of the step's products, padding included.
+      trunk: how many times the common layers are evaluated on a sample.
+      samples: that a worker needs, of the batch.
+      holders: workers that hold a weight of a class during the step, mean over these weights.
+      seconds: `flops / rate + (down + up) / bandwidth`. The time to start a collective is not in
+        it; of small networks a plan of many turns, each with its own, takes longer than this.
+    """
+
+    name: str
+    plan: Any
+    memory: float
+    down: float
+    up: float
+    flops: float
+    trunk: float
+    samples: float
+    holders: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Predictions side by side; `print` it.
+
+    Attributes:
+      rows: what is compared.
+      note: printed under it.
+      memory: bytes that a worker has; None: no limit.
+    """
+
+    rows: tuple[Prediction, ...]
+    note: str = ""
+    memory: float | None = None
+
+    @property
+    def best(self) -> Any:
+        """The plan with the shortest predicted step of those that fit into the memory.
+
+        None where no row is a plan that fits. A row that is no plan may be faster.
+        """
+        fit = [row for row in self._fit if row.plan is not None]
+        return min(fit, key=lambda row: (row.seconds, row.memory)).plan if fit else None
+
+    @property
+    def _fit(self):
+        return [row for row in self.rows if self.memory is None or row.memory <= self.memory]
+
+    def __str__(self):
+        head = ("", "memory MB", "down MB", "up MB", "MFLOP", "trunk", "samples", "holders", "ms")
+        lines: list[tuple[str, ...]] = [head]
+        fit = self._fit
+        fastest = min((row.seconds for row in fit), default=None)
+        for row in self.rows:
+            numbers = (row.memory / 1e6, row.down / 1e6, row.up / 1e6, row.flops / 1e6)
+            numbers = (*numbers, row.trunk, row.samples, row.holders, 1e3 * row.seconds)
+            mark = " *" if row in fit and row.seconds == fastest else ""
+            lines.append(
+                (row.name, *(f"{x:.4g}" for x in numbers[:-1]), f"{numbers[-1]:.4g}{mark}")
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        show = lambda line: "  ".join(
+            x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        limit = "" if self.memory is None else f" of those within {self.memory / 1e6:.4g} MB"
+        text = [
+            *map(show, lines),
+            f"the most loaded worker's; * the fastest{limit} by flops / rate + bytes / bandwidth,",
+            "without the time to start a collective, of which every turn of a plan has its own",
+        ]
+        return "\n".join([*text, self.note] if self.note else text)
+
+
+def workload(model: nn.Module, num_classes: int, inputs: Any) -> Workload:
+    """Weights and operations of a Flax model whose scores are an axis of its parameters.
+
+    Operations are those of XLA's own count of the program for value and gradient, not compiled, of
+    two and four classes at two batch sizes: the count is a line in both.
+
+    Args:
+      model: with an attribute `num_classes`, its parameters annotated with the axis `class`.
+      num_classes: C.
+      inputs: an array or `jax.ShapeDtypeStruct` `[B, ...]` of the model's input, any B.
+
+    Raises:
+      ValueError: from `psjax.structure.count`, for a model without a class axis.
+    """
+    image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
+    model = model.clone(num_classes=num_classes)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image(1))
+    axes = nn.get_partition_spec(variables)["params"]
+    like = nn.unbox(variables)["params"]
+    counts = structure.count(axes, like)
+    two, four = (_operations(model.clone(num_classes=m), inputs) for m in (2, 4))
+    each = (four - two) / 2
+    itemsize = max(x.dtype.itemsize for x in jax.tree.leaves(like))
+    private, common = counts.score - counts.common, two - 2 * each
+    return Workload(
+        axes, like, counts.common, private, common, each, itemsize, model, image(inputs.shape[0])
+    )
+
+
+def table(
+    work: Workload,
+    plans: Any,
+    *,
+    num_workers: int,
+    batch_size: int,
+    bandwidth: float,
+    flops: float,
+    memory: float | None = None,
+    slots: int | None = None,
+    moments: int = 2,
+    local_steps: int = 10,
+) -> Table:
+    """What plans cost, with data parallelism, score exchange and independent subnets beside them.
+
+    Args:
+      work: `workload(model, num_classes, inputs)`.
+      plans: an iterable of `Plan`s for `num_workers`.
+      num_workers: W.
+      batch_size: samples of all workers at a step, as many of each class.
+      bandwidth: bytes a second of one worker.
+      flops: operations a second of one worker.
+      memory: bytes of one worker; the table marks the fastest row within it. None: no limit.
+      slots: of a label in a batch, which a plan computes whether they are filled or not. None: as
+        equally many samples of each label need. Batches in any other order need
+        `psjax.data.most_of_a_label`, about twice as many where a label has 10 on average.
+      moments: of the optimizer, beside each weight: 0 SGD, 1 momentum, 2 Adam.
+      local_steps: J of independent subnets, between two exchanges.
+
+    Returns:
+      A `Table`. Bytes are those that the compiled step sends, padding included.
+
+    Raises:
+      ValueError: no workers, samples or local steps, negative moments, a speed that is not
+        positive, fewer slots than samples of a label.
+    """
+    check_numbers(
+        "table",
+        num_workers=num_workers,
+        batch_size=batch_size,
+        bandwidth=bandwidth,
+        flops=flops,
+        moments=moments,
+        local_steps=local_steps,
+    )
+    store = Store(work.axes, work.like, num_workers)
+    slots = slots_of("table", slots, batch_size, store.num_classes)
+    rows = [_of_plan(work, plan, store, batch_size, slots, moments) for plan in plans]
+    rows.append(_data_parallel(work, store, batch_size, moments))
+    rows.append(_score_exchange(work, store, batch_size, moments))
+    subnets, note = _subnets(work, store, batch_size, moments, local_steps)
+    rows += [subnets] if subnets is not None else []
+    time = lambda row: row.flops / flops + (row.down + row.up) / bandwidth
+    note = f"plans: operations of {slots} slots for every label of a batch\n{note}"
+    return Table(tuple(row._replace(seconds=time(row)) for row in rows), note, memory)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def check_numbers(call, **numbers):
+    for name, value in numbers.items():
+        least = 0 if name == "moments" else 1
+        real = name in ("bandwidth", "flops")
+        if not (value > 0 if real else value >= least):
+            write = "a positive number" if real else f"{least} or more"
+            msg = f"{call}({name}={value}): write {write}."
+            raise ValueError(msg)
+
+
+def slots_of(call, slots, batch_size, num_classes):
+    """Slots of a label; as many as equally many samples of each label need, or what is given."""
+    least = math.ceil(batch_size / num_classes)
+    if slots is not None and slots < least:
+        msg = (
+            f"{call}(slots={slots}): {batch_size} samples of {num_classes} classes need {least} "
+            "slots a label or more."
+        )
+        raise ValueError(msg)
+    return least if slots is None else slots
+
+
+def _operations(model, inputs):
+    """Of value and gradient for one sample, by XLA's count of the program, not compiled."""
+    image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), image(1)))["params"]
+    fn = lambda params, x: jnp.sum(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
+
+    def flops(batch):
+        analysis = jax.jit(jax.value_and_grad(fn)).lower(params, image(batch)).cost_analysis()
+        return float(analysis["flops"])  # pyright: ignore
+
+    return (flops(16) - flops(8)) / 8
+
+
+def _share(store, like):
+    """Common weights that a worker keeps, what a leaf is padded with included."""
+    leaves = [like[i] for i in range(len(like)) if i not in store.class_dims]
+    return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
+
+
+def _of_plan(work, plan, store, batch_size, slots, moments):
+    W, T, rows, s = plan.pairs.shape
+    m, share = store.rows.shape[1], _share(store, jax.tree.leaves(work.like))
+    kept = m * work.private + share
+    held = plan.block_size * work.private + work.common
+    moved = work.itemsize * (T * Routes(plan, store).rows_sent * work.private + (W - 1) * share)
+    parts = (plan.labels < plan.num_classes) / plan.shares[..., 1:]  # of a class's samples
+    computed = T * rows * plan.slots(slots).shape[2]
+    seen = np.zeros((W, plan.num_classes + 1))
+    np.maximum.at(seen, (np.arange(W)[:, None, None], plan.labels), parts)
+    holds = np.zeros((W, plan.num_classes + 1), bool)
+    holds[np.arange(W)[:, None, None], plan.classes] = True
+    name = {
+        "cyclic": f"cyclic, {plan.num_groups} groups, {len(plan.base)} a task",
+        "blocks": f"blocks, {s} classes",
+        "pairs": "merged pairs",
+    }.get(plan.kind, str(plan.kind))
+    return Prediction(
+        name if T == 1 else f"{name}, {T} turns",
+        plan,
+        work.itemsize * ((2 + moments) * kept + 2 * held),
+        moved,
+        moved,
+        computed * (work.common_flops + s * work.class_flops),
+        float(parts.sum() / plan.num_classes),
+        batch_size / plan.num_classes * seen[:, :-1].sum(axis=1).max(),
+        float(holds[:, :-1].sum(axis=0).mean()),
+        math.nan,
+    )
+
+
+def _data_parallel(work, store, batch_size, moments):
+    W, n = store.num_workers, work.common + store.num_classes * work.private
+    ring = work.itemsize * n * (W - 1) / W
+    each = math.ceil(batch_size / W)
+    flops = each * (work.common_flops + store.num_classes * work.class_flops)
+    memory = work.itemsize * n * (2 + moments)
+    return Prediction("data parallel", None, memory, ring, ring, flops, 1, each, W, math.nan)
+
+
+def _score_exchange(work, store, batch_size, moments):
+    W, m = store.rows.shape
+    share = _share(store, jax.tree.leaves(work.like))
+    kept = m * work.private + share
+    return Prediction(
+        "score exchange",
+        None,
+        work.itemsize * ((2 + moments) * kept + 2 * work.common),
+        work.itemsize * (W - 1) * share,
+        work.itemsize * (W - 1) * (share + batch_size * m),
+        batch_size * (work.common_flops + m * work.class_flops),
+        W,
+        batch_size,
+        1,
+        math.nan,
+    )
+
+
+def _subnets(work, store, batch_size, moments, local_steps):
+    """Independent subnets: what `psjax.ist.exchange` sends in a round, a step's share of it."""
+    W, title = store.num_workers, "independent subnets"
+    sizes = {}
+    for x, spec in zip(jax.tree.leaves(work.like), store.leaf_specs):
+        sizes |= {n: d for n, d in zip(spec, x.shape) if n not in (None, store.axis) and d >= W}
+    if not sizes:
+        return None, f"{title}: no row, for the model names no hidden axis of {W} neurons or more"
+    draw = lambda: random_partition(jax.random.key(0), store.axes, sizes, num_elements=W)
+    gathered = jax.eval_shape(lambda like: draw().gather(like), work.like)
+    small = [x.shape[1:] for x in jax.tree.leaves(gathered)]
+    narrow = _narrow(work, sizes, W, small)
+    if narrow is None:
+        return None, f"{title}: no row, for a narrower model is not model.clone(hidden=...)"
+    whole = np.array([math.prod(x.shape) for x in jax.tree.leaves(work.like)])
+    of_subnet = np.array([math.prod(shape) for shape in small])
+    split = np.array([bool(set(spec) & set(sizes)) for spec in store.leaf_specs])
+    own = np.array([store.axis in spec for spec in store.leaf_specs])
+    shared, seen = int(of_subnet[~split].sum()), int(of_subnet.sum())
+    moved = work.itemsize * (1 + moments) * seen * (W - 1) / W / local_steps
+    each = math.ceil(batch_size / W)
+    row = Prediction(
+        f"{title}, J = {local_steps}",
+        None,
+        work.itemsize * ((1 + moments) * (int(whole.sum()) - shared) / W + (2 + moments) * seen),
+        moved,
+        moved,
+        each * _operations(narrow, work.inputs),
+        1,
+        each,
+        float(W * of_subnet[own].sum() / whole[own].sum()),
+        math.nan,
+    )
+    note = (
+        f"{title}: {', '.join(sorted(sizes))} divided; another training, whose steps cannot be "
+        "compared one by one"
+    )
+    uneven = [f"{name} ({size})" for name, size in sorted(sizes.items()) if size % W**2]
+    if uneven:
+        note += (
+            f";\n  psjax.ist.exchange refuses {', '.join(uneven)}, which {W}^2 must divide: "
+            "the row is of shares rounded up"
+        )
+    return row, note
+
+
+def _narrow(work, sizes, num_subnets, shapes):
+    """The module whose parameters have the shapes of a subnet's, or None."""
+    hidden = getattr(work.model, "hidden", None)
+    if not isinstance(hidden, tuple):
+        return None
+    width = lambda i, n: math.ceil(n / num_subnets) if f"hidden_{i}" in sizes else n
+    narrow = work.model.clone(hidden=tuple(width(i, n) for i, n in enumerate(hidden)))
+    params = nn.unbox(jax.eval_shape(narrow.init, jax.random.key(0), work.inputs))["params"]
+    return narrow if [x.shape for x in jax.tree.leaves(params)] == shapes else None

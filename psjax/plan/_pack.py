@@ -1,0 +1,31 @@
+"""Several arrays as one of each dtype, so that they move in one collective."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def by_dtype(leaves):
+    """Positions of the leaves, in groups of one dtype."""
+    groups = {}
+    for i, x in enumerate(leaves):
+        groups.setdefault(x.dtype, []).append(i)
+    return list(groups.values())
+
+
+def pack(leaves):
+    """Leaves `[rows, ...]` side by side, `[rows, p]`, one array a dtype."""
+    return [
+        jnp.concatenate([leaves[i].reshape(leaves[i].shape[0], -1) for i in group], axis=1)
+        for group in by_dtype(leaves)
+    ]
+
+
+def unpack(packed, like):
+    out: list[Any] = [None] * len(like)
+    for group, x in zip(by_dtype(like), packed):
+        sizes = [int(np.prod(like[i].shape[1:])) for i in group]
+        for i, part in zip(group, jnp.split(x, np.cumsum(sizes)[:-1], axis=1)):
+            out[i] = part.reshape(like[i].shape)
+    return out

@@ -1,0 +1,313 @@
+"""Which worker evaluates which pairs of classes, on which samples: a `Plan` and its factories."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from psjax import data
+from psjax._select import select
+from psjax._selection import Selection
+from psjax.plan._covers import difference_cover
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Tasks of every worker: which classes it holds, which pairs it computes, on which samples.
+
+    Made by `elements`, `pairs`, `blocks` or `cyclic`. Arrays are NumPy's; W workers take T turns,
+    each with a task of at most s classes, of which the first l are those of its samples.
+
+    Attributes:
+      kind: name of the factory.
+      num_classes: C.
+      classes: int32 `[W, T, s]`, ascending in each part; C, past the end, where there is none.
+      pairs: bool `[W, T, l, s]`; whether the task has the pair of the label `classes[..., a]` and
+        the other `classes[..., b]`.
+      shares: int32 `[W, T, 2]`, `(i, r)`: of each label's slots the task takes i, i + r, i + 2r...
+      base: the difference cover of a cyclic plan, in groups; else empty.
+      num_groups: of a cyclic plan; else 0.
+    """
+
+    kind: str
+    num_classes: int
+    classes: np.ndarray
+    pairs: np.ndarray
+    shares: np.ndarray
+    base: tuple[int, ...] = ()
+    num_groups: int = 0
+
+    def __str__(self):
+        """Who holds and computes what."""
+        return _describe(self)
+
+    @property
+    def num_workers(self) -> int:
+        """W."""
+        return self.classes.shape[0]
+
+    @property
+    def num_turns(self) -> int:
+        """T: tasks a worker takes one after the other; more than 1 is the paper's switching."""
+        return self.classes.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """s: the most classes that a task holds."""
+        return self.classes.shape[2]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 `[W, T, l]`: the classes whose samples a task sees; C where it has none."""
+        first = self.classes[:, :, : self.pairs.shape[2]]
+        return np.where(self.pairs.any(axis=3), first, self.num_classes).astype(np.int32)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks on disjoint samples counted once."""
+        return int(np.sum(self.pairs.any(axis=(2, 3)) & (self.shares[..., 0] == 0)))
+
+    def slots(self, slots: int) -> np.ndarray:
+        """The slots of a label that each task takes: int32 `[W, T, S]`, `slots` where it has none.
+
+        Args:
+          slots: of one label in a batch, as in `psjax.data.batches_by_label`.
+
+        Raises:
+          ValueError: fewer than one slot.
+        """
+        if slots < 1:
+            msg = f"Plan.slots({slots}): pass the number of slots of a batch by label, 1 or more."
+            raise ValueError(msg)
+        index, step = self.shares[..., :1], self.shares[..., 1:]
+        most = -(-slots // int(self.shares[..., 1].min()))
+        return np.minimum(index + step * np.arange(most), slots).astype(np.int32)
+
+    def selection(
+        self, axes: Any, like: Any, slots: int | None = None, axis: str = "class"
+    ) -> Selection:
+        """The plan's tasks as index sets, for `psjax.value_and_grad` on whole parameters.
+
+        With `h(params, batch, pairs)` the element function and `in_axes=(P("label"), P("task"))`,
+        or `(P("label", "slot"), P("task"))` where `slots` is given,
+        `psjax.value_and_grad(h, in_axes)(params, selection, batch, pairs)` is the whole gradient;
+        `batch` is by label, `[C, slots, ...]`, and `pairs` is `plan.pairs` as `[W * T, l, s]`.
+        `split(W)` gives each worker its own tasks.
+
+        Args:
+          axes: as in `psjax.select`.
+          like: the parameters, or `jax.ShapeDtypeStruct`s of them.
+          slots: of one label in a batch; needed where tasks share the samples of a label.
+          axis: name of the class axis.
+
+        Raises:
+          ValueError: no `slots` for a plan with more workers than tasks; as `psjax.select`.
+        """
+        num = self.num_classes
+        if slots is None and self.shares[..., 1].max() > 1:
+            msg = (
+                f"Plan.selection(): {self.num_workers} workers share the samples of "
+                f"{self.num_tasks} tasks; pass slots=..., those of one label in a batch."
+            )
+            raise ValueError(msg)
+        rows = lambda x, end: [row[row < end] for row in x.reshape(-1, x.shape[2])]
+        indices = {"class": self.classes, "label": self.labels}
+        lists: dict[str, Any] = {
+            axis if name == "class" else name: rows(x, num) for name, x in indices.items()
+        }
+        lists["task"] = np.arange(len(lists["label"]))
+        sizes = {"label": num}
+        if slots is not None:
+            lists["slot"], sizes["slot"] = rows(self.slots(slots), slots), slots
+        return select(axes, lists, like=like, sizes=sizes)
+
+    def batches(
+        self,
+        labels: Any,
+        batch_size: int,
+        order: Any = None,
+        slots: int | None = None,
+        *,
+        replicas: int = 1,
+    ) -> data.Batches:
+        """Index batches of every worker, who so reads only the samples of its own labels.
+
+        Args:
+          labels: `[N]`, of the whole set.
+          batch_size: L, samples of all workers at a step.
+          order: the epoch's samples in order, as in `psjax.data.batches_by_label`.
+          slots: of one label in a batch; None: the most of this epoch. Give the most of all epochs
+            (`psjax.data.most_of_a_label`), so that nothing recompiles.
+          replicas: copies of all W workers with disjoint samples: the second axis of a mesh.
+
+        Returns:
+          `psjax.data.Batches`: `indices` int32 and `weights` float32
+          `[steps, replicas * W, T, l, S]`, replica-major; `labels` `[steps, replicas * W, T, l]`.
+
+        Raises:
+          ValueError: fewer than one replica; labels outside `[0, C)`; as `batches_by_label`.
+        """
+        if replicas < 1:
+            msg = f"Plan.batches(replicas={replicas}): write 1 or more."
+            raise ValueError(msg)
+        rows = data.batches_by_label(labels, self.num_classes, batch_size, order, slots)
+        index, step = self.shares[..., 0], self.shares[..., 1]
+        copies = [
+            dataclasses.replace(self, shares=np.stack([index + step * r, step * replicas], -1))
+            for r in range(replicas)
+        ]
+        most = rows.indices.shape[2]
+        taken = np.concatenate([copy.slots(most) for copy in copies])[:, :, None]
+        own = np.concatenate([self.labels] * replicas)
+        pad = lambda x, value: np.pad(x, [(0, 0), (0, 1), (0, 1)], constant_values=value)
+        take = lambda x, value: pad(x, value)[:, own[..., None], taken]
+        return data.Batches(
+            take(rows.indices, len(labels)),
+            take(rows.weights, 0),
+            np.broadcast_to(own, (len(rows.indices), *own.shape)),
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def elements(num_classes: int, num_workers: int) -> Plan:
+    """A task is one element $h_{kj}$: the straightforward plan, the least memory.
+
+    Args:
+      num_classes: C; there are C (C - 1) tasks.
+      num_workers: W.
+
+    Raises:
+      ValueError: fewer than two classes or than one worker.
+    """
+    check_classes("elements", num_classes, num_workers)
+    return _plan("elements", num_workers, np.arange(num_classes**2).reshape(num_classes, -1))
+
+
+def pairs(num_classes: int, num_workers: int) -> Plan:
+    """A task is $h_{kj} + h_{jk}$, the only merging that holds no more weights.
+
+    Args and errors as `elements`; there are C (C - 1) / 2 tasks.
+    """
+    check_classes("pairs", num_classes, num_workers)
+    return dataclasses.replace(blocks(num_classes, num_workers, 2), kind="pairs")
+
+
+def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
+    """A task is all pairs between two groups of `block_size / 2` classes.
+
+    The pairs within a group go to the first task that holds it. Any size and any number of
+    workers; a cyclic plan has fewer tasks where it fits.
+
+    Args:
+      num_classes: C.
+      num_workers: W.
+      block_size: s, even, or at least C for a single task.
+
+    Raises:
+      ValueError: as `elements`; an odd size that is less than C.
+    """
+    check_classes("blocks", num_classes, num_workers)
+    if block_size < 2 or (block_size % 2 and block_size < num_classes):
+        msg = (
+            f"blocks({num_classes}, {num_workers}, block_size={block_size}): a task holds two "
+            "equal groups; write an even number, 2 or more."
+        )
+        raise ValueError(msg)
+    half = block_size // 2 if block_size < num_classes else num_classes
+    group = np.arange(num_classes) // half
+    a, b = np.minimum(group[:, None], group), np.maximum(group[:, None], group)
+    first = np.where(a < b, a, 0), np.where(a < b, b, np.maximum(b, 1))  # within a group: {0, g}
+    return _plan("blocks", num_workers, first[0] * num_classes + first[1])
+
+
+def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
+    r"""Worker $w$ holds the groups $\{w + d \bmod G : d \in D\}$: cyclic quorums.
+
+    The differences of $D$ cover $\mathbb Z_G$ (`difference_cover`), so that every two groups meet
+    at some worker; $|D| \ge \sqrt G$ about. Where G divides C and W = G, all workers do the same
+    work. A sample is evaluated by at most $|D|$ workers, not by C - 1. What a worker needs comes by
+    $|D| - 1$ shifts.
+
+    Args:
+      num_classes: C.
+      num_workers: W.
+      num_groups: G, groups of equal size, give or take one class; None: the smaller of W and C.
+        More groups than workers: less memory, several turns.
+
+    Raises:
+      ValueError: as `elements`; fewer than one group or more than classes.
+    """
+    check_classes("cyclic", num_classes, num_workers)
+    num = min(num_workers, num_classes) if num_groups is None else num_groups
+    if not 1 <= num <= num_classes:
+        msg = (
+            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): write a number of "
+            f"groups from 1 to {num_classes}, the classes."
+        )
+        raise ValueError(msg)
+    base = difference_cover(num)
+    first = {0: 0}  # of two groups at a distance: w + first and w + first + distance meet at w
+    for a, b in itertools.permutations(base, 2):
+        if (b - a) % num not in first:
+            first[(b - a) % num], first[(a - b) % num] = a, b
+    group = np.repeat(np.arange(num), [len(x) for x in np.array_split(np.arange(num_classes), num)])
+    places = np.array([first[distance] for distance in range(num)])
+    worker = (group[:, None] - places[(group - group[:, None]) % num]) % num
+    plan = _plan("cyclic", num_workers, worker)
+    return dataclasses.replace(plan, base=base, num_groups=num)
+
+
+def _plan(kind, num_workers, task_of: np.ndarray) -> Plan:
+    """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
+
+    `task_of` is int `[C, C]`: which task has the pair (k, j), the tasks in their order. The
+    diagonal is not looked at.
+    """
+    C, W = len(task_of), num_workers
+    k, j = np.nonzero(~np.eye(C, dtype=bool))
+    tasks, task = np.unique(task_of[k, j], return_inverse=True)
+    n, label, other = len(tasks), task * C + k, task * C + j
+
+    labels = np.unique(label)  # what a task holds as task * C + class, ascending
+    held = np.concatenate([labels, np.setdiff1d(other, labels)])  # classes with samples first
+    held = held[np.argsort(held // C, kind="stable")]
+    place = np.arange(len(held)) - np.searchsorted(held // C, held // C)
+    order = np.argsort(held)
+    place_of = lambda x: place[order[np.searchsorted(held, x, sorter=order)]]
+    rows, size = np.bincount(labels // C).max(), place.max() + 1
+    classes = np.full((n + 1, size), C, np.int32)  # the last one is no task
+    classes[held // C, place] = held % C
+    mask = np.zeros((n + 1, rows, size), bool)
+    mask[task, place_of(label), place_of(other)] = True
+
+    parts = np.array_split(np.arange(max(n, W)) % n, W)
+    own = np.array([[*part, *[n] * (len(parts[0]) - len(part))] for part in parts])
+    times = np.maximum(-((own - W) // n), 1)  # workers t, t + n, t + 2n, ... share the task t
+    share = np.stack([np.broadcast_to(np.arange(W)[:, None] // n, own.shape), times], axis=-1)
+    return Plan(kind, C, classes[own], mask[own], share.astype(np.int32))
+
+
+def _describe(plan):
+    lines = [
+        f"{plan.kind}: {plan.num_tasks} tasks of {plan.num_classes} classes on {plan.num_workers} "
+        f"workers, {plan.num_turns} turn{'s' if plan.num_turns > 1 else ''}"
+    ]
+    for w, t in np.ndindex(plan.classes.shape[:2]):
+        held = [int(c) for c in sorted(plan.classes[w, t]) if c < plan.num_classes]
+        i, r = plan.shares[w, t]
+        share = f", samples {i}, {i + r}, ... of each label" if r > 1 else ""
+        turn = f" turn {t}" if plan.num_turns > 1 else ""
+        lines.append(f"worker {w}{turn}: classes {held}, {plan.pairs[w, t].sum()} pairs{share}")
+    return "\n".join(lines)
+
+
+def check_classes(call, num_classes, num_workers):
+    if num_classes < 2:
+        msg = f"{call}(num_classes={num_classes}): one class has no pairs; write 2 or more."
+        raise ValueError(msg)
+    if num_workers < 1:
+        msg = f"{call}(num_workers={num_workers}): write 1 worker or more."
+        raise ValueError(msg)

@@ -1,0 +1,116 @@
+r"""A step of a plan: fetch what a task needs, evaluate it, return its gradient to the owners."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from psjax._elements import vary
+from psjax.plan._pack import pack, unpack
+from psjax.plan._routes import Routes
+from psjax.plan._store import Store
+
+
+def value_and_grad(
+    element_fn: Callable[..., Any], plan: Any, store: Store, axis_name: str
+) -> Callable[..., tuple[jax.Array, Any]]:
+    r"""Value and gradient of a partially-separable loss by a plan, the weights in shards.
+
+    Every turn a worker fetches the classes of its task from those who have them, evaluates, and
+    sends the gradient back, which is added where the weights live: $\sum_e U_e^\top g_e$. The
+    common weights come by one all-gather and return by one all-to-all a step. Classes come by
+    `ppermute`, one for each distance between owner and worker, or by one `all_to_all` where that
+    sends no more (`Table` says how much).
+
+    Args:
+      element_fn: `element_fn(params, batch, pairs)`, a scalar: `params` is the tree of a model with
+        s classes, `batch` has leaves `[l, S, ...]`, `pairs` is bool `[l, s]` of (label, other);
+        `psjax.losses.block` is made for it. Elements are added.
+      plan: a `Plan`.
+      store: the `Store` of as many workers and classes.
+      axis_name: name of the mapped axis, of size W.
+
+    Returns:
+      A function `(shards, batch) -> (value, grads)` for the inside of your `jax.shard_map`,
+      `jax.pmap` or `jax.vmap`: `shards` are this worker's rows of the store's arrays, `batch` its
+      part `[T, l, S, ...]` of `Plan.batches`, `grads` the whole gradient of this worker's rows.
+      `value` is the sum over **this worker's** tasks: `jax.lax.psum` it.
+
+    Raises:
+      ValueError: a plan for another number of workers or classes; at the call, a mapped axis of
+        another size, or batches that do not begin with `[T, l]`.
+    """
+    if (plan.num_workers, plan.num_classes) != (store.num_workers, store.num_classes):
+        msg = (
+            f"value_and_grad(plan, store): the plan is for {plan.num_workers} workers and "
+            f"{plan.num_classes} classes, the store for {store.num_workers} and "
+            f"{store.num_classes}; make both for the same."
+        )
+        raise ValueError(msg)
+    routes = Routes(plan, store)
+
+    def fn(shards, batch):
+        _check_call(plan, store, shards, batch, axis_name)
+        me = jax.lax.axis_index(axis_name)
+        leaves, treedef = jax.tree.flatten(shards)
+        places = store.class_dims
+        shards_like = [leaves[i] for i in places]
+        task_like = [
+            jax.ShapeDtypeStruct((plan.block_size, *x.shape[1:]), x.dtype) for x in shards_like
+        ]
+        own, common = pack(shards_like), store.fetch_common(shards, axis_name)
+        value = jnp.zeros((), jnp.result_type(*(x.dtype for x in leaves)))
+        init = jax.tree.map(jnp.zeros_like, (value, own, common))
+        own, common, init = vary((own, common, init), (me, batch))
+
+        def turn(carry, xs):
+            value, totals, common_totals = carry
+            tables, pairs, batch = xs
+            held = [routes.fetch(tables, x, axis_name) for x in own]
+            operands = list(common)
+            for (i, d), x in zip(places.items(), unpack(held, task_like)):
+                operands[i] = jnp.moveaxis(x, 0, d)
+            loss, grads = jax.value_and_grad(
+                lambda operands: element_fn(treedef.unflatten(operands), batch, pairs)
+            )(operands)
+            back = pack([jnp.moveaxis(grads[i], d, 0) for i, d in places.items()])
+            totals = [routes.give_back(tables, g, x, axis_name) for g, x in zip(back, totals)]
+            common_totals = [
+                None if total is None else total + g for total, g in zip(common_totals, grads)
+            ]
+            return (value + loss, totals, common_totals), None
+
+        tables = jax.tree.map(lambda x: jnp.take(jnp.asarray(x), me, axis=1), routes.tables)
+        xs = (tables, jnp.asarray(plan.pairs)[me], batch)
+        if plan.num_turns == 1:
+            carry, _ = turn(init, jax.tree.map(lambda x: x[0], xs))
+        else:
+            carry, _ = jax.lax.scan(turn, init, xs)
+        value, totals, common_totals = carry
+        grads = store.return_common(common_totals, axis_name)
+        for i, g in zip(places, unpack(totals, shards_like)):
+            grads[i] = g
+        return value, treedef.unflatten(grads)
+
+    return fn
+
+
+def _check_call(plan, store, shards, batch, axis_name):
+    size = jax.lax.axis_size(axis_name)
+    if size != store.num_workers:
+        msg = (
+            f"plan.value_and_grad: the axis {axis_name!r} has {size} workers, the plan "
+            f"{store.num_workers}."
+        )
+        raise ValueError(msg)
+    store.check("plan.value_and_grad", shards)
+    lead = plan.pairs.shape[1:3]
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        if x.shape[:2] != lead:
+            msg = (
+                f"plan.value_and_grad: batch{jax.tree_util.keystr(path)} has shape {x.shape}; it "
+                f"must begin with [turns, labels] = {list(lead)}: this worker's part of "
+                "Plan.batches."
+            )
+            raise ValueError(msg)

@@ -1,0 +1,43 @@
+r"""How many weights a score and an element loss depend on, and which.
+
+Section 5 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
+neural network training*, G-2023-36: a score sees the common weights and its class's own, an element
+of two classes the common weights and two classes' own.
+
+**Under dropout** (section 6.1 and figure 5) weights go, by `Selection.drop` or the `keep` of the
+functions here, and the structure with them. Without the layers that all scores share, two scores
+share nothing, $U_j U_{j_2}^\top = 0$, and two elements only what is their common class's own;
+`overlap` counts it. Elements that share no weight can be evaluated together, each weight by one of
+them: the pairs are the edges of the complete graph, and a round is a set of edges that do not touch
+(`rounds`: C - 1 rounds for even C, C for odd).
+
+>>> import jax, jax.numpy as jnp, psjax
+>>> from jax.sharding import PartitionSpec as P
+>>> params = {"trunk": jnp.ones(3), "own": jnp.arange(4.0)}
+>>> axes = {"trunk": P(), "own": P("class")}
+>>> pairs = {"class": psjax.unordered_pairs(4)}
+>>> keep = psjax.dropout_mask(jax.random.key(0), params, layers={"trunk": 1.0})
+>>> selection = psjax.select(axes, pairs, like=params).drop(keep)
+>>> together = psjax.structure.in_rounds(selection, params)
+>>> together.valid.shape  # [rounds, elements]: each round is a partition of the classes
+(3, 2)
+>>> element_fn = lambda w: jnp.sum(w["trunk"]) + jnp.prod(w["own"])
+>>> loss_and_grad = psjax.value_and_grad(element_fn, chunk_size=4)
+>>> def body(total, selection):
+...     return jax.tree.map(jnp.add, total, loss_and_grad(params, selection)), None
+>>> zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+>>> (loss, grads), _ = jax.lax.scan(body, zeros, together)
+>>> grads["own"]  # of each class, the sum of the others
+Array([6., 5., 4., 3.], dtype=float32)
+
+The sum is the whole gradient in any order; a round's gradient goes home without a scatter.
+"""
+
+from psjax.structure._count import WeightCounts as WeightCounts
+from psjax.structure._count import count as count
+from psjax.structure._count import dependence as dependence
+from psjax.structure._overlap import num_weights as num_weights
+from psjax.structure._overlap import overlap as overlap
+from psjax.structure._rounds import disjoint_rounds as disjoint_rounds
+from psjax.structure._rounds import in_rounds as in_rounds
+from psjax.structure._rounds import rounds as rounds

@@ -1,0 +1,210 @@
+"""Difference covers against the definition written out, and the search behind their table."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+
+from experiments import covers as search
+from psjax.plan import _covers
+from psjax.plan._covers import difference_cover
+
+TABLE = range(1, 129)
+
+
+def differences(residues, modulus):
+    found = set()
+    for a in residues:
+        for b in residues:
+            found.add((a - b) % modulus)
+    return found
+
+
+def differences_by_fft(residues, modulus):
+    """The same as a circular correlation."""
+    indicator = np.zeros(modulus)
+    indicator[list(residues)] = 1
+    counts = np.fft.irfft(np.abs(np.fft.rfft(indicator)) ** 2, modulus)
+    return set(np.flatnonzero(counts > 0.5).tolist())
+
+
+def colbourn_ling(modulus):
+    """Marks and length of the ruler of their theorem."""
+    r = next(r for r in itertools.count() if modulus <= 24 * r**2 + 36 * r + 13)
+    gaps = [1] * r + [r + 1] + [2 * r + 1] * r + [4 * r + 3] * (2 * r + 1)
+    gaps += [2 * r + 2] * (r + 1) + [1] * r
+    return len(gaps) + 1, sum(gaps)
+
+
+def test_differences_in_the_table_are_all_residues():
+    for modulus in TABLE:
+        assert differences(difference_cover(modulus), modulus) == set(range(modulus)), modulus
+
+
+def test_differences_beyond_the_table_are_all_residues():
+    for modulus in [*range(129, 601), 5000, 20_011]:
+        assert differences(difference_cover(modulus), modulus) == set(range(modulus)), modulus
+
+
+def test_differences_are_all_residues_up_to_3000_by_fft():
+    for modulus in [*range(1, 3001), 65_536]:
+        found = differences_by_fft(difference_cover(modulus), modulus)
+        assert found == set(range(modulus)), modulus
+
+
+@pytest.mark.parametrize("modulus", [1, 2, 7, 128, 129, 600])
+def test_a_cover_is_ascending_python_integers_from_zero(modulus):
+    cover = difference_cover(modulus)
+    assert isinstance(cover, tuple)
+    assert all(type(residue) is int for residue in cover)
+    assert cover[0] == 0
+    assert list(cover) == sorted(set(cover))
+    assert cover[-1] < modulus
+
+
+def test_beyond_the_table_a_cover_is_no_larger_than_colbourn_and_lings():
+    for modulus in range(129, 5000):
+        size, (marks, length) = len(difference_cover(modulus)), colbourn_ling(modulus)
+        assert modulus <= 2 * length + 1
+        assert size <= marks <= math.sqrt(1.5 * modulus) + 6
+
+
+def test_in_the_table_a_cover_is_no_larger_than_a_rulers():
+    for modulus in TABLE:
+        assert len(difference_cover(modulus)) <= colbourn_ling(modulus)[0]
+
+
+def test_small_covers_are_smallest_by_brute_force():
+    for modulus in range(2, 21):
+        size = len(difference_cover(modulus))
+        for rest in itertools.combinations(range(1, modulus), size - 2):  # with 0 one too few
+            assert differences((0, *rest), modulus) != set(range(modulus))
+
+
+def test_a_cover_has_a_pair_for_every_residue_but_0():
+    for modulus in TABLE:
+        size = len(difference_cover(modulus))
+        assert size * (size - 1) >= modulus - 1
+        assert size >= search.lower_bound(modulus)
+
+
+def test_perfect_difference_sets_are_found():
+    """Of the projective planes of order q, one a prime power: no residue twice."""
+    for q in (2, 3, 4, 5, 7, 8, 9):
+        assert len(difference_cover(q * q + q + 1)) == q + 1
+
+
+def test_what_is_not_proved_is_above_the_bound():
+    for modulus in _covers._UNPROVED:
+        assert len(difference_cover(modulus)) > search.lower_bound(modulus)
+
+
+def test_any_integer_is_one():
+    for modulus in (7, 200):
+        cover = difference_cover(np.prod([1, modulus]))
+        assert cover == difference_cover(modulus)
+        assert all(type(residue) is int for residue in cover)
+
+
+@pytest.mark.parametrize("num_groups", [0, -3, np.int64(0), 7.0, np.float32(7), "7", None])
+def test_anything_but_a_positive_integer_is_refused(num_groups):
+    message = re.escape(f"difference_cover(num_groups={num_groups}): write a positive integer.")
+    with pytest.raises(ValueError, match=message):
+        difference_cover(num_groups)
+
+
+# ------------------------------------------------------------------------------------------ search
+
+
+@pytest.mark.parametrize("modulus", range(8, 15))
+@pytest.mark.parametrize("size", [4, 5])
+def test_exhaust_finds_a_cover_just_where_there_is_one(modulus, size):
+    exists = any(
+        len(differences((0, *rest), modulus)) == modulus
+        for rest in itertools.combinations(range(1, modulus), size - 1)
+    )
+    cover, finished = search.exhaust(modulus, size)
+    assert finished
+    assert (cover is not None) == exists
+    if cover is not None:
+        assert len(cover) == size
+        assert differences(cover, modulus) == set(range(modulus))
+
+
+@pytest.mark.parametrize(
+    ("modulus", "size"),
+    [(8, 4), (9, 4), (12, 5), (13, 4), (14, 5), (15, 6), (18, 6), (19, 5), (21, 6)],
+)
+def test_covers_are_all_covers_up_to_symmetry(modulus, size):
+    all_covers = {
+        frozenset((0, *rest))
+        for rest in itertools.combinations(range(1, modulus), size - 1)
+        if len(differences((0, *rest), modulus)) == modulus
+    }
+    images = {
+        frozenset(u * (x - first) % modulus for x in cover)
+        for cover in search.covers(modulus, size)
+        for first in cover
+        for u in range(modulus)
+        if math.gcd(u, modulus) == 1
+    }
+    assert images == all_covers
+
+
+@pytest.mark.parametrize(
+    "modulus", [15, 16, 18, 19, 20, 21, 24, 28, 31, 37, 39, 51, 57, 65, 73, 91]
+)
+def test_exhaust_finds_a_cover_of_the_tables_size_and_proves_that_none_is_smaller(modulus):
+    """Of 21, 31, 57, 73 and 91 too, whose covers have no difference twice and are very few."""
+    size = len(difference_cover(modulus))
+    assert search.exhaust(modulus, size - 1) == (None, True)
+    cover, finished = search.exhaust(modulus, size)
+    assert finished
+    assert cover is not None
+    assert differences(cover, modulus) == set(range(modulus))
+
+
+def test_exhaust_gives_up_where_it_is_told_to():
+    looked_at = []
+    assert search.exhaust(66, 9, max_sets=1e4, progress=looked_at.append) == (None, False)
+    assert sum(looked_at) > 1e4
+
+
+@pytest.mark.parametrize("modulus", [1, 2, 3, 7, 31, 57, 93, 106])
+def test_annealing_finds_a_cover_of_the_tables_size(modulus):
+    size = len(difference_cover(modulus))
+    cover = search.anneal(modulus, size, np.random.default_rng(0), steps=5000)
+    assert cover is not None
+    assert len(cover) == size
+    assert differences(cover, modulus) == set(range(modulus))
+
+
+def test_annealing_returns_nothing_where_there_is_nothing():
+    assert search.anneal(20, 5, np.random.default_rng(0), steps=50) is None
+
+
+def test_the_search_makes_the_tables_sizes_again():
+    args = search.Args(steps=300)
+    for modulus in range(1, 44):
+        cover, proved = search.search(modulus, args)
+        assert proved
+        assert len(cover) == len(difference_cover(modulus))
+        assert search.is_cover(cover, modulus)
+
+
+def test_the_command_prints_lines_of_the_table(capsys):
+    search.main(search.Args(first=6, last=8, start_from_table=True, steps=10))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"    {difference_cover(6)},  # 6: 3, bound 3",
+        f"    {difference_cover(7)},  # 7: 3, bound 3",
+        f"    {difference_cover(8)},  # 8: 4, bound 4",
+        "_UNPROVED = ()",
+    ]
+
+
+def test_the_command_refuses_moduli_that_it_has_no_bits_for():
+    with pytest.raises(ValueError, match=r"write 1 <= first <= last <= 128"):
+        search.main(search.Args(last=129))
