@@ -225,7 +225,7 @@ def test_pad_rows_drops_nothing_in_silence(rows, width, pad_id, match):
 
 def test_arrays_that_do_not_fit_are_not_written():
     d = random_data(5)
-    with pytest.raises(ValueError, match=r"write_sparse.*indptr \[60\] ends at"):
+    with pytest.raises(ValueError, match=r"write_xc.*indptr \[60\] ends at"):
         data.write_xc("unwritten", d._replace(indptr=d.indptr[:-1]))
 
 

@@ -165,7 +165,7 @@ def refused(draw, specs):
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (dict(num_subnets=4, stratified=True), "has 4 elements.*num_subnets=2, stratified=True"),
+        (dict(num_subnets=4, stratified=True), "has 4 elements.*sizes, 2, stratified=True"),
         (dict(num_subnets=2), "stratified partition"),
     ],
 )
@@ -183,4 +183,4 @@ def test_a_selection_that_is_no_stratified_partition_among_the_workers_is_refuse
 )
 def test_shards_of_another_layout_are_refused(specs, message):
     with pytest.raises(ValueError, match="exchange: " + message):
-        refused(dict(num_subnets=2, stratified=True), SPECS | specs)
+        refused(dict(sizes, 2, stratified=True), SPECS | specs)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from tests.test_ist import normal, perturbed
+from tests.ist.test_ist import normal, perturbed
 
 
 def close(actual, expected, tolerance=1e-12):

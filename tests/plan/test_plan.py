@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import psjax
 from psjax import plan as plans
+from psjax.plan._best import candidates
 from tests import separable_model as model
 
 CASES = [
