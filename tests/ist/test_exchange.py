@@ -183,4 +183,4 @@ def test_a_selection_that_is_no_stratified_partition_among_the_workers_is_refuse
 )
 def test_shards_of_another_layout_are_refused(specs, message):
     with pytest.raises(ValueError, match="exchange: " + message):
-        refused(dict(sizes, 2, stratified=True), SPECS | specs)
+        refused(dict(num_subnets=2, stratified=True), SPECS | specs)
