@@ -6,56 +6,92 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
+from psjax._notation import names, size_of
 from psjax._selection import Selection
 
 ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
 
 
-def over_chunks(selection: Selection, chunk_size: int | None, body: Callable, init: Any):
-    """`jax.lax.scan` of `body(carry, part) -> carry, out` over parts of a selection.
+def over_chunks(selection: Selection, chunk_size: Any, body: Callable, init: Any, *operands: Any):
+    """`jax.lax.scan` of `body(carry, part, *operands) -> carry, out` over parts of a selection.
 
-    A part is a selection of some elements, `[chunk]`, or of one, `[]`; `out` comes back `[E, ...]`.
-    One part, no scan. Masks stay outside: `Selection.masked` before and after.
+    A part is a selection of `chunk_size` elements at most, `[chunk]`, or of one, `[]`; where the
+    elements come in runs, it is of whole runs or of a part of one. `out` comes back `[E, ...]`. One
+    part, no scan. Masks stay outside: `Selection.masked` before and after.
+
+    Args:
+      selection: of `[E]`.
+      chunk_size: a number of elements; or two, on a CPU and elsewhere, of which the platform that a
+        program is lowered for takes its own; None: 1 and E.
+      body: as in `jax.lax.scan`.
+      init: the carry before the first part.
+      *operands: what every part gets.
     """
-    if chunk_size is None:
-        chunk_size = 1 if jax.default_backend() == "cpu" else selection.num_elements
+    chunk_size = (1, selection.num_elements) if chunk_size is None else chunk_size
+    on_cpu, elsewhere = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * 2
+    run = lambda size: lambda *args: _over_chunks(size, body, *args)
+    if on_cpu == elsewhere:
+        return run(on_cpu)(selection, init, *operands)
+    return jax.lax.platform_dependent(
+        selection, init, *operands, cpu=run(on_cpu), default=run(elsewhere)
+    )
+
+
+def _over_chunks(chunk_size, body, selection, init, *operands):
+    step = lambda carry, part: body(carry, part, *operands)
+    E, r = selection.num_elements, selection.run_length
     # As few chunks as the size allows, then as even as they can be: less padding. Padding repeats
-    # the last element: one of zeros could make NaN, which gets past a mask in second derivatives.
-    num = -(-selection.num_elements // chunk_size)
-    size = -(-selection.num_elements // num)
-    parts = selection.parts(num, size)
-    if num > 1 or size == 1:
-        parts = dataclasses.replace(
-            parts, disjoint=()
-        )  # a chunk's gather of all would cost as many
+    # an element: one of zeros could make NaN, which gets past a mask in second derivatives.
+    if chunk_size >= r:
+        runs, per_chunk = E // r, chunk_size // r
+        num = -(-runs // per_chunk)
+        size = -(-runs // num) * r
+        parts = selection.parts(num, size, r)
+        trim = lambda y: y[:E]
+    else:
+        cuts = -(-r // chunk_size)
+        size = -(-r // cuts)
+        num = E // r * cuts
+        parts = selection.cut_runs(cuts, size)
+        of_runs = lambda y: y.reshape(E // r, cuts * size, *y.shape[1:])[:, :r]
+        trim = lambda y: of_runs(y).reshape(E, *y.shape[1:])
+    if num > 1 or size == 1:  # a chunk's gather of all rows would cost as much as that of all
+        parts = dataclasses.replace(parts, disjoint=())
     if size == 1:
+        parts = dataclasses.replace(parts, run_length=1, run_axes=())
         parts = jax.tree.map(lambda x: x[:, 0], parts)
     if num == 1:
-        carry, out = body(init, jax.tree.map(lambda x: jnp.asarray(x)[0], parts))
+        carry, out = step(init, jax.tree.map(lambda x: jnp.asarray(x)[0], parts))
         out = jax.tree.map(lambda y: y[None], out)
     else:
-        carry, out = jax.lax.scan(body, init, jax.tree.map(jnp.asarray, parts))
+        carry, out = jax.lax.scan(step, init, jax.tree.map(jnp.asarray, parts))
     rows = lambda y: y if size == 1 else y.reshape(-1, *y.shape[2:])
-    return carry, jax.tree.map(lambda y: rows(y)[: selection.num_elements], out)
+    return carry, jax.tree.map(lambda y: trim(rows(y)), out)
 
 
 def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple) -> Selection:
     """What the elements see of `(params, *args)`."""
     selection.check(call, params)
     E = selection.num_elements
-    indices = {**selection.indices, ELEMENT: np.arange(E, dtype=np.int32)}
-    sizes = tuple(sorted({**selection.sizes, ELEMENT: E}.items()))
-    seen = dataclasses.replace(selection, indices=indices, axis_sizes=sizes)
     specs = list(selection.specs)
-    for i, (axes, arg) in enumerate(zip(each_in_axes(call, in_axes, args), args)):
+    for axes, arg in zip(each_in_axes(call, in_axes, args), args):
         spec = P() if axes is None else P(ELEMENT) if axes == 0 else axes
-        _check_argument(call, seen, i, spec, arg)
         specs += [spec] * len(jax.tree.leaves(arg))
-    unused = sorted(set(selection.indices) - {name for spec in specs for name in spec or ()})
+    seen = selection
+    if any(ELEMENT in names(spec) for spec in specs):
+        indices = {**selection.indices, ELEMENT: jnp.arange(E, dtype=jnp.int32)}
+        sizes = tuple(sorted({**selection.sizes, ELEMENT: E}.items()))
+        distinct = (*selection.distinct, ELEMENT)
+        seen = dataclasses.replace(selection, indices=indices, axis_sizes=sizes, distinct=distinct)
+    rest = iter(specs[len(selection.specs) :])
+    for i, arg in enumerate(args):
+        for path, x in jax.tree_util.tree_leaves_with_path(arg):
+            _check_argument(call, seen, next(rest), f"argument {i}{keystr(path)}", jnp.shape(x))
+    unused = sorted(set(selection.indices) - {name for spec in specs for name in names(spec)})
     if unused:
         msg = (
             f"{call}: the selection has indices of {unused}, which neither a parameter nor "
@@ -83,20 +119,21 @@ def each_in_axes(call, in_axes, args):
     return in_axes
 
 
-def _check_argument(call, seen, i, spec, arg):
-    for path, x in jax.tree_util.tree_leaves_with_path(arg):
-        for d, name in enumerate(spec):
-            if name is None:
-                continue
-            if name not in seen.indices:
-                msg = f"{call}: in_axes names {name!r}, of which the selection has no index."
-                raise ValueError(msg)
-            if d >= jnp.ndim(x) or jnp.shape(x)[d] != seen.sizes[name]:
-                msg = (
-                    f"{call}: argument {i}{keystr(path)} has shape {jnp.shape(x)}; dimension {d} "
-                    f"must be {name!r}, of size {seen.sizes[name]}."
-                )
-                raise ValueError(msg)
+def _check_argument(call, seen, spec, where, shape):
+    for name in names(spec):
+        if name not in seen.indices:
+            msg = f"{call}: in_axes names {name!r}, of which the selection has no index."
+            raise ValueError(msg)
+    for d, entry in enumerate(spec):
+        if entry is None:
+            continue
+        size = size_of(entry, seen.sizes)
+        if d >= len(shape) or shape[d] != size:
+            msg = (
+                f"{call}: {where} has shape {shape}; dimension {d} must be {entry!r}, of size "
+                f"{size}."
+            )
+            raise ValueError(msg)
 
 
 def check_chunk_size(call, chunk_size):
@@ -111,11 +148,46 @@ def vary(tree, over):
     Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
     over devices by JAX; the contract is this device's sum. Shared leaves must therefore vary before
     they are differentiated, and a loop's carry from its start. A `where` with a varying mask does
-    it, and XLA removes it.
+    it, and XLA removes it. Elsewhere nothing is done.
     """
-    mask = jnp.asarray(True)
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves((tree, over))))
+    mask, covered = jnp.asarray(True), frozenset()
     for x in jax.tree.leaves(over):
-        if jnp.size(x):
+        if jnp.size(x) and not _varying(x) <= covered:
             x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
             mask = mask | jnp.ravel(x)[0].astype(bool)
-    return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
+            covered |= _varying(x)
+    return jax.tree.map(lambda x: x if axes <= _varying(x) else jnp.where(mask, x, x), tree)
+
+
+def _varying(x):
+    """The mapped axes of `shard_map` that a value varies over."""
+    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
+
+
+def whole(tree):
+    """Every leaf on every device, where a mesh of explicit axes holds it in shards.
+
+    What follows, an index into a sharded dimension, JAX refuses to divide by itself.
+    """
+
+    def leaf(x):
+        x = jnp.asarray(x)
+        where = jax.typeof(x).sharding
+        if all(entry is None for entry in where.spec):
+            return x
+        return jax.reshard(x, NamedSharding(where.mesh, P()))
+
+    return jax.tree.map(leaf, tree)
+
+
+def placed(tree, like):
+    """The leaves of a tree laid out as those of another one, which `whole` may have gathered."""
+
+    def leaf(x, like):
+        where = jax.typeof(jnp.asarray(like)).sharding
+        if all(entry is None for entry in where.spec):
+            return x
+        return jax.reshard(x, where)
+
+    return jax.tree.map(leaf, tree, like)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psjax._notation import names
 from psjax._select import flat_specs
 from psjax._selection import Selection
 
@@ -46,7 +47,7 @@ def random_partition(
       ValueError: an axis that no parameter has, more elements than rows, blocks of unequal size.
     """
     specs, paths = flat_specs("random_partition", axes)
-    known = {name for spec in specs for name in spec or () if name is not None}
+    known = {name for spec in specs for name in names(spec)}
     if num_elements < 1 or not sizes:
         msg = (
             f"random_partition(sizes={dict(sizes)}, num_elements={num_elements}): write one axis "
@@ -88,7 +89,8 @@ def random_partition(
     found = tuple(sorted(sizes.items()))
     valid = np.ones(num_elements, bool)
     blocks = num_elements if stratified else 1
-    return Selection(indices, valid, specs, paths, found, tuple(sorted(sizes)), blocks)
+    divided = tuple(sorted(sizes))
+    return Selection(indices, valid, specs, paths, found, divided, blocks, distinct=divided)
 
 
 def _shares(key, size, n):

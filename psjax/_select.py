@@ -1,6 +1,5 @@
 """Index sets from the user, checked on the host: select, replicas, pairs of classes."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import Selection, is_spec
+from psjax._notation import is_plain, names, size_of, solved
+from psjax._selection import Selection, is_spec, runs_of
 
 
 def select(
@@ -69,9 +69,21 @@ def select(
         name: np.where(filled, index, found[name]).astype(np.int32)
         for name, (index, filled) in arrays.items()
     }
-    num_elements = len(next(iter(padded.values())))
-    valid = np.ones(num_elements, bool)
-    return Selection(padded, valid, specs, paths, tuple(sorted(found.items())))
+    valid = np.ones(len(next(iter(padded.values()))), bool)
+    distinct = tuple(sorted(in_params & set(padded)))
+    disjoint = tuple(name for name in distinct if _no_row_twice(padded[name], found[name]))
+    run_length, run_axes = runs_of(padded, [name for name in padded if name not in in_params])
+    return Selection(
+        padded,
+        valid,
+        specs,
+        paths,
+        tuple(sorted(found.items())),
+        disjoint,
+        distinct=distinct,
+        run_length=run_length,
+        run_axes=run_axes,
+    )
 
 
 def replicas(like: Any, num_elements: int) -> Selection:
@@ -97,7 +109,9 @@ def ordered_pairs(num_classes: int) -> np.ndarray:
     Raises:
       ValueError: fewer than two classes have no pairs.
     """
-    return _pairs("ordered_pairs", num_classes, itertools.permutations)
+    _check_classes("ordered_pairs", num_classes)
+    k, j = np.nonzero(~np.eye(num_classes, dtype=bool))
+    return np.stack([k, j], axis=1).astype(np.int32)
 
 
 def unordered_pairs(num_classes: int) -> np.ndarray:
@@ -106,14 +120,14 @@ def unordered_pairs(num_classes: int) -> np.ndarray:
     Raises:
       ValueError: fewer than two classes have no pairs.
     """
-    return _pairs("unordered_pairs", num_classes, itertools.combinations)
+    _check_classes("unordered_pairs", num_classes)
+    return np.stack(np.triu_indices(num_classes, 1), axis=1).astype(np.int32)
 
 
-def _pairs(call, num_classes, choose):
+def _check_classes(call, num_classes):
     if num_classes < 2:
         msg = f"{call}({num_classes}): one class has no pairs; write 2 or more."
         raise ValueError(msg)
-    return np.array(list(choose(range(num_classes), 2)), np.int32)
 
 
 def flat_specs(call, axes, like_paths=None):
@@ -152,14 +166,59 @@ def axis_sizes(axes, like):
             msg = f"select(axes=...): {keystr(path)} has shape {tuple(x.shape)} but axes {spec}."
             raise ValueError(msg)
         for name, size in zip(spec, x.shape):
-            if name is not None and sizes.setdefault(name, size) != size:
+            if name is None or not is_plain(P(name)):
+                continue
+            if sizes.setdefault(name, size) != size:
                 msg = (
                     f"select(axes=...): axis {name!r} has size {sizes[name]} in {where[name]} but "
                     f"{size} in {keystr(path)}."
                 )
                 raise ValueError(msg)
             where.setdefault(name, keystr(path))
+    _solve(leaves, specs, sizes)
     return specs, paths, sizes
+
+
+def _solve(leaves, specs, sizes):
+    """Sizes of axes that stand only in products and sums, from those that are known."""
+    dims = [
+        (keystr(path), d, entry, x.shape[d])
+        for (path, x), spec in zip(leaves, specs)
+        for d, entry in enumerate(spec)
+        if entry is not None and not is_plain(P(entry))
+    ]
+    left = dims
+    while left:
+        open_dims = []
+        for dim in left:
+            found = solved(dim[2], dim[3], sizes)
+            if found is None:
+                open_dims.append(dim)
+                continue
+            for name, size in found.items():
+                if size < 1:
+                    raise ValueError(_unfit(*dim, sizes))
+                sizes[name] = size
+        if len(open_dims) == len(left):
+            path, d, entry, size = left[0]
+            unknown = [name for name in names(P(entry)) if name not in sizes]
+            msg = (
+                f"select(axes=...): dimension {d} of {path} is {entry!r}, of size {size}, which "
+                f"does not tell the sizes of {unknown}; write a number in the place of one."
+            )
+            raise ValueError(msg)
+        left = open_dims
+    for dim in dims:
+        if size_of(dim[2], sizes) != dim[3]:
+            raise ValueError(_unfit(*dim, sizes))
+
+
+def _unfit(path, d, entry, size, sizes):
+    known = {name: sizes[name] for name in names(P(entry)) if name in sizes}
+    return (
+        f"select(axes=...): dimension {d} of {path} has size {size}, but {entry!r} with the sizes "
+        f"{known} is not that."
+    )
 
 
 def _index_array(name, index) -> tuple[np.ndarray, np.ndarray]:
@@ -213,11 +272,23 @@ def _check_range(name, index, filled, size):
 def _check_repeats(name, index, filled):
     if index.ndim == 1:
         return
-    for e, (row, ok) in enumerate(zip(index, filled)):
-        rows, times = np.unique(row[ok], return_counts=True)
-        if times.size and times.max() > 1:
-            msg = (
-                f"select(indices=...): element {e} holds row {rows[times.argmax()]} of axis "
-                f"{name!r} {times.max()} times; an element sees a row once."
-            )
-            raise ValueError(msg)
+    empty = -1 - np.arange(index.shape[1])  # each different from all rows, and from one another
+    ordered = np.sort(np.where(filled, index, empty), axis=1)
+    twice = np.argwhere(ordered[:, 1:] == ordered[:, :-1])
+    if twice.size:
+        e, place = twice[0]
+        times = np.sum(ordered[e] == ordered[e, place])
+        msg = (
+            f"select(indices=...): element {e} holds row {ordered[e, place]} of axis {name!r} "
+            f"{times} times; an element sees a row once."
+        )
+        raise ValueError(msg)
+
+
+def _no_row_twice(index, size):
+    """Whether no two elements hold the same row, known on the host: a partition, or a part of it.
+
+    Elements of different numbers of rows return by a scatter: padding would need a place.
+    """
+    held = index.ravel()
+    return index.ndim == 2 and bool((held < size).all() and np.bincount(held).max() <= 1)

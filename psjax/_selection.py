@@ -2,42 +2,48 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._leaf import gather_leaf, held_entries, merge_leaf, scatter_leaf
+from psjax._leaf import gather_leaf, held_entries, merge_leaf, scatter_leaf, selected
 from psjax._masks import both, broadcasts, kept, masks_of
+from psjax._notation import names, size_of, terms
 
 is_spec = lambda x: isinstance(x, P) or x is None
-
-
-def _map(fn, specs, *trees):
-    """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
-    leaves, treedef = jax.tree.flatten(trees[0])
-    rest = [treedef.flatten_up_to(tree) for tree in trees[1:]]
-    return treedef.unflatten([fn(*args) for args in zip(specs, leaves, *rest, strict=True)])
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("indices", "valid", "keep"),
-    meta_fields=("specs", "paths", "axis_sizes", "disjoint", "blocks"),
+    meta_fields=(
+        "specs",
+        "paths",
+        "axis_sizes",
+        "disjoint",
+        "blocks",
+        "distinct",
+        "run_length",
+        "run_axes",
+    ),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     r"""Which entries of the parameters each element sees: the matrices $U_e$ as index sets.
 
-    Element $e$ sees $U_e w$. Gradients go home through the transpose (`scatter_add`), weights
+    Element $e$ sees $U_e w$. Gradients return through the transpose (`scatter_add`), weights
     through the pseudo-inverse (`scatter_mean`); (3) and (4) of P. Raynaud, D. Orban, J. Bigeon,
     *Partially-separable loss to parallelize partitioned neural network training*, G-2023-36.
 
     Made by `psjax.select`, which validates; a pytree whose index arrays are leaves, so that a new
-    index set is a new argument of a jitted step and never a recompilation.
+    index set is a new argument of a jitted step and never a recompilation. `s[:3]` are some of the
+    elements, `s[e]` is one, `len(s)` is their number.
 
     Attributes:
       indices: `{axis name: int32[E, m]}`, or `int32[E]` to take one row and drop the axis. An
@@ -46,9 +52,14 @@ class Selection:
       specs: the `PartitionSpec` of every leaf of the parameters, flat.
       paths: the path of every such leaf, for messages.
       axis_sizes: `((axis name, size), ...)`, sorted.
-      disjoint: names of axes no row of which two elements hold, by construction
-        (`psjax.random_partition`); what they alone select goes home faster.
+      disjoint: names of axes no row of which two elements hold; what they alone select returns
+        without a scatter.
       blocks: into how many equal blocks the axes were cut before they were divided; 1 if not.
+      distinct: names of axes no row of which an element holds twice.
+      run_length: elements that follow one another and have the same rows of the axes `run_axes`;
+        it divides E. What these axes alone select, such as the samples of a label, and what depends
+        on it and on shared leaves, is computed once per run.
+      run_axes: names of these axes; `()` where `run_length` is 1.
       keep: a mask of every leaf, flat, or None: what `drop` has dropped.
     """
 
@@ -60,6 +71,9 @@ class Selection:
     disjoint: tuple[str, ...] = ()
     blocks: int = 1
     keep: tuple[Any, ...] | None = None
+    distinct: tuple[str, ...] = ()
+    run_length: int = 1
+    run_axes: tuple[str, ...] = ()
 
     @property
     def num_elements(self) -> int:
@@ -70,6 +84,8 @@ class Selection:
     def sizes(self) -> dict[str, int]:
         """Size of each named axis."""
         return dict(self.axis_sizes)
+
+    # -------------------------------------------------------------------------- the three matrices
 
     def gather(self, params):
         """$U_e w$ of every element: `[...] -> [E, ...]`.
@@ -85,23 +101,26 @@ class Selection:
         valid = jnp.asarray(self.valid)
 
         def leaf(spec, x):
-            y = gather_leaf(jnp.asarray(x), spec, self.indices, 1)
+            y = gather_leaf(jnp.asarray(x), spec, self.indices, 1, self.sizes)
             if not selected(spec, self.indices):
                 y = jnp.broadcast_to(y, (self.num_elements, *y.shape))
-            return jnp.where(valid.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.zeros_like(y))
+            return jnp.where(along(valid, y), y, jnp.zeros_like(y))
 
         return _map(leaf, self.specs, self.masked(params))
 
     def scatter_add(self, stacked, like):
         r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
 
+        Summed in float32 where the parameters are narrower, and rounded once. Of bools, whether any
+        element has True.
+
         Args:
           stacked: tree of arrays `[E, ...]` as `gather` returns.
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
         self.check("Selection.scatter_add(stacked, like)", like)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return self.masked(self._add(zeros, stacked, jnp.asarray(self.valid)))
+        total = self._add(_wide_zeros(like), stacked, jnp.asarray(self.valid))
+        return self.masked(jax.tree.map(lambda t, x: t.astype(x.dtype), total, like))
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
@@ -114,24 +133,39 @@ class Selection:
           axis_name: name of a mapped axis (`pmap`, `shard_map`) over which elements are spread.
 
         Returns:
-          A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit (but
-          -0 and, on the CPU, subnormal numbers come back as 0). A mean of integers is rounded down.
+          A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit
+          (except that -0 and, on the CPU, subnormal numbers come back as 0). Sums are taken in
+          float32 where the parameters are narrower, and rounded once. A mean of integers is rounded
+          down, and of bools it is whether all holders have True; sums of 32-bit integers are exact
+          for up to 32767 holders of an entry.
         """
         self.check("Selection.scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)
         valid = valid if where is None else valid & where
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        total, counts = self._add(zeros, stacked, valid), self._counts(params, valid, axis_name)
-        total = self.masked(total)
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
+        counts = self._counts(params, valid, axis_name)
 
-        def mean(w, total, count):
-            holders = jnp.maximum(count, 1).astype(total.dtype)
-            whole = jnp.issubdtype(total.dtype, jnp.integer)
-            return jnp.where(count == 0, w, total // holders if whole else total / holders)
+        def sums(part):
+            parts = jax.tree.map(part, stacked)
+            like = jax.tree.map(part, jax.tree.map(jnp.asarray, params))
+            total = self.masked(self._add(_wide_zeros(like), parts, valid))
+            return total if axis_name is None else jax.lax.psum(total, axis_name)
 
-        return jax.tree.map(mean, params, total, counts)
+        halves = any(_in_halves(jnp.asarray(x).dtype) for x in jax.tree.leaves(params))
+        low = sums(lambda x: x & 0xFFFF if _in_halves(jnp.asarray(x).dtype) else x)
+        high = sums(lambda x: x >> 16 if _in_halves(jnp.asarray(x).dtype) else x) if halves else low
+
+        def mean(w, low, high, count):
+            w, holders = jnp.asarray(w), jnp.maximum(count, 1).astype(low.dtype)
+            if _in_halves(w.dtype):
+                whole, rest = high // holders, high % holders
+                new = (whole << 16) + ((rest << 16) + low) // holders
+            elif jnp.issubdtype(low.dtype, jnp.integer):
+                new = low // holders
+            else:
+                new = low / holders
+            return jnp.where(count == 0, w, new.astype(w.dtype))
+
+        return jax.tree.map(mean, params, low, high, counts)
 
     def counts(self, params):
         """How many elements hold each entry: a tree like `params`, int32."""
@@ -139,12 +173,16 @@ class Selection:
         counts = self._counts(params, jnp.asarray(self.valid))
         return jax.tree.map(lambda n, x: jnp.broadcast_to(n, x.shape), counts, params)
 
-    def split(self, n: int) -> "Selection":
-        """Divide the elements among `n` workers: leaves `[E, ...] -> [n, ceil(E / n), ...]`.
+    # --------------------------------------------------------------------- some of the elements
 
-        Elements keep their order; where `n` does not divide E, the last workers get copies of the
-        last element that are not valid and hold nothing. For a user's `pmap`, or `psjax.shard`;
-        `selection.split(n)[w]` is what worker w has.
+    def split(self, n: int) -> "Selection":
+        """Divide the elements among `n` workers: leaves `[E, ...] -> [n, m, ...]`.
+
+        Elements keep their order, and each worker has m = ceil(E / n) of them; where the elements
+        come in runs, m is a multiple of a part of a run, so that a worker shares what its runs do.
+        The last workers get copies of the last element that are not valid and hold nothing. For a
+        user's `pmap`, or `psjax.shard`; `selection.split(n)[w]` is what worker w has, and `w` may
+        be traced.
 
         Raises:
           ValueError: if `n` is less than 1, or the selection is split already.
@@ -152,26 +190,67 @@ class Selection:
         if n < 1 or self.valid.ndim != 1:
             msg = f"split({n}): n must be positive and the selection [E], not {self.valid.shape}."
             raise ValueError(msg)
-        parts = self.parts(n, -(-self.num_elements // n))
+        E, r = self.num_elements, self.run_length
+        size = lambda p: p * -(-E // (n * p))
+        # A worker's part of p elements of a run costs p elements and, once, what they share.
+        part = min((p for p in range(1, r + 1) if r % p == 0), key=lambda p: size(p) * (p + 1) / p)
+        parts = self.parts(n, size(part), part)
         return dataclasses.replace(parts, keep=jax.tree.map(lambda x: repeat(x, n), self.keep))
 
-    def parts(self, n: int, size: int) -> "Selection":
-        """`[n, size]` elements in their order, the last one repeated, not valid, as padding."""
-        places = np.arange(n * size).reshape(n, size)
-        rows = np.minimum(places, self.num_elements - 1)
-        parts = dataclasses.replace(self, keep=None)[rows]
-        return dataclasses.replace(parts, valid=parts.valid & (places < self.num_elements))
+    def parts(self, n: int, size: int, run_length: int = 1) -> "Selection":
+        """`[n, size]` elements in their order, the last one repeated, not valid, as padding.
+
+        Masks are left out. `run_length` must divide `size` and the selection's own.
+        """
+        cut = lambda x: _cut(x, n, size)
+        indices = {name: cut(index) for name, index in self.indices.items()}
+        real = _cut(np.ones(self.num_elements, bool), n, size, False)
+        return dataclasses.replace(
+            self,
+            indices=indices,
+            valid=cut(self.valid) & real,
+            keep=None,
+            run_length=run_length,
+            run_axes=self.run_axes if run_length > 1 else (),
+        )
+
+    def cut_runs(self, cuts: int, size: int) -> "Selection":
+        """Every run in `cuts` parts of `size`, its last element repeated, not valid, as padding.
+
+        Leaves `[E / run_length * cuts, size, ...]`; masks are left out.
+        """
+        r, E = self.run_length, self.num_elements
+        places = np.minimum(np.arange(cuts * size), r - 1)
+        cut = lambda x: x.reshape(E // r, r, *x.shape[1:])[:, places].reshape(
+            -1, size, *x.shape[1:]
+        )
+        indices = {name: cut(index) for name, index in self.indices.items()}
+        real = np.tile(np.arange(cuts * size) < r, E // r).reshape(-1, size)
+        return dataclasses.replace(
+            self, indices=indices, valid=cut(self.valid) & real, keep=None, run_length=size
+        )
 
     def __getitem__(self, rows) -> "Selection":
         """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
         if self.valid.ndim > 1:
             return jax.tree.map(lambda x: x[rows], self)
-        host = isinstance(rows, np.ndarray | int | slice)
-        take = lambda x: (
-            np.asarray(x)[rows, ...] if host and isinstance(x, np.ndarray) else jnp.asarray(x)[rows]
-        )
+        host = isinstance(rows, np.ndarray | np.integer | int | slice | list)
+        rows = np.asarray(rows) if isinstance(rows, list) else rows
+        take = lambda x: np.asarray(x)[rows] if host and _on_host(x) else jnp.asarray(x)[rows]
         indices = {name: take(index) for name, index in self.indices.items()}
-        return dataclasses.replace(self, indices=indices, valid=take(self.valid))
+        runs = {"run_length": 1, "run_axes": ()}
+        if host and self.run_length > 1:
+            run = (np.arange(self.num_elements) // self.run_length)[rows]
+            length = run_length(run) if run.ndim == 1 else 1
+            runs = {"run_length": length, "run_axes": self.run_axes if length > 1 else ()}
+        return dataclasses.replace(self, indices=indices, valid=take(self.valid), **runs)
+
+    def __len__(self) -> int:
+        """Number of elements; of a split selection, of workers."""
+        return self.valid.shape[0]
+
+    def __iter__(self) -> Iterator["Selection"]:
+        return (self[i] for i in range(len(self)))
 
     # ------------------------------------------ the same elements, and what they see of other trees
 
@@ -197,21 +276,82 @@ class Selection:
     def map(self, fn, leaves):
         """`fn` of what every element sees of the leaves: `[E, ...]`; of one element, `[...]`.
 
-        Shared leaves are not repeated: the map passes them whole to every element.
+        What elements share is not repeated: the map passes it whole to every element of a run, or
+        to all.
+        """
+        return self.over(fn, self.see(leaves))
+
+    def see(self, leaves):
+        """What the elements see of the leaves, what they share once.
+
+        Returns:
+          A list: a leaf with no selected axis as it is, `[...]`; a leaf whose selected axes are all
+          of `run_axes`, one row per run, `[E / run_length, ...]`; any other, `[E, ...]`. Of one
+          element, `[...]`.
         """
         lead = self.valid.ndim
-        seen = [gather_leaf(x, s, self.indices, lead) for x, s in zip(leaves, self.specs)]
-        if not lead:
-            return fn(*seen)
-        mapped = tuple(0 if selected(spec, self.indices) else None for spec in self.specs)
-        if 0 not in mapped:  # replicas of one whole
-            repeat = lambda y: jnp.broadcast_to(y, (*self.valid.shape, *y.shape))
-            return jax.tree.map(repeat, fn(*seen))
-        return jax.vmap(fn, in_axes=mapped)(*seen)
+        heads = self._heads() if lead else self
+        own = lambda spec: heads if self._in_run(spec) else self
+        return [
+            gather_leaf(jnp.asarray(x), spec, own(spec).indices, lead, self.sizes)
+            for x, spec in zip(leaves, self.specs, strict=True)
+        ]
 
-    def add(self, total, stacked):
-        """`total` and what the elements give, without masks: `scatter_add` in a loop."""
-        return self._add(total, stacked, jnp.asarray(self.valid))
+    def over(self, fn, seen):
+        """`fn(*leaves)` of every element, from what `see` returned: `[E, ...]`."""
+        if not self.valid.ndim:
+            return fn(*seen)
+        E, r = self.num_elements, self.run_length
+        shared = [not selected(spec, self.indices) for spec in self.specs]
+        if all(shared):  # replicas of one whole
+            return jax.tree.map(lambda y: jnp.broadcast_to(y, (E, *y.shape)), fn(*seen))
+        if r == 1 or not self.run_axes:
+            return jax.vmap(fn, in_axes=tuple(None if s else 0 for s in shared))(*seen)
+        in_run = [self._in_run(spec) for spec in self.specs]
+        own = [not (s or i) for s, i in zip(shared, in_run)]
+        inner = lambda *seen: jax.vmap(fn, in_axes=tuple(0 if o else None for o in own))(*seen)
+        if not any(own):
+            inner = lambda *seen: jax.tree.map(
+                lambda y: jnp.broadcast_to(y, (r, *y.shape)), fn(*seen)
+            )
+        rows = [y.reshape(E // r, r, *y.shape[1:]) if o else y for y, o in zip(seen, own)]
+        if r == E:
+            return inner(*[y if s else y[0] for y, s in zip(rows, shared)])
+        out = jax.vmap(inner, in_axes=tuple(None if s else 0 for s in shared))(*rows)
+        return jax.tree.map(lambda y: y.reshape(E, *y.shape[2:]), out)
+
+    def give_back(self, totals, seen):
+        """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
+        if not self.valid.ndim:
+            return self._add(totals, seen, jnp.asarray(self.valid))
+        heads, out = self._heads(), []
+        owners = self._owners(jnp.asarray(self.valid))
+        for total, y, spec in zip(totals, seen, self.specs, strict=True):
+            if not selected(spec, self.indices):
+                out.append(total + y.astype(total.dtype))
+            elif self._in_run(spec):
+                out.append(heads._add_leaf(total, y, spec, jnp.asarray(heads.valid), owners))
+            else:
+                out.append(self._add_leaf(total, y, spec, jnp.asarray(self.valid), owners))
+        return out
+
+    def settled(self) -> "Selection":
+        """The same, in which elements that are not valid see what a valid one sees.
+
+        Their values are masked, but a NaN among them would get past a mask in derivatives. An
+        element takes the place of the first valid one of its run, a run without any that of the
+        first run that has one.
+        """
+        if _on_host(self.valid) and np.all(self.valid):
+            return self
+        r, q = self.run_length, self.num_elements // self.run_length
+        valid = jnp.asarray(self.valid).reshape(q, r)
+        found, first = jnp.any(valid, axis=1), jnp.argmax(valid, axis=1)
+        run = jnp.where(found, jnp.arange(q), jnp.argmax(found))
+        place = jnp.where(valid, jnp.arange(r)[None], first[:, None])[run]
+        rows = (run[:, None] * r + place).reshape(-1)
+        indices = {name: jnp.asarray(index)[rows] for name, index in self.indices.items()}
+        return dataclasses.replace(self, indices=indices)
 
     def drop(self, keep) -> "Selection":
         """The same elements, none of which sees the weights that `keep` drops: dropout.
@@ -262,33 +402,92 @@ class Selection:
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten([kept(k, x) for k, x in zip(self.keep, leaves, strict=True)])
 
+    # ------------------------------------------------------------------------------ as an object
+
+    def __repr__(self) -> str:
+        """`Selection(90 elements; class [90, 2] of 10, label [90] of 10)`."""
+        if not hasattr(self.valid, "shape"):  # a tree of something else, such as specs
+            return f"Selection({self.indices}, {self.valid})"
+        many = " x ".join(map(str, self.valid.shape)) or "1"
+        parts = [f"{many} element{'' if many == '1' else 's'}"]
+        seen = [
+            f"{name} {list(getattr(index, 'shape', ()))} of {self.sizes.get(name)}"
+            for name, index in self.indices.items()
+        ]
+        parts += [", ".join(seen) or "each of all parameters"]
+        parts += ["some weights dropped"] if self.keep is not None else []
+        return f"Selection({'; '.join(parts)})"
+
+    def __eq__(self, other) -> bool:
+        """Whether the index sets, masks and leaves are the same; of tracers, the same object."""
+        if not isinstance(other, Selection) or self is other:
+            return self is other
+        (a, treedef), (b, other_def) = jax.tree.flatten(self), jax.tree.flatten(other)
+        try:
+            return treedef == other_def and all(map(np.array_equal, a, b))
+        except jax.errors.TracerArrayConversionError:
+            return False
+
+    def __hash__(self) -> int:
+        return hash((self.specs, self.paths, self.axis_sizes, jnp.shape(self.valid)))
+
+    def check(self, call, params):
+        """Raise unless these are the parameters that `select` was given, and no split selection."""
+        if self.valid.ndim != 1:
+            msg = (
+                f"{call}: the selection has leaves of shape {self.valid.shape}; inside a mapped "
+                "function take this device's part, [E], first."
+            )
+            raise ValueError(msg)
+        check_like(call, self, params)
+
+    # ------------------------------------------------------------------------------------- parts
+
+    def _in_run(self, spec):
+        """Whether the elements of a run see the same rows of such a leaf."""
+        own = [name for name in names(spec) if name in self.indices]
+        return bool(own) and set(own) <= set(self.run_axes)
+
+    def _heads(self):
+        """The first element of every run, valid where any of its run is."""
+        r = self.run_length
+        if r == 1:
+            return self
+        indices = {name: self.indices[name][::r] for name in self.run_axes}
+        valid = jnp.asarray(self.valid).reshape(-1, r).any(axis=1)
+        return dataclasses.replace(self, indices=indices, valid=valid, run_length=1, run_axes=())
+
     def _add(self, zeros, stacked, valid):
-        owners, places = self._owners(valid)
-
-        def add(spec, zero, y):
-            if self._one_holder(spec):
-                return zero + merge_leaf(y, spec, owners, places)[0].astype(zero.dtype)
-            return scatter_leaf(zero, y, spec, self.indices, valid)
-
+        owners = self._owners(valid)
+        add = lambda spec, zero, y: self._add_leaf(zero, y, spec, valid, owners)
         return _map(add, self.specs, zeros, stacked)
+
+    def _add_leaf(self, total, y, spec, valid, owners):
+        if self._one_holder(spec) and valid.ndim:
+            return total + merge_leaf(
+                y, spec, self.indices, owners[0], owners[1], self.sizes
+            ).astype(total.dtype)
+        return scatter_leaf(total, y, spec, self.indices, valid, self.sizes, self.distinct)
 
     def _counts(self, params, valid, axis_name=None):
         """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
         owners, _ = self._owners(valid, axis_name)
         mine, _ = self._owners(valid) if self.keep is not None else (owners, {})
+        held = lambda x, spec, owners: held_entries(jnp.ndim(x), spec, owners, self.sizes)
 
         def leaf(spec, keep, x):
             if self._one_holder(spec):
                 if keep is None:
-                    return held_entries(x.ndim, spec, owners).astype(jnp.int32)
-                count = kept(keep, held_entries(x.ndim, spec, mine).astype(jnp.int32))
+                    return held(x, spec, owners).astype(jnp.int32)
+                count = kept(keep, held(x, spec, mine).astype(jnp.int32))
                 return count if axis_name is None else jax.lax.psum(count, axis_name)
-            names = [*(spec or ()), *[None] * (x.ndim - len(spec or ()))]
-            shape = [n if name in self.indices else 1 for n, name in zip(x.shape, names)]
-            ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1)
+            dims = [*(spec or ()), *[None] * (jnp.ndim(x) - len(spec or ()))]
+            shape = [n if selected(P(d), self.indices) else 1 for n, d in zip(jnp.shape(x), dims)]
+            ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1, self.sizes)
             if not selected(spec, self.indices):
                 ones = jnp.broadcast_to(ones, (self.num_elements, *ones.shape))
-            count = scatter_leaf(jnp.zeros(shape, jnp.int32), ones, spec, self.indices, valid)
+            zeros = jnp.zeros(shape, jnp.int32)
+            count = scatter_leaf(zeros, ones, spec, self.indices, valid, self.sizes, self.distinct)
             count = kept(keep, count)  # this device's, whose masks may be its own
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
@@ -299,8 +498,13 @@ class Selection:
 
     def _one_holder(self, spec):
         """Whether no entry of such a leaf can have two holders."""
-        names = {name for name in spec or () if name in self.indices}
-        return bool(names) and names <= set(self.disjoint)
+        if not self.disjoint:
+            return False
+        parts = [[]]
+        for entry in spec or ():
+            parts = [[*part, *term] for part in parts for term in terms(entry) or ((),)]
+        own = lambda part: {f for f in part if f in self.indices}
+        return all(own(part) and own(part) <= set(self.disjoint) for part in parts)
 
     def _owners(self, valid, axis_name=None):
         """The element that holds each row of the disjoint axes, -1 for none, and its place there.
@@ -325,25 +529,100 @@ class Selection:
             places[name] = jnp.zeros(size, jnp.int32).at[index].set(place, mode="drop")
         return owners, places
 
-    def check(self, call, params):
-        """Raise unless these are the parameters that `select` was given, and no split selection."""
-        if self.valid.ndim != 1:
-            msg = (
-                f"{call}: the selection has leaves of shape {self.valid.shape}; inside a mapped "
-                "function take this device's part, [E], first."
-            )
-            raise ValueError(msg)
-        check_like(call, self, params)
+
+serialization.register_serialization_state(
+    Selection,
+    lambda s: serialization.to_state_dict({"indices": s.indices, "valid": s.valid, "keep": s.keep}),
+    lambda s, state: dataclasses.replace(
+        s,
+        **serialization.from_state_dict(
+            {"indices": s.indices, "valid": s.valid, "keep": s.keep}, state
+        ),
+    ),
+)
+
+
+def runs_of(indices: dict[str, np.ndarray], samples: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+    """How many elements that follow one another have the same rows of which axes, on the host.
+
+    Args:
+      indices: as of a `Selection`.
+      samples: names of the axes that no parameter has. Runs of these are preferred: what depends on
+        them and on shared leaves, a network's trunk, is then computed once per run.
+
+    Returns:
+      `run_length` and `run_axes` of the `Selection`.
+    """
+    lengths = {}
+    for name, index in indices.items():
+        rows = np.asarray(index).reshape(len(index), -1)
+        changes = np.any(rows[1:] != rows[:-1], axis=1)
+        lengths[name] = _common_length(changes, len(rows))
+    own = [n for name, n in lengths.items() if name in samples and n > 1]
+    found = max(own or lengths.values(), default=1)
+    if found == 1:
+        return 1, ()
+    return found, tuple(sorted(name for name, n in lengths.items() if n % found == 0))
+
+
+def run_length(run: np.ndarray) -> int:
+    """The length of the runs of equal numbers, a common divisor of all of them."""
+    return _common_length(run[1:] != run[:-1], len(run))
+
+
+def _common_length(changes, total):
+    return int(np.gcd.reduce(np.flatnonzero(changes) + 1, initial=total))
+
+
+def _map(fn, specs, *trees):
+    """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
+    leaves, treedef = jax.tree.flatten(trees[0])
+    rest = [treedef.flatten_up_to(tree) for tree in trees[1:]]
+    return treedef.unflatten([fn(*args) for args in zip(specs, leaves, *rest, strict=True)])
+
+
+def along(valid, y):
+    return valid.reshape(*valid.shape, *(1,) * (y.ndim - valid.ndim))
+
+
+def _wide_zeros(like):
+    """Where sums of such leaves are accumulated: zeros, of `wide` dtypes."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
+
+
+def wide(dtype) -> Any:
+    """The dtype in which sums are accumulated: 32 bits at least."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.dtype(jnp.int32)
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 32:
+        return jnp.dtype(jnp.int32)
+    return dtype
+
+
+def _in_halves(dtype):
+    """Whether sums of such integers are taken in two halves, so that they do not overflow."""
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits == 32
+
+
+def _on_host(x):
+    return isinstance(x, np.ndarray | np.generic)
+
+
+def _cut(x, n, size, last=None):
+    """`[E, ...] -> [n, size, ...]`, padded with the last row, or with `last`; NumPy's stay so."""
+    xp = np if _on_host(x) else jnp
+    pad = n * size - x.shape[0]
+    if pad:
+        end = x[-1:] if last is None else xp.full((1, *x.shape[1:]), last, x.dtype)
+        x = xp.concatenate([x, xp.broadcast_to(end, (pad, *x.shape[1:]))])
+    return x.reshape(n, size, *x.shape[1:])
 
 
 def repeat(x: Any, n: int):
     """`[...] -> [n, ...]`; NumPy's arrays stay so."""
-    host = isinstance(x, np.ndarray | np.generic)
-    return (np if host else jnp).broadcast_to(x, (n, *x.shape))
-
-
-def selected(spec, indices):
-    return any(name in indices for name in spec or ())
+    return (np if _on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
 
 
 def check_like(call, selection, params):
@@ -358,11 +637,12 @@ def check_like(call, selection, params):
         )
         raise ValueError(msg)
     for (path, x), spec in zip(leaves, selection.specs):
-        for d, name in enumerate(spec or ()):
-            if name in selection.sizes and (d >= x.ndim or x.shape[d] != selection.sizes[name]):
+        for d, entry in enumerate(spec or ()):
+            size = size_of(entry, selection.sizes) if entry is not None else None
+            if size is not None and (d >= jnp.ndim(x) or jnp.shape(x)[d] != size):
                 msg = (
-                    f"{call}: {keystr(path)} has shape {tuple(x.shape)}, but axis {name!r} "
-                    f"(dimension {d}) had size {selection.sizes[name]} in select(like=...)."
+                    f"{call}: {keystr(path)} has shape {tuple(jnp.shape(x))}, but axis {entry!r} "
+                    f"(dimension {d}) had size {size} in select(like=...)."
                 )
                 raise ValueError(msg)
     for (path, x), keep in zip(leaves, selection.keep or ()):

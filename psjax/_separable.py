@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from psjax._elements import check_chunk_size, over_chunks, vary, view
+from psjax._chunk import chunk_sizes
+from psjax._elements import check_chunk_size, over_chunks, placed, vary, view, whole
+from psjax._selection import along, wide
 
 
 def value_and_grad(
-    element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
-) -> Callable[..., tuple[jax.Array, Any]]:
+    element_fn: Callable[..., Any],
+    in_axes: Any = None,
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
     r"""Value and gradient of $f(w) = \sum_e \hat f(U_e w, \dots)$, element by element.
 
     $\nabla f(w) = \sum_e U_e^\top \nabla \hat f(U_e w)$: (4) of G-2023-36 (see the module).
@@ -32,10 +37,16 @@ def value_and_grad(
         `None`, the whole; a `PartitionSpec` such as `P("label")`, the rows that the selection's
         indices of that name pick, as for parameters; 0, row e of leaves `[E, ...]`.
       chunk_size: elements evaluated at once. Gather and scatter happen inside the loop, so memory
-        grows with the chunk and not with E. None: 1 on the CPU, where it is fastest, all elsewhere.
+        grows with the chunk and not with E. None: chosen for the platform that the program is
+        lowered for, from what an element computes and holds: on a CPU as many as make a step of the
+        loop worth starting, elsewhere all that fit into a quarter of the device's memory.
+      has_aux: whether `element_fn` returns `(value, aux)`; the `aux` of all elements come back as
+        arrays `[E, ...]`, zero for elements that are not valid.
 
     Returns:
-      A function `(params, selection, *args) -> (value, grads)`: a scalar and a tree like `params`.
+      A function `(params, selection, *args) -> (value, grads)`: a scalar and a tree like `params`;
+      `((value, aux), grads)` with `has_aux`. Sums are taken in float32 where dtypes are narrower,
+      and rounded once.
       They are the sums over **this device's** elements: inside `pmap` or `shard_map`,
       `jax.lax.psum` them, as in any data-parallel step.
 
@@ -51,16 +62,19 @@ def value_and_grad(
       >>> psjax.value_and_grad(lambda u: u[0] * u[1])(w, s)
       (Array(20., dtype=float32), Array([2., 4., 6., 3.], dtype=float32))
     """
-    check_chunk_size("value_and_grad", chunk_size)
+    call = "value_and_grad"
+    check_chunk_size(call, chunk_size)
 
     def fn(params, selection, *args):
-        seen = view("value_and_grad", selection, in_axes, params, args)
+        operands = whole((params, *args))
+        seen = view(call, selection, in_axes, params, args)
         treedef = jax.tree.structure(params)
         argnums = range(treedef.num_leaves)
-        value, grads = _sum(
-            "value_and_grad", element_fn, seen, (params, *args), argnums, chunk_size
+        value, grads, aux = _evaluate(
+            call, element_fn, seen, operands, argnums, chunk_size, has_aux
         )
-        return value, treedef.unflatten(grads)
+        grads = placed(treedef.unflatten(grads), params)
+        return ((value, aux) if has_aux else value), grads
 
     return fn
 
@@ -82,28 +96,33 @@ def element_value_and_grad(
       A function `(params, selection, *args) -> (values [E], grads)` with leaves of `grads`
       `[E, ...]`, shaped as `selection.gather(params)`; zero for elements that are not valid.
     """
-    check_chunk_size("element_value_and_grad", chunk_size)
+    call = "element_value_and_grad"
+    check_chunk_size(call, chunk_size)
 
     def fn(params, selection, *args):
-        seen = view("element_value_and_grad", selection, in_axes, params, args)
-        element, leaves, _ = _of_leaves("element_value_and_grad", element_fn, seen, (params, *args))
+        operands = whole((params, *args))
+        seen = view(call, selection, in_axes, params, args)
+        element, leaves, _, sizes = _of_leaves(
+            call, element_fn, seen, operands, chunk_size, has_aux=False
+        )
         leaves = vary(leaves, (selection, leaves))
         treedef = jax.tree.structure(params)
         argnums = tuple(range(treedef.num_leaves))
         masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
         masks = jax.tree.leaves(selection.masked(masks)) if selection.keep else []
-        masked = seen.only(argnums)
+        of_params = seen.only(argnums)
+        both = jax.value_and_grad(lambda *xs: element(*xs)[0], argnums)
 
-        def body(carry, part):
-            values, grads = part.map(jax.value_and_grad(element, argnums), leaves)
-            grads = [jnp.where(_along(part.valid, g), g, 0) for g in grads]
+        def body(carry, part, leaves):
+            values, grads = part.map(both, leaves)
+            grads = [jnp.where(along(part.valid, g), g, jnp.zeros_like(g)) for g in grads]
             if masks:
-                own = dataclasses.replace(masked, indices=part.indices, valid=part.valid)
+                own = dataclasses.replace(part, specs=of_params.specs, paths=of_params.paths)
                 kept = own.map(lambda *xs: list(xs), masks)
-                grads = [jnp.where(k, g, 0) for k, g in zip(kept, grads)]
-            return carry, (jnp.where(part.valid, values, 0), grads)
+                grads = [jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(kept, grads)]
+            return carry, (jnp.where(part.valid, values, jnp.zeros_like(values)), grads)
 
-        _, (values, grads) = over_chunks(seen, chunk_size, body, None)
+        _, (values, grads) = over_chunks(seen.settled(), sizes, body, None, leaves)
         return values, treedef.unflatten(grads)
 
     return fn
@@ -133,11 +152,15 @@ def partially_separable(
       A function `(params, selection, *args) -> value`, the sum over this device's elements. What is
       differentiated must be one of its arguments: JAX refuses what `element_fn` closes over.
     """
-    check_chunk_size("partially_separable", chunk_size)
+    call = "partially_separable"
+    check_chunk_size(call, chunk_size)
 
     def evaluate(params, selection, args, argnums):
-        seen = view("partially_separable", selection, in_axes, params, args)
-        return _sum("partially_separable", element_fn, seen, (params, *args), argnums, chunk_size)
+        operands = whole((params, *args))
+        seen = view(call, selection, in_axes, params, args)
+        value, grads, _ = _evaluate(call, element_fn, seen, operands, argnums, chunk_size)
+        like = jax.tree.leaves((params, *args))
+        return value, [placed(g, like[i]) for i, g in zip(argnums, grads)]
 
     @jax.custom_jvp
     def fn(params, selection, args):
@@ -150,39 +173,75 @@ def partially_separable(
         value, grads = evaluate(params, selection, args, moved)
         tangent = jnp.zeros_like(value)
         for i, grad in zip(moved, grads):
-            tangent = tangent + jnp.vdot(grad, tangents[i]).astype(value.dtype)
+            # Of a real function JAX's gradient is the derivative, not its conjugate.
+            tangent = tangent + jnp.real(jnp.sum(grad * tangents[i])).astype(value.dtype)
         return value, tangent
 
     fn.defjvp(jvp, symbolic_zeros=True)
     return lambda params, selection, *args: fn(params, selection, args)
 
 
-def _sum(call, element_fn, seen, args, argnums, chunk_size):
-    """Sum of the elements' values, and of their gradients of some leaves of `args`, by number."""
-    element, leaves, dtype = _of_leaves(call, element_fn, seen, args)
-    both = (
-        jax.value_and_grad(element, tuple(argnums)) if argnums else lambda *xs: (element(*xs), ())
+def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
+    """Sum of the elements' values, what they return besides, and gradients of some leaves.
+
+    `argnums` are numbers of leaves of `args`, which `seen` says how the elements see.
+    """
+    element, leaves, dtype, sizes = _of_leaves(call, element_fn, seen, args, chunk_size, has_aux)
+    argnums = tuple(argnums)
+    zeros = (
+        jnp.zeros((), wide(dtype)),
+        [jnp.zeros(leaves[i].shape, wide(leaves[i].dtype)) for i in argnums],
     )
-    zeros = jnp.zeros((), dtype), [jnp.zeros_like(leaves[i]) for i in argnums]
     init = vary(zeros, (seen, leaves))
     leaves = vary(leaves, (seen, leaves))
+    seen = seen.settled()
 
-    def body(carry, part):
+    def body(carry, part, leaves):
         value, totals = carry
-        values, grads = part.map(both, leaves)
-        value = value + jnp.sum(jnp.where(part.valid, values, 0))
-        return (value, part.only(argnums).add(totals, list(grads))), None
+        of_part = part.see(leaves)
 
-    (value, totals), _ = over_chunks(seen, chunk_size, body, init)
-    return value, seen.only(argnums).masked(totals)
+        def total(*moved):
+            full = list(of_part)
+            for i, x in zip(argnums, moved):
+                full[i] = x
+            values, aux = part.over(element, full)
+            values = jnp.where(part.valid, values, jnp.zeros_like(values))
+            return jnp.sum(values, dtype=wide(dtype)), aux
+
+        if argnums:
+            numbers = tuple(range(len(argnums)))
+            (more, aux), grads = jax.value_and_grad(total, numbers, has_aux=True)(
+                *(of_part[i] for i in argnums)
+            )
+        else:
+            (more, aux), grads = total(), ()
+        clean = lambda y: jnp.where(along(part.valid, y), y, jnp.zeros_like(y))
+        totals = part.only(argnums).give_back(totals, list(grads))
+        return (value + more, totals), jax.tree.map(clean, aux)
+
+    (value, totals), aux = over_chunks(seen, sizes, body, init, leaves)
+    totals = seen.only(argnums).masked(totals)
+    return value.astype(dtype), [t.astype(leaves[i].dtype) for i, t in zip(argnums, totals)], aux
 
 
-def _of_leaves(call, element_fn, seen, args):
-    """The element function of flat leaves, the leaves (0 where dropped), the dtype of a value."""
+def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
+    """The element function of flat leaves, the leaves (0 where dropped), the dtype of a value.
+
+    And how many elements to evaluate at once, on a CPU and elsewhere.
+    """
     leaves, treedef = jax.tree.flatten(args)
     leaves = seen.masked([jnp.asarray(x) for x in leaves])
-    element = lambda *leaves: element_fn(*treedef.unflatten(leaves))
-    value = jax.eval_shape(lambda xs: seen[0].map(element, xs), leaves)
+
+    def element(*leaves):
+        out = element_fn(*treedef.unflatten(leaves))
+        return out if has_aux else (out, ())
+
+    one = jax.eval_shape(lambda xs: seen[0].see(xs), leaves)
+    out = jax.eval_shape(element, *one)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        msg = f"{call}(has_aux=True): element_fn must return (value, aux), got {out}."
+        raise TypeError(msg)
+    value = out[0]
     if not hasattr(value, "shape") or value.shape != ():
         got = jax.tree.map(lambda v: f"{v.dtype}{list(v.shape)}", value)
         msg = (
@@ -193,8 +252,7 @@ def _of_leaves(call, element_fn, seen, args):
     if not jnp.issubdtype(value.dtype, jnp.floating):
         msg = f"{call}: element_fn must return a floating scalar, got {value.dtype}."
         raise TypeError(msg)
-    return element, leaves, value.dtype
-
-
-def _along(valid, y):
-    return valid.reshape(*valid.shape, *(1,) * (y.ndim - valid.ndim))
+    sizes = (chunk_size, chunk_size)
+    if chunk_size is None:
+        sizes = chunk_sizes(element, one, seen.num_elements, seen.run_length)
+    return element, leaves, value.dtype, sizes

@@ -62,14 +62,14 @@ class Routes:
 
     def fetch(self, tables, own, axis_name):
         """`[m, p]` of every worker to the `[s, p]` of this worker's task."""
-        sent = [gather_leaf(own, ROW, {"row": table["send"]}, 0) for table in tables]
+        sent = [gather_leaf(own, ROW, {"row": table["send"]}, 0, {}) for table in tables]
         moved = self._move(sent, axis_name, 1)
         zeros = jnp.zeros((self.block_size, *own.shape[1:]), own.dtype)
         return _add_rows(zeros, moved, tables, "put")
 
     def give_back(self, tables, grads, total, axis_name):
         """The transpose: gradients `[s, p]` of the task, added to the `[m, p]` of their owners."""
-        sent = [gather_leaf(grads, ROW, {"row": table["put"]}, 0) for table in tables]
+        sent = [gather_leaf(grads, ROW, {"row": table["put"]}, 0, {}) for table in tables]
         return _add_rows(total, self._move(sent, axis_name, -1), tables, "send")
 
     def _move(self, sent, axis_name, direction):
@@ -91,5 +91,5 @@ class Routes:
 
 def _add_rows(total, moved, tables, name):
     for table, y in zip(tables, moved):
-        total = scatter_leaf(total, y, ROW, {"row": table[name]}, jnp.asarray(True))
+        total = scatter_leaf(total, y, ROW, {"row": table[name]}, jnp.asarray(True), {})
     return total

@@ -84,7 +84,7 @@ class Store:
                 x = x.reshape(-1)
                 pad = -x.size % self.num_workers
                 return jnp.pad(x, (0, pad))
-            return gather_leaf(jnp.moveaxis(jnp.asarray(x), d, 0), ROW, {"row": rows}, 0)
+            return gather_leaf(jnp.moveaxis(jnp.asarray(x), d, 0), ROW, {"row": rows}, 0, {})
 
         return jax.tree.map(leaf, self.axes if axes is None else axes, tree, is_leaf=is_spec)
 

@@ -1,0 +1,81 @@
+"""How many elements to evaluate at once, from what one of them computes and holds."""
+
+import math
+import os
+
+import jax
+
+_CPU_FLOPS = 2**21  # of a step of a loop on a CPU: less, and starting the step takes longer
+
+
+def chunk_sizes(fn, seen, num_elements: int, run_length: int) -> tuple[int, int]:
+    """Elements evaluated at once on a CPU, and elsewhere, where the user has not said.
+
+    On a CPU, as many runs as it takes to make a step of the loop worth starting: products of large
+    elements are no faster together. Elsewhere all. In both cases no more than fit into a part of
+    the memory, by the sizes of the intermediate arrays of one element.
+
+    Args:
+      fn: the element function.
+      seen: `jax.ShapeDtypeStruct`s of what one element sees, its arguments.
+      num_elements: E.
+      run_length: elements that share what they see of some axes.
+    """
+    flops, temporaries = work(jax.make_jaxpr(fn)(*seen).jaxpr)
+    fits = lambda memory: max(1, min(num_elements, int(memory // max(1, 2 * temporaries))))
+    runs = max(1, _CPU_FLOPS // max(1, flops * run_length))
+    return min(fits(_host_memory() / 8), run_length * runs), fits(_device_memory() / 4)
+
+
+def work(jaxpr) -> tuple[int, int]:
+    """Operations of the products of a program, and bytes of all arrays that it makes."""
+    flops = temporaries = 0
+    for eqn in jaxpr.eqns:
+        inner = [work(j) for j in _inside(eqn)]
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        if eqn.primitive.name == "cond":
+            inner = [tuple(max(x) for x in zip(*inner))]
+        for f, t in inner:
+            flops, temporaries = flops + times * f, temporaries + t
+        if not inner:
+            temporaries += sum(_bytes(v.aval) for v in eqn.outvars)
+        flops += _product(eqn)
+    return flops, temporaries
+
+
+def _inside(eqn):
+    found = []
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else (value,):
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                found.append(x)
+    return found
+
+
+def _product(eqn):
+    out = math.prod(getattr(eqn.outvars[0].aval, "shape", ())) if eqn.outvars else 0
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * out * math.prod(kernel) // features
+    return out
+
+
+def _bytes(aval):
+    return math.prod(getattr(aval, "shape", ())) * getattr(
+        getattr(aval, "dtype", None), "itemsize", 4
+    )
+
+
+def _host_memory():
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _device_memory():
+    """Of the default device, 16 GiB where it does not say or is a CPU."""
+    stats = None if jax.default_backend() == "cpu" else jax.devices()[0].memory_stats()
+    return (stats or {}).get("bytes_limit", 2**34)

@@ -1,0 +1,223 @@
+"""The notation of axes: what an entry of a `PartitionSpec` says about a dimension.
+
+A dimension is `None` (no axis), the name of an axis, a product of axes in row-major order, or a
+concatenation of such products, written as a string:
+
+- `"hidden"`: one axis;
+- `"9*hidden"`: 9 positions, the neurons inside each, as a convolution's channels after flattening;
+- `"3*heads*dim"`: a fused query-key-value kernel;
+- `"hidden_1+hidden_2"`, `"heads*dim+2*groups*dim"`: parts that follow one another.
+
+Numbers are the sizes of axes that have no name.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+
+@functools.lru_cache(maxsize=4096)
+def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
+    """The terms of a dimension, each a tuple of factors: names, and numbers; `()` for None.
+
+    Raises:
+      ValueError: an empty factor, or a number that is not positive.
+    """
+    if entry is None:
+        return ()
+    found = []
+    for term in str(entry).split("+"):
+        factors = [x.strip() for x in term.split("*")]
+        if not all(factors) or any(x.isdigit() and int(x) < 1 for x in factors):
+            msg = f"{entry!r} is no dimension; pass 'a', '9*a', 'a+b' or 'a*b+2*c'."
+            raise ValueError(msg)
+        found.append(tuple(int(x) if x.isdigit() else x for x in factors))
+    return tuple(found)
+
+
+def names(spec) -> tuple[str, ...]:
+    """The names of the axes of a leaf, each once, in their order."""
+    found = [x for entry in spec or () for term in terms(entry) for x in term]
+    return tuple(dict.fromkeys(x for x in found if isinstance(x, str)))
+
+
+def is_plain(spec) -> bool:
+    """Whether every dimension is one axis or none."""
+    return all(len(terms(entry)) < 2 and len(sum(terms(entry), ())) < 2 for entry in spec or ())
+
+
+def size_of(entry: str, sizes: Mapping[str, int]) -> int | None:
+    """The size of a dimension; None where the size of one of its axes is not known."""
+    total = 0
+    for term in terms(entry):
+        factors = [x if isinstance(x, int) else sizes.get(x) for x in term]
+        if None in factors:
+            return None
+        total += math.prod(x for x in factors if x is not None)
+    return total
+
+
+def solved(entry: str, size: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """The size of the one axis of a dimension that is not known yet; None if it is not determined.
+
+    `{}` where all are known. The size found is 0 where none fits.
+    """
+    unknown = {x for term in terms(entry) for x in term if isinstance(x, str) and x not in sizes}
+    if len(unknown) != 1:
+        return None if unknown else {}
+    (name,) = unknown
+    if any(term.count(name) > 1 for term in terms(entry)):
+        return None
+    at = lambda n: size_of(entry, {**sizes, name: n}) or 0
+    slope = at(2) - at(1)
+    rest = size - at(1)
+    return {name: 1 + rest // slope if slope and rest % slope == 0 and rest >= 0 else 0}
+
+
+class Layout:
+    """A leaf with products or concatenations of axes, as pieces that have neither.
+
+    Args:
+      spec: of the leaf.
+      ndim: of the leaf.
+      sizes: of the named axes.
+
+    Attributes:
+      pieces: the `PartitionSpec` of every piece.
+    """
+
+    def __init__(self, spec, ndim: int, sizes: Mapping[str, int]):
+        entries = [*(spec or ()), *[None] * (ndim - len(spec or ()))]
+        self.terms = [terms(entry) or ((None,),) for entry in entries]
+        self.sizes = sizes
+        self.chosen = _every(self.terms)
+        name = lambda factor: factor if isinstance(factor, str) else None
+        self.pieces = [P(*(name(f) for term in own for f in term)) for own in self.chosen]
+
+    def cut(self, x):
+        """The pieces of the whole leaf, `[one dimension for each factor]`; or of a mask of it.
+
+        Where a dimension of `x` has size 1, it stands for all.
+        """
+        full = [self._full(d, n) for d, n in enumerate(x.shape)]
+        x = jnp.broadcast_to(x, full)
+        shape = lambda d, term, n: [n] if len(term) == 1 else [self._size(f) for f in term]
+        lengths = [self._lengths(d, n) for d, n in enumerate(x.shape)]
+        return self._cut(x, lengths, 0, shape)
+
+    def join(self, pieces):
+        """The whole leaf from its pieces."""
+        flat = [self._flat(x, own) for x, own in zip(pieces, self.chosen)]
+        return self._concatenate(flat, [len(t) for t in self.terms], 0)
+
+    def cut_seen(self, y, indices, lead: int):
+        """The pieces of what an element sees, `[*lead, ...]`."""
+        of = self._seen_dims(indices, lead)
+        lengths, at = [], lead
+        for seen in of:
+            if seen is None:
+                lengths.append(None)
+                continue
+            lengths.append(seen if len(seen) > 1 else [y.shape[at]])
+            at += 1
+        shape = lambda d, term, n: self._seen_shape(term, indices, lead, n)
+        return self._cut(y, lengths, lead, shape)
+
+    def join_seen(self, pieces, indices, lead: int):
+        """What an element sees of the whole leaf, from what it sees of the pieces."""
+        flat = []
+        for y, chosen in zip(pieces, self.chosen):
+            shape, at = [], lead
+            for d, term in enumerate(chosen):
+                kept = sum(not _dropped(f, indices, lead) for f in term)
+                n = math.prod(y.shape[at : at + kept])
+                at += kept
+                if kept or len(self.terms[d]) > 1:
+                    shape.append(n)
+            flat.append(y.reshape(*y.shape[:lead], *shape))
+        of = self._seen_dims(indices, lead)
+        counts = [len(t) for t, seen in zip(self.terms, of) if seen is not None]
+        return self._concatenate(flat, counts, lead)
+
+    # ----------------------------------------------------------------------------------------
+
+    def _size(self, factor):
+        return factor if isinstance(factor, int) else self.sizes[factor]
+
+    def _full(self, d, n):
+        own = self.terms[d]
+        if own == ((None,),) or (len(own) == 1 and len(own[0]) == 1):
+            return n
+        return sum(math.prod(self._size(f) for f in term) for term in own)
+
+    def _lengths(self, d, n):
+        if len(self.terms[d]) == 1:
+            return [n]
+        return [math.prod(self._size(f) for f in term) for term in self.terms[d]]
+
+    def _seen_dims(self, indices, lead):
+        """Lengths of the terms of every dimension as seen; None for a dimension that is dropped."""
+        out = []
+        for own in self.terms:
+            if len(own) == 1 and all(_dropped(f, indices, lead) for f in own[0]):
+                out.append(None)
+            elif own == ((None,),):
+                out.append([None])
+            else:
+                out.append([math.prod(self._seen_shape(t, indices, lead, None)) for t in own])
+        return out
+
+    def _seen_shape(self, term, indices, lead, n):
+        if term == (None,):
+            return [n]
+        kept = [f for f in term if not _dropped(f, indices, lead)]
+        return [indices[f].shape[lead] if f in indices else self._size(f) for f in kept]
+
+    def _cut(self, x, lengths, lead, shape):
+        parts = [(x, [])]
+        axis = lead
+        for d, own in enumerate(lengths):
+            if own is None:
+                parts = [(x, [*s, []]) for x, s in parts]
+                continue
+            divided = []
+            for x, shapes in parts:
+                start = 0
+                for term, n in zip(self.terms[d], own):
+                    rows = (slice(None),) * axis + (slice(start, start + n),)
+                    one = x if len(own) == 1 else x[rows]
+                    divided.append((one, [*shapes, shape(d, term, n)]))
+                    start += n
+            parts, axis = divided, axis + 1
+        return [x.reshape(*x.shape[:lead], *sum(s, [])) for x, s in parts]
+
+    def _flat(self, x, chosen):
+        shape, at = [], 0
+        for term in chosen:
+            shape.append(math.prod(x.shape[at : at + len(term)]))
+            at += len(term)
+        return x.reshape(shape)
+
+    def _concatenate(self, parts, counts, lead):
+        for d in reversed(range(len(counts))):
+            n = counts[d]
+            if n > 1:
+                groups = [parts[i : i + n] for i in range(0, len(parts), n)]
+                parts = [jnp.concatenate(group, axis=lead + d) for group in groups]
+        return parts[0]
+
+
+def _dropped(factor, indices, lead):
+    """Whether an index of one row removes the axis."""
+    return factor in indices and indices[factor].ndim == lead
+
+
+def _every(terms_of_dims):
+    """All choices of one term for each dimension, the last dimension fastest."""
+    found = [()]
+    for own in terms_of_dims:
+        found = [(*chosen, term) for chosen in found for term in own]
+    return found
