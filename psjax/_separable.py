@@ -178,7 +178,8 @@ def partially_separable(
         return value, tangent
 
     fn.defjvp(jvp, symbolic_zeros=True)
-    return lambda params, selection, *args: fn(params, selection, args)
+    arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+    return lambda params, selection, *args: fn(arrays(params), selection, arrays(args))
 
 
 def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
