@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
 from psjax._notation import is_plain, names, size_of, solved
-from psjax._selection import Selection, is_spec, runs_of
+from psjax._runs import runs_of
+from psjax._selection import Selection, is_spec
 
 
 def select(

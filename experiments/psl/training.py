@@ -168,10 +168,10 @@ def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
             axes, {"class": pairs, rows: pairs[:, 0]}, like=like, sizes={rows: num_classes}
         )
         return psjax.value_and_grad(h, in_axes=P(rows)), selection
-    plan = make_plan(config, num_classes)
+    plan = make_plan(config, num_classes).by_label()
     small = net.clone(num_classes=plan.block_size)
 
-    def g(params, batch, pairs):  # a block: s scores, the samples labelled with its classes
+    def g(params, batch, pairs):  # a label of a block: s scores, the samples with this label
         images = batch["image"]
         scores = small.apply({"params": params}, images.reshape(-1, *images.shape[2:]))
         return psjax.losses.block(

@@ -61,12 +61,63 @@ class Plan:
     def labels(self) -> np.ndarray:
         """int32 `[W, T, l]`: the classes whose samples a task sees; C where it has none."""
         first = self.classes[:, :, : self.pairs.shape[2]]
+        if self.pairs.shape[2] == 1:  # `by_label` fills runs up with tasks that have no pair
+            return first
         return np.where(self.pairs.any(axis=3), first, self.num_classes).astype(np.int32)
 
     @property
     def num_tasks(self) -> int:
         """Tasks on disjoint samples counted once."""
         return int(np.sum(self.pairs.any(axis=(2, 3)) & (self.shares[..., 0] == 0)))
+
+    def by_label(self) -> "Plan":
+        """The same pairs on the same workers, each task divided into one task for each label.
+
+        A worker's tasks of one label follow one another, filled up to equally many for every label
+        with tasks that have no pair. They see the same samples, so that `psjax.value_and_grad` on
+        `selection` evaluates what is shared, a network's trunk, once for each label and worker and
+        not once for each label and task. The label comes first among a task's classes. For whole
+        parameters; `psjax.plan.value_and_grad` fetches a task's classes each turn, and would fetch
+        them more often.
+
+        Example:
+          >>> import psjax
+          >>> plan = psjax.plan.cyclic(7, 1, num_groups=7)
+          >>> plan.pairs.shape, plan.by_label().pairs.shape
+          ((1, 7, 3, 3), (1, 21, 1, 3))
+        """
+        W, T, _, s = self.pairs.shape
+        C = self.num_classes
+        w, t, a = np.nonzero(self.pairs.any(axis=3))
+        label = self.classes[w, t, a]
+        order = np.lexsort((t, label, w))
+        w, t, a, label = w[order], t[order], a[order], label[order]
+        run = w * C + label
+        first = np.concatenate([[True], run[1:] != run[:-1]])
+        starts = np.flatnonzero(first)
+        number = np.cumsum(first) - 1  # of the run, among all workers'
+        rank = np.arange(len(run)) - starts[number]  # in its run
+        worker = w[starts]
+        of_worker = np.arange(len(starts)) - np.searchsorted(worker, worker)  # which of its labels
+        most, labels = int(rank.max()) + 1, int(of_worker.max()) + 1
+        place = of_worker[number] * most + rank
+
+        turns = labels * most
+        classes = np.full((W, turns, s), C, np.int32)
+        pairs = np.zeros((W, turns, 1, s), bool)
+        shares = np.ones((W, turns, 2), np.int32) * [0, 1]
+        for copy in range(most):  # what fills a run up has its label
+            classes[worker, of_worker * most + copy, 0] = label[starts]
+            shares[worker, of_worker * most + copy] = self.shares[w[starts], t[starts]]
+        rows = np.argsort(
+            np.arange(s)[None] != a[:, None], axis=1, kind="stable"
+        )  # the label first
+        classes[w, place] = np.take_along_axis(self.classes[w, t], rows, axis=1)
+        pairs[w, place, 0] = np.take_along_axis(self.pairs[w, t, a], rows, axis=1)
+        shares[w, place] = self.shares[w, t]
+        return dataclasses.replace(
+            self, classes=classes, pairs=pairs, shares=shares.astype(np.int32)
+        )
 
     def slots(self, slots: int) -> np.ndarray:
         """The slots of a label that each task takes: int32 `[W, T, S]`, `slots` where it has none.
