@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
 from psjax._elements import check_chunk_size, over_chunks, vary, view
 from psjax._masks import kept
 from psjax._selection import selected
-from psjax._state import Route, check_element_state, state_routes
+from psjax._state import Route, check_element_state, extra_arguments, state_routes
 from psjax._traps import check_axis_name, check_low_precision, check_padding
 
 
@@ -117,9 +118,11 @@ def local_update(
 
     Raises:
       ValueError: at the call: batches whose leading shape is not `[E, J]`, J = 0, an optimizer
-        state that cannot travel (named), parameters that are not those of the selection; an
-        optimizer that counts the entries of a leaf, where uneven shares have padding (seen in the
-        constants of its traced update); one whose epsilon is 0 in float16.
+        state that cannot travel (named), parameters that are not those of the selection, an
+        optimizer whose epsilon is 0 in float16. And, where uneven shares have padding, an optimizer
+        that counts the entries of a leaf (`optax.centralize`, `optax.clip_by_block_rms`): this is
+        read off the constants of its traced update, and not seen where the index sets are traced
+        and not known to be disjoint.
 
     Example:
       One element that sees everything, one batch of size 1: a step of SGD.
@@ -145,7 +148,7 @@ def local_update(
         routes = routes_home("local_update", optimizer, selection, params, opt_state, mutable)
         held = _of_routes(selection, (params, opt_state), routes)
         filled = _filled(selection)
-        _check_optimizer(optimizer, held, params, opt_state, mutable, filled)
+        _check_optimizer(optimizer, held, params, opt_state, mutable, _padded(selection))
         masks = _masks_seen(selection, params)
         trees = (params, batches, opt_state, filled, masks)
         state_specs = held.specs[len(selection.specs) :]
@@ -165,9 +168,7 @@ def local_update(
 
         body = lambda _, part: (None, part.map(train, leaves))
         _, (new, metrics) = over_chunks(seen.of(specs, trees), chunk_size, body, None)
-        params, opt_state = _home(
-            held, routes, (params, opt_state), new, metrics.finite, axis_name
-        )
+        params, opt_state = _home(held, routes, (params, opt_state), new, metrics.finite, axis_name)
         return params, opt_state, metrics
 
     return LocalUpdate(update, optimizer, mutable)
@@ -218,7 +219,7 @@ def _of_routes(selection, tree, routes):
     return selection.of(specs, tree, keep)
 
 
-def _check_optimizer(optimizer, held, params, opt_state, mutable, filled):
+def _check_optimizer(optimizer, held, params, opt_state, mutable, padded):
     """On the host: what an element's own optimizer would do on the shapes that it sees."""
     check_low_precision("local_update", optimizer, _split(params, mutable)[0])
     if not any(selected(spec, held.indices) for spec in held.specs):
@@ -233,9 +234,9 @@ def _check_optimizer(optimizer, held, params, opt_state, mutable, filled):
     one = dataclasses.replace(held, keep=None)[0]
     own = element(one)
     check_element_state("local_update", optimizer, *own)
-    if filled:
+    if padded:
         resize = lambda x: x[:-1] if len(x) > 2 else jnp.concatenate([x, x[:1]])
-        indices = {k: resize(x) if k in filled else x for k, x in one.indices.items()}
+        indices = {k: resize(x) if k in padded else x for k, x in one.indices.items()}
         other = element(dataclasses.replace(one, indices=indices))
         check_padding("local_update", optimizer, own[0], other[0])
 
@@ -251,6 +252,17 @@ def _filled(selection):
         for name, index in sorted(selection.indices.items())
         if index.ndim == 2 and not _all_filled(selection, name)
     }
+
+
+def _padded(selection):
+    """The axes that have padding, as far as that is known without the values of traced indices."""
+    found = []
+    for name, index in selection.indices.items():
+        host, size = isinstance(index, np.ndarray), selection.sizes[name]
+        more = name in selection.disjoint and index.size > size
+        if index.ndim == 2 and (more or (host and bool((index >= size).any()))):
+            found.append(name)
+    return found
 
 
 def _masks_seen(selection, params):
@@ -299,16 +311,15 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
 
         def fn(trained):
             out = loss_fn({**trained, **fixed} if mutable else trained, batch)
-            loss, out = out if mutable or has_aux else (out, ({}, None))
-            moved, aux = out if mutable and has_aux else (out, None) if mutable else ({}, out)
+            loss, more = out if mutable or has_aux else (out, None)
+            moved, aux = more if mutable and has_aux else (more, None) if mutable else ({}, more)
             return loss, (moved, aux)
 
         value_fn = lambda trained: fn(clean(trained))[0]
         (loss, (moved, aux)), grads = jax.value_and_grad(fn, has_aux=True)(trained)
         grads = clean(grads)
-        updates, new_state = optimizer.update(
-            grads, opt_state, trained, value=loss, grad=grads, value_fn=value_fn, obj_fn=value_fn
-        )
+        options = extra_arguments(loss, grads, value_fn)
+        updates, new_state = optimizer.update(grads, opt_state, trained, **options)
         trained = optax.apply_updates(trained, clean(updates))
         if mutable:
             trained = {**trained, **clean({name: moved[name] for name in mutable})}

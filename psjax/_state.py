@@ -56,6 +56,22 @@ def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
     return jax.tree.structure(state).unflatten([route.spec for route in found])
 
 
+def extra_arguments(value: Any, grad: Any, fn: Callable[[Any], Any]) -> dict[str, Any]:
+    """What an optimizer may want besides gradients, state and parameters, by optax's names.
+
+    Args:
+      value: the loss.
+      grad: its gradient.
+      fn: the loss as a function of the parameters.
+    """
+
+    def value_fn(params, obj_fn=None):  # a line search hands on what it does not know
+        del obj_fn
+        return fn(params)
+
+    return dict(value=value, grad=grad, value_fn=value_fn, obj_fn=fn)
+
+
 def state_routes(
     call: str,
     optimizer: Any,
@@ -274,8 +290,7 @@ def _reached(optimizer, params, opt_state, candidates):
         def fn(data, state):
             (grads, params), value = data
             size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
-            value_fn = lambda p: value * size(p)
-            options = dict(value=value, grad=grads, value_fn=value_fn, obj_fn=value_fn)
+            options = extra_arguments(value, grads, lambda p: value * size(p))
             new = update(grads, treedef.unflatten(state), params, **options)[1]
             return [jax.tree.leaves(new)[i] for i in outputs]
 

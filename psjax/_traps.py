@@ -8,6 +8,8 @@ import numpy as np
 import optax
 from jax.extend.core import Literal
 
+from psjax._state import extra_arguments
+
 # Not the same with a zero more, whatever the values are.
 _ORDERED = {
     "argmax",
@@ -70,17 +72,9 @@ def _finite(optimizer, params, cast):
         small = lambda x: jnp.ones((2,) * jnp.ndim(x), cast(jnp.result_type(x)))
         ones = jax.tree.map(small, params)
         zeros = jax.tree.map(jnp.zeros_like, ones)
-        value = jnp.zeros(())
-        value_fn = lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(p)).astype(value.dtype) * 0
-        updates, _ = optimizer.update(
-            zeros,
-            optimizer.init(ones),
-            ones,
-            value=value,
-            grad=zeros,
-            value_fn=value_fn,
-            obj_fn=value_fn,
-        )
+        zero = lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(p)).astype(jnp.float32) * 0
+        options = extra_arguments(jnp.zeros(()), zeros, zero)
+        updates, _ = optimizer.update(zeros, optimizer.init(ones), ones, **options)
         return all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))
 
 
@@ -117,8 +111,7 @@ def _constants(optimizer, params):
 
     def fn(grads, params, state, value):
         size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
-        value_fn = lambda p: value * size(p)
-        options = dict(value=value, grad=grads, value_fn=value_fn, obj_fn=value_fn)
+        options = extra_arguments(value, grads, lambda p: value * size(p))
         return update(grads, state, params, **options)
 
     state = jax.eval_shape(optimizer.init, params)
