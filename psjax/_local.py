@@ -50,8 +50,8 @@ class LocalUpdate:
         self.optimizer = optimizer
         self.mutable = mutable
 
-    def __call__(self, params: Any, opt_state: Any, selection: Any, batches: Any) -> Any:
-        return self._fn(params, opt_state, selection, batches)
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, LocalMetrics]:
+        return self._fn(*args, **kwargs)
 
 
 def local_update(
@@ -310,7 +310,7 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
         trained, fixed = _split(params, mutable)
 
         def fn(trained):
-            out = loss_fn({**trained, **fixed} if mutable else trained, batch)
+            out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)
             loss, more = out if mutable or has_aux else (out, None)
             moved, aux = more if mutable and has_aux else (more, None) if mutable else ({}, more)
             return loss, (moved, aux)
@@ -320,7 +320,7 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
         grads = clean(grads)
         options = extra_arguments(loss, grads, value_fn)
         updates, new_state = optimizer.update(grads, opt_state, trained, **options)
-        trained = optax.apply_updates(trained, clean(updates))
+        trained: Any = optax.apply_updates(trained, clean(updates))
         if mutable:
             trained = {**trained, **clean({name: moved[name] for name in mutable})}
         return (trained, new_state), (loss, aux)
@@ -341,8 +341,9 @@ def _all_filled(selection, name):
 def first_good(y, old, good, axis_name):
     """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
     if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
-        data = first_good(*map(jax.random.key_data, (y, old)), good, axis_name)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(y))
+        data = jax.random.key_data
+        first = first_good(data(y), data(old), good, axis_name)
+        return jax.random.wrap_key_data(first, impl=jax.random.key_impl(y))
     found, value = jnp.any(good), y[jnp.argmax(good)]
     if axis_name is not None:
         device = jax.lax.axis_index(axis_name)

@@ -72,7 +72,7 @@ def _finite(optimizer, params, cast):
         small = lambda x: jnp.ones((2,) * jnp.ndim(x), cast(jnp.result_type(x)))
         ones = jax.tree.map(small, params)
         zeros = jax.tree.map(jnp.zeros_like, ones)
-        zero = lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(p)).astype(jnp.float32) * 0
+        zero = lambda p: 0 * jnp.float32(sum(jnp.sum(x) for x in jax.tree.leaves(p)))
         options = extra_arguments(jnp.zeros(()), zeros, zero)
         updates, _ = optimizer.update(zeros, optimizer.init(ones), ones, **options)
         return all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))

@@ -54,7 +54,7 @@ def local_sgd(
     Raises:
       ValueError: at the call, a selection that divides anything.
     """
-    options = dict(mutable=mutable, has_aux=has_aux, chunk_size=chunk_size)
+    options: Any = dict(mutable=mutable, has_aux=has_aux, chunk_size=chunk_size)
     update = local_update(loss_fn, optimizer, in_axes, axis_name, **options)
 
     def checked(params, opt_state, selection, batches):

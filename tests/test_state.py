@@ -328,6 +328,15 @@ def test_where_nothing_is_divided_every_state_is_plain_training():
     close(new, params, 1e-4)
 
 
+def test_a_state_reduced_over_dropped_weights_is_refused():
+    """Its rows would move where `Selection.drop` promises that nothing does."""
+    params = {"w": jnp.ones((IN, OUT))}
+    selection = psjax.replicas(params, 2).drop({"w": np.arange(OUT) > 1})
+    update = psjax.local_update(lambda w, x: jnp.sum(w["w"]) * x, optax.adafactor(0.1, 2))
+    with pytest.raises(ValueError, match=r"reduced over dropped weights of \['w'\]"):
+        update(params, optax.adafactor(0.1, 2).init(params), selection, jnp.ones((2, J)))
+
+
 def test_the_state_of_other_parameters_is_refused():
     params, optimizer = init(dtype=jnp.float32), optax.adam(0.1)
     update = psjax.local_update(loss_fn, optimizer)
