@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._local import LocalMetrics, first_good, goes_home
+from psjax._local import LocalUpdate, first_good, routes_home
 from psjax._select import replicas
 from psjax._selection import is_spec
-from psjax._state import state_specs_of
 
 _HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
 
@@ -48,7 +47,8 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
     last byte.
 
     Args:
-      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`.
+      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`; its optimizer says how
+        the state travels.
       axis_name: name of the mapped axis, whose size is the number of subnets.
 
     Returns:
@@ -58,15 +58,29 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
       `stratified=True`; `batches` `[1, J, ...]` and the metrics are this worker's own.
 
     Raises:
-      ValueError: at the call, another number of subnets than workers, or shards that do not fit.
+      TypeError: an `update` that is not `psjax.local_update`'s.
+      ValueError: at the call, another number of subnets than workers, shards that do not fit, or a
+        state of the optimizer that cannot travel.
     """
+    local = getattr(update, "__wrapped__", update)
+    if not isinstance(local, LocalUpdate):
+        msg = (
+            f"exchange(update={update!r}): pass psjax.local_update(loss_fn, optimizer) or jax.jit "
+            "of it, whose optimizer says how its state travels."
+        )
+        raise TypeError(msg)
 
     def exchanged(params, opt_state, selection, batches):
         n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         _check(selection, n)
-        leaves, treedef = jax.tree.flatten((params, jax.tree.map(jnp.asarray, opt_state)))
-        specs = [*selection.specs, *state_specs_of(params, selection.specs, opt_state)]
+        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        leaves, treedef = jax.tree.flatten((params, opt_state))
         _check_shards(params, selection, n)
+        like = _whole(params, selection)
+        routes = routes_home(
+            "exchange", local.optimizer, selection, params, opt_state, local.mutable, like
+        )
+        specs = [route.spec for route in routes]
         homes: Any = [_home(spec, selection.sizes) for spec in specs]
         part = _part(selection, me, n)
         split = [i for i, home in enumerate(homes) if home is not None]
@@ -92,16 +106,29 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
             new[i] = y
         holders = jax.lax.psum(finite.astype(jnp.int32), axis_name)
         for i in (i for i, home in enumerate(homes) if home is None):
-            if goes_home(leaves[i], specs[i]):
-                total = jax.lax.psum(jnp.where(finite, new[i], 0), axis_name)
-                mean = total / jnp.maximum(holders, 1).astype(total.dtype)
-                new[i] = jnp.where(holders > 0, mean, leaves[i])
-            else:
+            if routes[i].copied:
                 new[i] = first_good(new[i][None], leaves[i], finite[None], axis_name)
+            else:
+                wide = jnp.promote_types(leaves[i].dtype, jnp.float32)
+                own = jnp.where(finite, new[i], jnp.zeros_like(new[i])).astype(wide)
+                mean = jax.lax.psum(own, axis_name) / jnp.maximum(holders, 1).astype(wide)
+                new[i] = jnp.where(holders > 0, mean.astype(leaves[i].dtype), leaves[i])
         params, opt_state = treedef.unflatten(new)
-        return params, opt_state, LocalMetrics(*metrics)
+        return params, opt_state, metrics
 
     return exchanged
+
+
+def _whole(params, selection):
+    """The shapes of the whole parameters, of which these are one worker's shards."""
+
+    def leaf(spec, x):
+        names = [*(spec or ()), *[None] * x.ndim]
+        shape = [selection.sizes.get(name, n) for name, n in zip(names, x.shape)]
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(map(leaf, selection.specs, leaves))
 
 
 def _home(spec, sizes):
