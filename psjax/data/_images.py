@@ -201,7 +201,8 @@ def take(x, indices, scale=None):
     Args:
       x: `[N, ...]`, images or labels.
       indices: integers in `[0, N]`; N, past the end, is an empty slot.
-      scale: None to leave `x` as it is; a number to multiply it with, as float32.
+      scale: None to leave `x` as it is; a number to multiply it with. The product is float32, or
+        float64 if `jax_enable_x64` is on.
     """
     rows = jnp.asarray(x).at[indices].get(mode="fill", fill_value=0)
-    return rows if scale is None else rows.astype(jnp.float32) * scale
+    return rows if scale is None else rows.astype(float) * jnp.asarray(scale, float)

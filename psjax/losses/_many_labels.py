@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from psjax.losses._labels import int32_labels
+
 
 def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 8192):
     r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
@@ -69,9 +71,10 @@ def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 819
             "[B, K], a list for each sample, and hidden [B, H]."
         )
         raise ValueError(msg)
-    labels, num_labels = labels.astype(jnp.int32), kernel.shape[1]
+    num_labels = kernel.shape[1]
+    labels = int32_labels(labels, num_labels)
     held = (labels >= 0) & (labels < num_labels)
-    wrong = jnp.any((labels < 0) | (labels > num_labels), axis=-1)
+    wrong = jnp.any(labels < 0, axis=-1)
     empty = ~jnp.any(held, axis=-1) & ~wrong
     # An empty slot holds no sample: whatever is in it, even inf, must not become NaN.
     hidden = jnp.where(empty[:, None], 0, hidden)

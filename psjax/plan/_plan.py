@@ -193,7 +193,7 @@ class Plan:
           replicas: copies of all W workers with disjoint samples: the second axis of a mesh.
 
         Returns:
-          `psjax.data.Batches`: `indices` int32 and `weights` float32
+          `psjax.data.Batches`: `indices` int32 and `weights`
           `[steps, replicas * W, T, l, S]`, replica-major; `labels` `[steps, replicas * W, T, l]`.
 
         Raises:

@@ -245,6 +245,28 @@ def test_labels_out_of_range_give_nan_never_a_number():
     assert np.array_equal(jnp.isnan(gradient).all(axis=1), [True, True, True, False])
 
 
+def test_a_label_is_the_same_number_in_every_type(x64):
+    """Also with more labels than the type can hold."""
+    labels = np.array([[0, 44], [255, 3]], np.uint8)
+    rng = np.random.default_rng(0)
+    hidden, kernel = jnp.asarray(rng.normal(size=(2, 3))), jnp.asarray(rng.normal(size=(3, 300)))
+
+    @jax.jit
+    def run(labels):
+        loss = lambda *x: losses.many_label_cross_entropy(*x, None, labels, chunk_size=70).sum()
+        return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+
+    got, want = run(labels), run(labels.astype(np.int32))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.isfinite(got[0])
+
+
+def test_a_label_that_int32_would_wrap_into_range_gives_nan(x64):
+    labels = jnp.array([[1, 8], [2**32 + 1, 8], [2**32 + 8, 1]])
+    loss = lambda h: losses.many_label_cross_entropy(h, jnp.ones((2, 8)), None, labels)
+    np.testing.assert_array_equal(np.isnan(jax.jit(loss)(jnp.ones((3, 2)))), [False, True, True])
+
+
 @named_chunks
 @pytest.mark.parametrize("k", [1, 3, 21, L])
 def test_top_k_is_that_of_all_scores(x64, chunk, k):
