@@ -192,9 +192,14 @@ def _tfds_records(name, split, data_dir, rows, skip=False):
     try:
         decoders = {"image": tfds.decode.SkipDecoding()} if skip else None
         source = builder.as_data_source(split=split, decoders=decoders)
-    except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
-        msg = f"{call}: not prepared as array_record in {builder.data_dir}. {cure}"
-        raise FileNotFoundError(msg) from error
+    except (
+        FileNotFoundError,
+        NotImplementedError,
+        LookupError,
+        ValueError,
+        AssertionError,
+    ) as error:
+        raise _records.unprepared(call, builder.data_dir, cure) from error
     files = dict(zip(splits[split].filepaths, splits[split].shard_lengths)) if splits else {}
     shards = _records.Shards(call, builder.data_dir, files, cure)
     shards.check()

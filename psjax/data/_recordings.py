@@ -48,8 +48,7 @@ class Records:
             if re.fullmatch(r"\d+(\.\d+)*", f.parent.name)
         ]
         if not versions:
-            msg = f"{call}: not prepared as array_record in {folder}. {cure}"
-            raise FileNotFoundError(msg)
+            raise _records.unprepared(call, folder, cure)
         version = max(versions, key=lambda f: [int(n) for n in f.name.split(".")])
         stored = "train" if name == "spoken_digit" else split
         try:

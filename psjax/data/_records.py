@@ -84,11 +84,17 @@ class Shards(NamedTuple):
             finally:
                 reader.close()
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            msg = f"{self.call}: {file} is damaged ({one_line(error)}). {self._again()}"
+            msg = f"{self.call}: {file} cannot be read ({one_line(error)}). {self._again()}"
             raise ValueError(msg) from error
 
     def _again(self):
         return f"Copy it again, or delete {self.folder} and prepare the set again. {self.cure}"
+
+
+def unprepared(call: str, folder: str | Path, cure: str) -> FileNotFoundError:
+    """The error to raise where a set is not there."""
+    msg = f"{call}: not prepared as array_record in {folder}, or not readable by this user. {cure}"
+    return FileNotFoundError(msg)
 
 
 def unreadable(call: str, folder: Path, error: BaseException, cure: str) -> ValueError:
