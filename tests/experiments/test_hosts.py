@@ -337,7 +337,7 @@ if process == 0:
             print(f"reached at {other}.")
         except OSError:
             print(f"not reached at {other}.")
-with _watch.Watch(deadline=60 if process else 3, start=60) as watch:
+with _watch.Watch(deadline=60 if process else 10, start=60) as watch:
     client = distributed.global_state.client
     watch.at(0, "batch")
     if process == 0:
@@ -354,8 +354,11 @@ with _watch.Watch(deadline=60 if process else 3, start=60) as watch:
             client.key_value_set_bytes(f"psjax/live/{key}", value, allow_overwrite=True)
         for value in (b"", b"\xff", b"[]", b"[0, 1]", b"[0, 77, 1]", b'["0", 1, 1]', b"null"):
             client.key_value_set_bytes("psjax/live/1", value, allow_overwrite=True)
-            time.sleep(0.5)
-            watch.at(0, "batch")
+            time.sleep(0.1)
+        until = time.monotonic() + 7  # process 1 itself writes there too
+        while "psjax/live/1" not in watch.odd and time.monotonic() < until:
+            client.key_value_set_bytes("psjax/live/1", value, allow_overwrite=True)
+            time.sleep(0.05)
         watch.at(1, "step")
     time.sleep(60)
 """
