@@ -41,7 +41,7 @@ def finish(process, timeout=300):
     return process.returncode, output
 
 
-# --------------------------------------------------------------------------------------- interrupted
+# -------------------------------------------------------------------------------------- interrupted
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.0])
