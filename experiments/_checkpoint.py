@@ -153,11 +153,11 @@ class Checkpoints:
 
     def _differences(self, step):
         """In words, how the training that saved it differs; nothing where it does not say."""
+        if self.config is None:
+            return ""
         carried = ocp.metadata(str(self.folder / str(step))).custom_metadata
         found = carried.get("configuration") if isinstance(carried, dict) else None
-        if self.config is None or not isinstance(found, dict):
-            return ""
-        return differences(found, self.config, self.free)
+        return differences(found, self.config, self.free) if isinstance(found, dict) else ""
 
     def _load(self, step, abstract):
         if jax.process_count() > 1:

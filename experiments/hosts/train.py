@@ -144,7 +144,13 @@ def train(
 
     state = method.init(task.params())
     report(_share(state, mesh))
-    checkpoints = Checkpoints(folder / "checkpoints", unit="round", everybody=cluster.everybody)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        unit="round",
+        everybody=cluster.everybody,
+        config=config,
+        free=_free,
+    )
     rows, start, seconds = [], 0, 0.0
     restored = checkpoints.restore(method.saved(state), report) if args.resume is not None else None
     if restored is not None:
