@@ -29,7 +29,13 @@ def membership(
       sizes: `{axis name: neurons}` of the axes to divide, such as `psjax.models.MLP.sizes`.
       num_subnets: n.
       stratified: see `psjax.random_partition`.
+
+    Raises:
+      ValueError: the number of the round is negative, or 2^32 or more.
     """
+    if isinstance(round_number, int | np.integer) and not 0 <= round_number < 2**32:
+        msg = f"membership(round_number={round_number}): it must be from 0 to {2**32 - 1}."
+        raise ValueError(msg)
     key = jax.random.fold_in(jax.random.key(seed), round_number)
     return random_partition(key, axes, sizes, num_elements=num_subnets, stratified=stratified)
 

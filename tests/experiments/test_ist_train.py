@@ -13,6 +13,7 @@ import tyro
 from flax import linen as nn
 
 import psjax
+from experiments import _run
 from experiments._checkpoint import Checkpoints
 from experiments.ist import run, train, training
 
@@ -95,8 +96,7 @@ def test_the_command_reaches_nine_tenths_on_digits(tmp_path, capsys):
     assert row["samples"] == 7 * 2 * 20 * 64 >= 12 * 1437
     assert (folder / "learning_curve.png").stat().st_size
     assert "test accuracy 0.9" in capsys.readouterr().out
-    args = tyro.cli(train.Args, args=["--resume", str(folder), "--epochs", "14"])
-    train.main(args)
+    train.main(_run.parse(train.Args, args=["--resume", str(folder), "--epochs", "14"]))
     assert run.read_rows(folder / "metrics.csv")[-1]["epoch"] == 14
     assert json.loads((folder / "config.json").read_text())["width"] == 64
 

@@ -126,6 +126,12 @@ def test_the_same_seed_and_round_give_the_same_subnets_and_others_give_others():
     assert draw._cache_size() == 1
 
 
+@pytest.mark.parametrize("number", [-1, np.int64(-1), 2**32])
+def test_a_round_has_a_number_from_0_on(number):
+    with pytest.raises(ValueError, match=rf"round_number={number}\): it must be from 0"):
+        membership(0, number)
+
+
 def test_seed_and_round_may_be_numbers_traced_or_mapped():
     plain = membership(0, 5, "even")
     traced = jax.jit(lambda seed, round: membership(seed, round, "even"))(0, 5)
