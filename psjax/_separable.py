@@ -150,7 +150,7 @@ def partially_separable(
         value, grads = evaluate(params, selection, args, moved)
         tangent = jnp.zeros_like(value)
         for i, grad in zip(moved, grads):
-            tangent = tangent + jnp.vdot(grad, tangents[i]).astype(value.dtype)
+            tangent = tangent + jnp.vdot(jnp.conj(grad), tangents[i]).real.astype(value.dtype)
         return value, tangent
 
     fn.defjvp(jvp, symbolic_zeros=True)
