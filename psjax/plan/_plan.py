@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psjax import data
-from psjax._select import select
+from psjax._select import selection_of
 from psjax._selection import Selection
 from psjax.plan._covers import difference_cover
 
@@ -162,16 +162,13 @@ class Plan:
                 f"{self.num_tasks} tasks; pass slots=..., those of one label in a batch."
             )
             raise ValueError(msg)
-        rows = lambda x, end: [row[row < end] for row in x.reshape(-1, x.shape[2])]
-        indices = {"class": self.classes, "label": self.labels}
-        lists: dict[str, Any] = {
-            axis if name == "class" else name: rows(x, num) for name, x in indices.items()
-        }
-        lists["task"] = np.arange(len(lists["label"]))
-        sizes = {"label": num}
+        rows = lambda x, end: np.ma.masked_equal(x.reshape(-1, x.shape[2]), end)
+        index: dict[str, Any] = {axis: rows(self.classes, num), "label": rows(self.labels, num)}
+        sizes = {"label": num, "task": len(index["label"])}
+        index["task"] = np.arange(sizes["task"])
         if slots is not None:
-            lists["slot"], sizes["slot"] = rows(self.slots(slots), slots), slots
-        return select(axes, lists, like=like, sizes=sizes)
+            index["slot"], sizes["slot"] = rows(self.slots(slots), slots), slots
+        return selection_of("Plan.selection", axes, index, like, sizes)
 
     def batches(
         self,

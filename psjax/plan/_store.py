@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from psjax._leaf import gather_leaf
-from psjax._select import axis_sizes
-from psjax._selection import is_spec
+from psjax._notation import names
+from psjax._select import axis_sizes, flat_specs
 from psjax.plan._pack import by_dtype
 
 ROW = P("row")
@@ -28,7 +28,7 @@ class Store:
     lives; those that need a norm run outside `shard_map`, on the sharded arrays.
 
     Args:
-      axes: tree of `PartitionSpec`s as in `psjax.select`.
+      axes: as in `psjax.select`; kept as a whole tree of `PartitionSpec`s.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
       num_workers: W.
       axis: name of the class axis.
@@ -43,11 +43,18 @@ class Store:
     axis: str = "class"
 
     def __post_init__(self):
-        specs, _, sizes = axis_sizes(self.axes, self.like)
+        specs, paths, sizes = axis_sizes("Store", self.axes, self.like)
         object.__setattr__(self, "axes", jax.tree.structure(self.like).unflatten(specs))
         if self.axis not in sizes:
             msg = f"Store(axis={self.axis!r}): no parameter has this axis; write one of {sizes}."
             raise ValueError(msg)
+        for path, spec in zip(paths, specs):
+            if self.axis in names(spec) and spec.count(self.axis) != 1:
+                msg = (
+                    f"Store(axis={self.axis!r}): {path} has axes {spec}; in a store the axis must "
+                    "be one dimension, alone. Reshape the parameter so that it is."
+                )
+                raise ValueError(msg)
         if self.num_workers < 1:
             msg = f"Store(num_workers={self.num_workers}): write 1 worker or more."
             raise ValueError(msg)
@@ -55,7 +62,7 @@ class Store:
     @functools.cached_property
     def num_classes(self) -> int:
         """C."""
-        return axis_sizes(self.axes, self.like)[2][self.axis]
+        return axis_sizes("Store", self.axes, self.like)[2][self.axis]
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -86,7 +93,8 @@ class Store:
                 return jnp.pad(x, (0, pad))
             return gather_leaf(jnp.moveaxis(jnp.asarray(x), d, 0), ROW, {"row": rows}, 0, {})
 
-        return jax.tree.map(leaf, self.axes if axes is None else axes, tree, is_leaf=is_spec)
+        axes = self.axes if axes is None else self._full("Store.shard", axes, tree)
+        return jax.tree.map(leaf, axes, tree)
 
     def whole(self, tree: Any, like: Any = None, axes: Any = None) -> Any:
         """From the arrays of the store to the whole tree; the inverse of `shard`.
@@ -107,9 +115,9 @@ class Store:
                 return jnp.asarray(x)[: int(np.prod(like.shape))].reshape(like.shape)
             return jnp.moveaxis(jnp.asarray(x)[places], 0, d)
 
-        axes = self.axes if axes is None else axes
         like = self.like if like is None else like
-        return jax.tree.map(leaf, axes, tree, like, is_leaf=is_spec)
+        axes = self.axes if axes is None else self._full("Store.whole", axes, like)
+        return jax.tree.map(leaf, axes, tree, like)
 
     def specs(self, tree: Any, axis_name: str) -> Any:
         """`PartitionSpec`s of a tree of the store's arrays, for `jax.shard_map` or `device_put`."""
@@ -184,12 +192,15 @@ class Store:
         places = [i for i, x in enumerate(leaves) if i not in self.class_dims and x.ndim]
         return places, [leaves[i] for i in places]
 
+    def _full(self, call, axes, tree):
+        return jax.tree.structure(tree).unflatten(flat_specs(call, axes, tree)[0])
+
     def _class_dim(self, spec):
         return next((d for d, name in enumerate(spec or ()) if name == self.axis), None)
 
     @functools.cached_property
     def leaf_specs(self):
-        return axis_sizes(self.axes, self.like)[0]
+        return axis_sizes("Store", self.axes, self.like)[0]
 
     @functools.cached_property
     def _flat_like(self):
