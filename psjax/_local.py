@@ -15,8 +15,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from psjax._elements import check_chunk_size, over_chunks, vary, view
+from psjax._elements import check_chunk_size, over_chunks, view
 from psjax._masks import kept
+from psjax._notation import mask_along
+from psjax._placement import placed, vary, whole
 from psjax._selection import selected
 from psjax._state import Route, check_element_state, extra_arguments, state_routes
 from psjax._traps import check_axis_name, check_low_precision, check_padding
@@ -141,6 +143,8 @@ def local_update(
 
     def update(params, opt_state, selection, batches):
         _check_mutable(mutable, params)
+        given = params, opt_state
+        params, opt_state, batches = whole((params, opt_state, batches))
         seen = view("local_update", selection, in_axes, params, (batches,))
         check_axis_name("local_update", axis_name, params, (selection, batches))
         _check_steps(seen, len(selection.specs), in_axes, batches)
@@ -160,7 +164,7 @@ def local_update(
 
         def train(*leaves):
             params, batches, opt_state, filled, masks = treedef.unflatten(leaves)
-            clean = _cleaner(params, selection.specs, filled, masks)
+            clean = _cleaner(params, selection, filled, masks)
             step = _step(loss_fn, optimizer, mutable, has_aux, clean)
             (params, opt_state), (loss, aux) = jax.lax.scan(step, (params, opt_state), batches)
             finite = jnp.all(jnp.isfinite(loss)) & all_finite((params, opt_state))
@@ -168,7 +172,8 @@ def local_update(
 
         body = lambda _, part: (None, part.map(train, leaves))
         _, (new, metrics) = over_chunks(seen.of(specs, trees), chunk_size, body, None)
-        params, opt_state = _home(held, routes, (params, opt_state), new, metrics.finite, axis_name)
+        new = _home(held, routes, (params, opt_state), new, metrics.finite, axis_name)
+        params, opt_state = placed(new, given)
         return params, opt_state, metrics
 
     return LocalUpdate(update, optimizer, mutable)
@@ -271,19 +276,36 @@ def _masks_seen(selection, params):
     return [None if k is None else kept(k, jnp.ones(jnp.shape(x), bool)) for k, x in leaves]
 
 
-def _cleaner(params, specs, filled, masks):
+def _cleaner(params, selection, filled, masks):
     """Zero in the padded slots and the dropped weights of a tree like `params`, or a part of it."""
     own = {}
     found = jax.tree_util.tree_leaves_with_path(params)
-    for (path, x), spec, mask in zip(found, specs, masks, strict=True):
-        for d, name in enumerate(spec or ()):
-            if name in filled:
-                along = filled[name].reshape(*[-1 if k == d else 1 for k in range(x.ndim)])
+    lengths = {**selection.sizes, **_lengths(selection)}
+    for (path, x), spec, mask in zip(found, selection.specs, masks, strict=True):
+        kept_dims = [entry for entry in spec or () if not _dropped(entry, selection)]
+        for d, entry in enumerate(kept_dims):
+            along = mask_along(entry, filled, lengths)
+            if along is not None:
+                along = along.reshape([-1 if k == d else 1 for k in range(x.ndim)])
                 mask = along if mask is None else mask & along
         own[path] = mask  # a product would keep NaN
     if all(mask is None for mask in own.values()):
         return lambda tree: tree
     return lambda tree: jax.tree_util.tree_map_with_path(lambda p, x: kept(own[p], x), tree)
+
+
+def _lengths(selection):
+    """How many rows an element sees of every axis that is indexed."""
+    return {
+        name: index.shape[-1] if index.ndim > selection.valid.ndim else 1
+        for name, index in selection.indices.items()
+    }
+
+
+def _dropped(entry, selection):
+    """Whether an index of one row removes the dimension."""
+    index = selection.indices.get(entry)
+    return index is not None and index.ndim == selection.valid.ndim
 
 
 def _home(held, routes, old, new, finite, axis_name):
@@ -312,7 +334,9 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
         def fn(trained):
             out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)
             loss, more = out if mutable or has_aux else (out, None)
-            moved, aux = more if mutable and has_aux else (more, None) if mutable else ({}, more)
+            moved, aux = ({}, more) if not mutable else (more, None)
+            if mutable and has_aux:
+                moved, aux = moved
             return loss, (moved, aux)
 
         value_fn = lambda trained: fn(clean(trained))[0]

@@ -16,6 +16,7 @@ from psjax._holders import holders_of
 from psjax._leaf import gather_leaf, selected
 from psjax._masks import both, broadcasts, kept, masks_of
 from psjax._notation import names, size_of
+from psjax._placement import placed, whole
 from psjax._runs import cut, cut_each, length_of, on_host, part_of_run
 from psjax._sums import mean_of, narrowed, wide_zeros
 
@@ -101,6 +102,7 @@ class Selection:
           element that is not valid gets zeros.
         """
         self.check("Selection.gather(params)", params)
+        params = whole(params)
         valid = jnp.asarray(self.valid)
 
         def leaf(spec, x):
@@ -122,8 +124,8 @@ class Selection:
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
         self.check("Selection.scatter_add(stacked, like)", like)
-        total = self._sum(wide_zeros(like), stacked, jnp.asarray(self.valid))
-        return narrowed(self.masked(total), like)
+        total = self._sum(wide_zeros(like), whole(stacked), jnp.asarray(self.valid))
+        return placed(narrowed(self.masked(total), like), like)
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
@@ -150,7 +152,8 @@ class Selection:
             total = self.masked(self._sum(wide_zeros(like), stacked, valid))
             return total if axis_name is None else jax.lax.psum(total, axis_name)
 
-        return mean_of(sums, stacked, params, self._counts(params, valid, axis_name))
+        counts = self._counts(params, valid, axis_name)
+        return placed(mean_of(sums, whole(stacked), whole(params), counts), params)
 
     def counts(self, params):
         """How many elements hold each entry: a tree like `params`, int32."""

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from psjax._chunk import chunk_sizes
-from psjax._elements import check_chunk_size, over_chunks, placed, vary, view, whole
+from psjax._elements import check_chunk_size, over_chunks, view
+from psjax._placement import placed, vary, whole
 from psjax._selection import along
 from psjax._sums import narrowed, wide, wide_zeros
 

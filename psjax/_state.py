@@ -49,7 +49,7 @@ def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
       ValueError: a state that is reduced over a named axis.
     """
     state = jax.eval_shape(optimizer.init, like)
-    specs = axis_sizes(axes, like)[0]
+    specs = axis_sizes("state_axes", axes, like)[0]
     found = state_routes(
         "state_axes", optimizer, like, state, specs, divided=lambda name: name is not None
     )

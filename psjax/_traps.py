@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax.extend.core import Literal
 
+from psjax._placement import varying
 from psjax._state import extra_arguments
 
 # Not the same with a zero more, whatever the values are.
@@ -31,7 +32,7 @@ def check_axis_name(call: str, axis_name: str | None, params: Any, own: Any) -> 
     `jax.shard_map` shows which values differ between devices where `check_vma` is True; `jax.pmap`
     and `check_vma=False` do not.
     """
-    missing = sorted(_varying(own) - _varying(params) - {axis_name})
+    missing = sorted(varying(own) - varying(params) - {axis_name})
     if missing:
         msg = (
             f"{call}(axis_name={axis_name!r}): the selection or the batches differ along the "
@@ -40,14 +41,6 @@ def check_axis_name(call: str, axis_name: str | None, params: Any, own: Any) -> 
             f"jax.lax.pcast(params, {missing[0]!r}, to='varying') if each device trains alone."
         )
         raise ValueError(msg)
-
-
-def _varying(tree):
-    names = set()
-    for x in jax.tree.leaves(tree):
-        manual = getattr(jax.typeof(x), "manual_axis_type", None)
-        names |= set(getattr(manual, "varying", ()))
-    return names
 
 
 def check_low_precision(call: str, optimizer: Any, params: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
+from psjax._leaf import selected
 from psjax._local import LocalUpdate, first_good, routes_home
 from psjax._select import replicas
 from psjax._selection import is_spec
@@ -83,11 +84,19 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         specs = [route.spec for route in routes]
         homes: Any = [_home(spec, selection.sizes) for spec in specs]
         part = _part(selection, me, n)
+        divided = selection.indices
         split = [i for i, home in enumerate(homes) if home is not None]
         names = [_at_home(specs[i], homes[i]) for i in split]
         part = part.of(names, [leaves[i] for i in split])
 
+        # Leaves whose divided axes are only parts of products lie whole with every worker.
+        mixed = [i for i, home in enumerate(homes) if home is None and selected(specs[i], divided)]
+        pick = lambda xs: [xs[i] for i in mixed]
+        mine = selection[jnp.asarray(me)[None]].of(pick(specs), pick(leaves))
+
         seen = list(leaves)
+        for i, y in zip(mixed, mine.gather(pick(leaves))):
+            seen[i] = y[0]
         for i, y in zip(split, part.gather([leaves[i] for i in split])):
             y = jax.lax.all_to_all(y, axis_name, 0, 0)  # [owner, ..., rows of the owner's, ...]
             y = jnp.moveaxis(y, 0, homes[i])
@@ -104,8 +113,13 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         home_again = part.scatter_mean(back, [leaves[i] for i in split])
         for i, y in zip(split, home_again):
             new[i] = y
+        stacked = [y[None] for y in pick(new)]
+        together = mine.scatter_mean(stacked, pick(leaves), finite[None], axis_name)
+        for i, y in zip(mixed, together):
+            new[i] = y
         holders = jax.lax.psum(finite.astype(jnp.int32), axis_name)
-        for i in (i for i, home in enumerate(homes) if home is None):
+        shared = {i for i, home in enumerate(homes) if home is None} - set(mixed)
+        for i in sorted(shared):
             if routes[i].copied:
                 new[i] = first_good(new[i][None], leaves[i], finite[None], axis_name)
             else:
@@ -133,7 +147,7 @@ def _whole(params, selection):
 
 def _home(spec, sizes):
     """The dimension along which a leaf is sharded: its first divided axis, or None."""
-    return next((d for d, name in enumerate(spec or ()) if name in sizes), None)
+    return next((d for d, name in enumerate(spec or ()) if name in sizes), None)  # not a product
 
 
 def _at_home(spec, home):

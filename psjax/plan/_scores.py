@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._elements import vary
+from psjax._placement import vary
 from psjax.plan._store import Store
 
 

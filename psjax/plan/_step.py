@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psjax._elements import vary
+from psjax._placement import vary
 from psjax.plan._pack import pack, unpack
 from psjax.plan._routes import Routes
 from psjax.plan._store import Store
