@@ -333,10 +333,12 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
 
         def fn(trained):
             out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)
-            loss, more = out if mutable or has_aux else (out, None)
-            moved, aux = ({}, more) if not mutable else (more, None)
             if mutable and has_aux:
-                moved, aux = moved
+                loss, (moved, aux) = out
+            elif mutable:
+                (loss, moved), aux = out, None
+            else:
+                (loss, aux), moved = out if has_aux else (out, None), {}
             return loss, (moved, aux)
 
         value_fn = lambda trained: fn(clean(trained))[0]

@@ -20,6 +20,7 @@ def select(
     *,
     like: Any,
     sizes: Mapping[str, int] | None = None,
+    specialize: bool = True,
 ) -> Selection:
     """A `Selection` from index sets, validated on the host.
 
@@ -39,6 +40,10 @@ def select(
         and stay: call what takes the selection with boxes too, or unbox in both places.
       sizes: sizes of axes that no parameter has; by default their largest index + 1. Give them
         where index sets change between calls of a jitted function: sizes are static.
+      specialize: whether programs may use how these index sets repeat: runs of elements with equal
+        rows, computed once, and axes that no two elements share. That is static, so a jitted
+        function compiles once for each such structure. Pass False where index sets are drawn anew
+        for every call, and each might have another: one program then serves all.
 
     Returns:
       A `Selection` of E elements, its arrays NumPy's.
@@ -57,7 +62,7 @@ def select(
       >>> s.scatter_add(s.gather(w), w)["x"]
       Array([0., 1., 4., 3., 4.], dtype=float32)
     """
-    return selection_of("select", axes, indices, like, sizes)
+    return selection_of("select", axes, indices, like, sizes, specialize)
 
 
 def selection_of(
@@ -66,6 +71,7 @@ def selection_of(
     indices: Mapping[str, Any],
     like: Any,
     sizes: Mapping[str, int] | None = None,
+    specialize: bool = True,
 ) -> Selection:
     """What `select` returns; `call` is the function that the user called, for messages."""
     specs, paths, found = axis_sizes(call, axes, like)
@@ -91,8 +97,10 @@ def selection_of(
     }
     valid = np.ones(len(next(iter(padded.values()))), bool)
     distinct = tuple(name for name in in_params if name in padded)
-    disjoint = tuple(name for name in distinct if _no_row_twice(padded[name], found[name]))
-    run_length, run_axes = runs_of(padded, [name for name in padded if name not in in_params])
+    disjoint, run_length, run_axes = (), 1, ()
+    if specialize:
+        disjoint = tuple(name for name in distinct if _no_row_twice(padded[name], found[name]))
+        run_length, run_axes = runs_of(padded, [name for name in padded if name not in in_params])
     return Selection(
         padded,
         valid,
