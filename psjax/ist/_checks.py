@@ -66,7 +66,8 @@ def _near(params, seed):
     rng = np.random.default_rng(seed)
 
     def leaf(x):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
         factor, small = np.exp(rng.normal(size=x.shape) / 2), np.abs(rng.normal(size=x.shape)) / 10
         return jnp.where(x == 0, jnp.asarray(small, x.dtype), x * jnp.asarray(factor, x.dtype))

@@ -1,8 +1,8 @@
 """Where in a network the neurons of two subnets meet other than in a sum.
 
 The network is evaluated operation by operation, several times: as it is, and with the rows that one
-half of the subnets hold rescaled, then those of the other half. An intermediate number that changes
-with one half only belongs to *one* side; one that changes with both is *mixed*. In a network made
+half of the subnets hold rescaled, then those of the other half. An intermediate number that depends
+on one half only belongs to *one* side; one that depends on both is *mixed*. In a network made
 of independent subnets numbers become mixed by addition alone, and what is mixed never meets again
 what belongs to one side of the same axis.
 """
@@ -54,16 +54,16 @@ def first_meeting(
       halves: for each divided axis, and for each half of the subnets, which entries of each leaf
         lie in the rows that these subnets hold: masks, or None for a leaf without the axis.
     """
-    closed = jax.make_jaxpr(fn)(list(leaves))
+    leaves = [jnp.asarray(x) for x in leaves]
+    closed = jax.make_jaxpr(fn)(leaves)
     rng = np.random.default_rng(0)
     changes = [half for both in halves.values() for half in both]
     values = []
     for i, x in enumerate(leaves):
-        factor = jnp.asarray(rng.uniform(1.25, 1.75, jnp.shape(x)), jnp.result_type(x))
-        inexact = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        same = not inexact or all(half[i] is None for half in changes)
-        scaled = lambda mask, x=x, f=factor: x if mask is None else jnp.where(mask, x * f, x)
-        variants = [x] if same else [x, *(scaled(half[i]) for half in changes)]
+        masks, variants = [half[i] for half in changes], [x]
+        if jnp.issubdtype(x.dtype, jnp.inexact) and any(mask is not None for mask in masks):
+            other = x * jnp.asarray(rng.uniform(1.25, 1.75, x.shape), x.dtype)
+            variants += [x if mask is None else jnp.where(mask, other, x) for mask in masks]
         values.append(_Value(variants, _changed(variants)))
     search = _Search(list(halves))
     search.run(closed, values)
@@ -120,9 +120,11 @@ class _Search:
         bind = lambda xs: several(eqn.primitive.bind(*xs, **params))
         num = max((len(x.variants) for x in values), default=1)
         runs = [bind([x.variants[k % len(x.variants)] for x in values]) for k in range(num)]
-        outs = [_Value(list(variants), _changed(variants)) for variants in zip(*runs)]
+        found = _depends(eqn, bind, values, np.shape(runs[0][0])) if num > 1 else None
+        outs = [
+            _value(list(x), None if found is None else found[i]) for i, x in enumerate(zip(*runs))
+        ]
         if num > 1:
-            outs = _through(eqn, bind, values, outs)
             for a, axis in enumerate(self.axes):
                 if _meet(eqn, values, outs, a):
                     self.found = Meeting(name, axis)
@@ -163,28 +165,47 @@ def _stack(*rows):
     return _Value(variants, None if num == 1 else np.stack(depends, axis=1))
 
 
-def _through(eqn, bind, values, outs):
-    """Adds what results depend on though they have the same value, as the maximum less itself."""
-    name, shape = eqn.primitive.name, np.shape(outs[0].variants[0])
+def _value(variants, depends):
+    """With `depends` as read off the operation, or else as seen in the variants."""
+    if depends is None:
+        return _Value(variants, _changed(variants))
+    same = zip(depends, variants[1:])
+    return _Value([variants[0], *(jnp.where(d, x, variants[0]) for d, x in same)], depends)
+
+
+def _depends(eqn, bind, values, shape):
+    """What each result depends on, for the commonest operations; None for others.
+
+    Not read off the values: they may be equal by accident, as of the maximum less itself, or differ
+    by rounding. Only a zero that depends on nothing, as between two subnets, cuts a product.
+    """
+    name = eqn.primitive.name
     num = next(len(x.depends) for x in values if x.depends is not None)
     none = lambda x: np.zeros((num, *np.shape(x.variants[0])), bool)
     depends = [none(x) if x.depends is None else x.depends for x in values]
     if name in _MOVES:
-        moved = [
-            [np.asarray(y) for y in bind(list(map(jnp.asarray, own)))] for own in zip(*depends)
-        ]
-        found = [np.stack(own) for own in zip(*moved)]
-    elif name == "reduce_sum" or name in _EXTREMES:
-        found = [depends[0].any(tuple(d + 1 for d in eqn.params["axes"]))]
-    elif _pointwise(name, values, shape):
-        found = [np.any([np.broadcast_to(_wide(x, shape), (num, *shape)) for x in depends], 0)]
-        found *= len(outs)
-    else:
-        return outs
-    return [
-        _Value(x.variants, own if x.depends is None else x.depends | own)
-        for x, own in zip(outs, found)
-    ]
+        moved = [bind(list(map(jnp.asarray, own))) for own in zip(*depends)]
+        return [np.stack(own) for own in zip(*moved)]
+    if name == "reduce_sum" or name in _EXTREMES:
+        return [depends[0].any(tuple(d + 1 for d in eqn.params["axes"]))]
+    if name in _PRODUCTS:
+        there = [(np.asarray(x.variants[0]) != 0) | d.any(0) for x, d in zip(values, depends)]
+        touch = lambda x, y: _touch(eqn, values, x, y)
+        sides = zip(*depends)
+        return [np.stack([touch(x, there[1]) | touch(there[0], y) for x, y in sides])]
+    if _pointwise(name, values, shape):
+        every = [np.broadcast_to(_wide(x, shape), (num, *shape)) for x in depends]
+        return [np.any(every, axis=0)] * (len(eqn.outvars))
+    return None
+
+
+def _touch(eqn, values, x, y):
+    """Where a product multiplies a number of x by one of y; bool arrays, as the operands are."""
+    if not (x.any() and y.any()):
+        return np.zeros(eqn.outvars[0].aval.shape, bool)
+    left, right = (value.variants[0].dtype for value in values)
+    product = eqn.primitive.bind(jnp.asarray(x, left), jnp.asarray(y, right), **eqn.params)
+    return np.asarray(product) != 0
 
 
 def _wide(depends, shape):
@@ -215,11 +236,7 @@ def _meet(eqn, values, outs, a):
             (other & ~one, one_right),
             (one & other, alone[1]),
         ]
-        left, right = (x.variants[0].dtype for x in values)
-        touch = lambda x, y: eqn.primitive.bind(
-            jnp.asarray(x, left), jnp.asarray(y, right), **eqn.params
-        )
-        return any(x.any() and y.any() and bool((touch(x, y) > 0).any()) for x, y in pairs)
+        return any(_touch(eqn, values, x, y).any() for x, y in pairs)
     if name in _EXTREMES:
         dims = tuple(eqn.params["axes"])
         one, other = sides[0]
@@ -239,12 +256,4 @@ def _changed(variants):
 
 
 def _differ(x, y):
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return x != y
-    resolution = 64 * float(jnp.finfo(x.dtype).eps)
-    wide = np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64
-    x, y = x.astype(wide), y.astype(wide)
-    largest = np.abs(x[np.isfinite(x)]).max(initial=0)
-    same = (x == y) | (np.isnan(x) & np.isnan(y))
-    with np.errstate(invalid="ignore"):
-        return ~same & ~(np.abs(x - y) <= resolution * largest)
+    return (x != y) & ~((x != x) & (y != y))  # NaN is the same as NaN

@@ -236,6 +236,44 @@ def test_a_layer_that_reduces_is_found_in_residual_blocks(x64, layer):
         check_residual(LAYERS[layer])
 
 
+def check_attention(between_heads):
+    """Two causal attention blocks of four heads, an axis each, beside a key that is no weight."""
+    blocks, time = range(2), 5
+    kernels = {f"{n}{i}": (8, 4, 3) for n in "qkv" for i in blocks}
+    axes = {name: P(None, f"heads_{name[1]}") for name in kernels}
+    kernels |= {f"o{i}": (4, 3, 8) for i in blocks}
+    axes |= {f"o{i}": P(f"heads_{i}") for i in blocks} | {"key": P()}
+    params = {
+        n: jnp.asarray(normal(*s, seed=ord(n[0])) / 2, jnp.float32) for n, s in kernels.items()
+    }
+    params["key"] = jax.random.key(0)
+    shares = {f"heads_{i}": [[0, 1 + i], [2 - i, 3]] for i in blocks}
+    selection = psjax.select(axes, shares, like=params)
+    past = np.tril(np.ones((time, time), bool))
+
+    def fn(w, x):
+        for i in blocks:
+            y = standardised(x, -1)
+            q, k, v = (jnp.einsum("btd,dhk->bthk", y, w[f"{n}{i}"]) for n in "qkv")
+            a = softmax(jnp.where(past, jnp.einsum("bthk,bshk->bhts", q, k), -1e9))
+            a = jnp.einsum("bhts,bshk->bthk", between_heads(a), v)
+            x = x + jnp.einsum("bthk,hkd->btd", a, w[f"o{i}"])
+        return nn.log_softmax(x)
+
+    x = jnp.asarray(normal(6, time, 8), jnp.float32)
+    psjax.ist.check_subnets(fn, fn, params, selection, x)
+
+
+def test_heads_of_attention_are_independent():
+    """In float32, where much depends on little: what is mixed is not read off the values."""
+    check_attention(lambda a: a)
+
+
+def test_a_gate_between_heads_is_found():
+    with pytest.raises(ValueError, match="an axis that is divided, one of .*heads_0"):
+        check_attention(lambda a: a * jnp.cumsum(a, axis=1))
+
+
 def test_elements_that_share_rows_are_parts_of_the_network_though_they_meet_in_it(x64):
     """In the network the one row in common sees what the elements see of the layer before."""
     fn = lambda w, x: jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"]
