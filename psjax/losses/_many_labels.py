@@ -247,7 +247,7 @@ def _vary_alike(tree, operands):
     mask = jnp.asarray(True)
     for x in leaves:
         if jnp.size(x):
-            mask = mask | jnp.ravel(x)[0].astype(bool)
+            mask = mask | jnp.any(x)  # which XLA removes with the `where`
     return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
 
 
