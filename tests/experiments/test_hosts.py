@@ -124,7 +124,7 @@ def test_many_processes_train_what_one_process_with_as_many_devices_trains(runs,
 def test_the_one_process_has_moved_its_parameters(runs):
     """Else the theorem above says nothing."""
     for method, model, path in (
-        ("ist", "mlp", ("SubnetDense_0", "kernel")),
+        ("ist", "mlp", ("SubnetDense_0", "kernel_transposed")),
         ("cyclic", "psnet", ("Conv_0", "kernel")),
     ):
         _, params, _ = runs(method, 1)

@@ -390,8 +390,9 @@ def test_vgg11_in_subnets_averages_convolutions_and_divides_the_dense_layers(mon
     np.testing.assert_allclose(after[name], mean, rtol=1e-4, atol=1e-5)
     assert not np.allclose(after[name], before[name], atol=1e-4)
     held = selection.counts(before)
-    for name in (f"SubnetDense_{i}" for i in range(3)):
-        moved = after[name]["kernel"] != before[name]["kernel"]
+    for i, kernel in enumerate(("kernel_transposed", "kernel", "kernel")):
+        name = f"SubnetDense_{i}"
+        moved = after[name][kernel] != before[name][kernel]
         assert moved.any()
-        assert not moved[np.asarray(held[name]["kernel"]) == 0].any()
+        assert not moved[np.asarray(held[name][kernel]) == 0].any()
     assert 0 < held["SubnetDense_1"]["kernel"].mean() < 1

@@ -296,8 +296,9 @@ def by_hand(net, params, a):
         return norm.get("scale", 1) * (z - mean) / np.sqrt(var + 1e-5) + norm.get("bias", 0)
 
     for i in range(len(net.hidden)):
-        kernel = params[f"SubnetDense_{i}"]["kernel"]
-        a = np.maximum(normalized(a @ (kernel.T if i == 0 else kernel), i), 0)
+        layer = params[f"SubnetDense_{i}"]
+        kernel = layer["kernel_transposed"].T if i == 0 else layer["kernel"]
+        a = np.maximum(normalized(a @ kernel, i), 0)
     last = params[f"SubnetDense_{len(net.hidden)}"]
     z = a @ last["kernel"] + last.get("bias", 0)
     return found, normalized(z, len(net.hidden)) if net.normalize_output else z

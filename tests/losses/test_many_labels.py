@@ -174,6 +174,21 @@ def test_shard_map_over_subnets(x64):
         _close([x[s] for x in got], want)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_mesh_with_one_axis_mapped_and_one_left_to_jax(x64, kind):
+    """Samples split over both, the layer replicated: in `shard_map` it must vary as they do."""
+    hidden, kernel, bias, labels = _case(batch=8)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (kind,) * 2, devices=jax.devices()[:4])
+    body = lambda *x: losses.many_label_cross_entropy(*x, chunk_size=5)
+    with jax.set_mesh(mesh):
+        over = jax.NamedSharding(mesh, P(("x", "y")))
+        split = jax.shard_map(
+            body, in_specs=(P("x"), P(), P(), P("x")), out_specs=P("x"), axis_names={"x"}
+        )
+        got = jax.jit(split)(*(jax.device_put(hidden, over), kernel, bias, labels))
+    _close(jax.device_get(got), _by_loops(hidden, kernel, bias, labels))
+
+
 def _temporary_bytes(fn, *shapes):
     return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
