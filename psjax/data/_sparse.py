@@ -5,6 +5,7 @@ multi-label datasets and code*, 2016, http://manikvarma.org/downloads/XC/XMLRepo
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,8 +168,10 @@ def _parse_block(block, num_features, num_labels):
     inside[ends[value]] -= 1
     alone = np.where(np.cumsum(inside, dtype=np.int8) > 0, text, np.uint8(_SPACE)).tobytes()
     try:
-        numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
-    except ValueError:
+        with warnings.catch_warnings():  # NumPy 2.0 only warns of what it cannot read
+            warnings.simplefilter("error", DeprecationWarning)
+            numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
+    except (ValueError, DeprecationWarning):
         return None
     with np.errstate(over="ignore"):
         numbers = numbers.astype(np.float32)
