@@ -347,9 +347,10 @@ def initial_states(start, seeds) -> dict[str, Any]:
     It runs once: on the CPU, most of the compiler's optimizations would take longer than they save.
     The numbers are the same.
     """
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    run = jax.jit(lambda seeds: jax.lax.map(start, seeds), compiler_options=options)
-    return run(np.asarray(seeds, np.int32))
+    options: Any = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    seeds = np.asarray(seeds, np.int32)
+    lowered = jax.jit(lambda seeds: jax.lax.map(start, seeds)).lower(seeds)
+    return lowered.compile(compiler_options=options)(seeds)
 
 
 @dataclasses.dataclass(frozen=True)
