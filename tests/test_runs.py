@@ -182,6 +182,31 @@ def test_some_of_the_elements_are_their_sum(rows):
     assert_close(got, plain(selection, w, args))
 
 
+PARAMETER_RUNS = {  # how many elements have the same rows of the parameters, of the samples
+    "longer": (6, 3),
+    "shorter": (2, 6),
+    "as long": (4, 4),
+    "across": (4, 6),
+    "all the same": (12, 12),
+    "of parameters alone": (3, 1),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("kind", PARAMETER_RUNS)
+def test_rows_of_parameters_may_come_in_runs_too(kind, chunk_size):
+    """Shared by a run, seen again by another one, in a run whose first element is not valid."""
+    own, label = PARAMETER_RUNS[kind]
+    pairs = np.array([[0, 1], [2, 1], [1, 0], [4, 3], [0, 1], [3, 1]])[np.arange(12) // own]
+    w, args = like(5), arguments(5)
+    indices = {"class": pairs, "label": 7 * (np.arange(12) // label) % 5, "pair": np.arange(12)}
+    selection = psjax.select(AXES, indices, like=w, sizes={"label": 5, "pair": 20})
+    selection.valid[[0, 7]] = False
+    expected = plain(selection, w, args)
+    for got in everything(chunk_size)(w, selection, *args):
+        assert_close(got, expected)
+
+
 @pytest.mark.parametrize("n", range(1, 17))
 def test_the_sum_over_workers_is_the_whole(n):
     """`selection.split(n)[i]`, where i is traced; 20 elements in runs of 4."""
@@ -543,8 +568,8 @@ def grouped(text):
 def test_no_convolution_for_cuda_has_a_group_for_each_element_of_the_shared_trunk(
     chunk_size, order
 ):
-    module, images = net(), jax.ShapeDtypeStruct((10, 2, 11, 11, 1), np.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), np.zeros((2, 11, 11, 1), "float32"))
+    module, images = net(), jax.ShapeDtypeStruct((10, 2, 11, 11, 1), np.float64)
+    variables = jax.eval_shape(module.init, jax.random.key(0), np.zeros((2, 11, 11, 1)))
     params = flax.linen.unbox(variables)["params"]
     axes = flax.linen.get_partition_spec(variables)["params"]
     pairs = psjax.ordered_pairs(10)
