@@ -166,6 +166,26 @@ class Layout:
         counts = [len(t) for t, seen in zip(self.terms, of) if seen is not None]
         return self._concatenate(flat, counts, lead)
 
+    def rows(self, x, axis: str):
+        """The leaf row by row of one axis, which every piece has once: `[size, numbers]`."""
+        flat = []
+        for y, piece in zip(self.cut(x), self.pieces):
+            y = jnp.moveaxis(y, tuple(piece).index(axis), 0)
+            flat.append(y.reshape(y.shape[0], -1))
+        return jnp.concatenate(flat, axis=1)
+
+    def of_rows(self, rows, axis: str, shape: tuple[int, ...]):
+        """The leaf, of a shape, from its rows; the inverse of `rows`."""
+        ends, pieces = 0, []
+        for own, piece in zip(self.chosen, self.pieces):
+            dims = [(f, n) for term, n in zip(own, shape) for f in term]
+            full = [n if f is None else self._size(f) for f, n in dims]
+            d = tuple(piece).index(axis)
+            rest = (*full[:d], *full[d + 1 :])
+            start, ends = ends, ends + math.prod(rest)
+            pieces.append(jnp.moveaxis(rows[:, start:ends].reshape(-1, *rest), 0, d))
+        return self.join(pieces)
+
     # ----------------------------------------------------------------------------------------
 
     def _size(self, factor):

@@ -248,7 +248,7 @@ def _operations(model, inputs):
 
 def _share(store, like):
     """Common weights that a worker keeps, what a leaf is padded with included."""
-    leaves = [like[i] for i in range(len(like)) if i not in store.class_dims]
+    leaves = [like[i] for i in range(len(like)) if i not in store.class_leaves]
     return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
 
 
