@@ -185,7 +185,8 @@ def test_a_mesh_with_one_axis_mapped_and_one_left_to_jax(x64, kind):
         split = jax.shard_map(
             body, in_specs=(P("x"), P(), P(), P("x")), out_specs=P("x"), axis_names={"x"}
         )
-        got = jax.jit(split)(*(jax.device_put(hidden, over), kernel, bias, labels))
+        samples = [jax.device_put(x, over) for x in (hidden, labels)]
+        got = jax.jit(split)(samples[0], kernel, bias, samples[1])
     _close(jax.device_get(got), _by_loops(hidden, kernel, bias, labels))
 
 
