@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
 
 class Interruption:
     """A handler of Ctrl-C and SIGTERM: it raises KeyboardInterrupt, and remembers that it did.
 
-    Where the exception is raised inside a callback of JAX or in a destructor, Python prints it and
-    goes on. A loop that calls `check` in every epoch ends all the same.
+    Inside a callback of the garbage collector, of which JAX has one, or in a destructor the
+    exception has no effect: Python says that it is ignored. It is then raised again a moment later.
+    Where others swallow it, a loop that calls `check` in every epoch ends all the same.
     """
 
     def __init__(self):
         self.name: str | None = None
 
     def __call__(self, number: int, _frame: FrameType | None = None) -> None:
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
         raise KeyboardInterrupt(self.name)
 
     def check(self) -> None:
@@ -35,6 +38,16 @@ class Interruption:
         for number in (signal.SIGTERM, signal.SIGINT):  # asyncio would replace Python's of SIGINT
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self)
+        signal.signal(signal.SIGALRM, self)
+        usual = sys.unraisablehook
+
+        def ignored(unraisable):
+            if isinstance(unraisable.exc_value, KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+            else:
+                usual(unraisable)
+
+        sys.unraisablehook = ignored
 
 
 interruption = Interruption()
@@ -63,7 +76,7 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    known = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    known = {n: signal.getsignal(n) for n in SIGNALS}
     handlers = {n: handler for n, handler in known.items() if handler is not None}
     for number in handlers:
         signal.signal(number, later)
@@ -82,7 +95,7 @@ def leave(line: str, code: int = 1) -> None:
     XLA compiles in threads of its own, which a signal does not stop. Were the interpreter to end in
     the usual way it would destroy the devices that they still use, and most often crash.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -101,6 +101,29 @@ def test_a_signal_that_a_callback_swallows_ends_the_training_all_the_same(
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 
+def test_a_signal_in_a_callback_of_the_garbage_collector_ends_the_training_at_once(tmp_path):
+    lines = """
+import gc, signal, time
+from experiments.psl import training
+
+def callback(phase, info):
+    if phase == "stop":
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGTERM)
+
+def build(*_):
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(60)
+    print("slept")
+
+training.build = build
+"""
+    code, output = finish(start("--out", tmp_path / "run", first_lines=lines))
+    assert code == 1
+    assert output == "\ninterrupted; continue with --resume and the run folder.\n"
+
+
 def test_a_signal_that_became_another_error_is_still_an_interruption(tmp_path):
     lines = """
 import signal
