@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psjax import data
-from psjax._select import selection_of
+from psjax._select import ordered_pairs, selection_of, unordered_pairs
 from psjax._selection import Selection
 from psjax.plan._covers import difference_cover
 
@@ -231,7 +231,8 @@ def elements(num_classes: int, num_workers: int) -> Plan:
       ValueError: fewer than two classes or than one worker.
     """
     check_classes("elements", num_classes, num_workers)
-    return _plan("elements", num_workers, np.arange(num_classes**2).reshape(num_classes, -1))
+    tasks = ordered_pairs(num_classes)
+    return _dealt("elements", num_workers, num_classes, tasks, np.array([[False, True]]))
 
 
 def pairs(num_classes: int, num_workers: int) -> Plan:
@@ -240,7 +241,8 @@ def pairs(num_classes: int, num_workers: int) -> Plan:
     Args and errors as `elements`; there are C (C - 1) / 2 tasks.
     """
     check_classes("pairs", num_classes, num_workers)
-    return dataclasses.replace(blocks(num_classes, num_workers, 2), kind="pairs")
+    tasks = unordered_pairs(num_classes)
+    return _dealt("pairs", num_workers, num_classes, tasks, ~np.eye(2, dtype=bool))
 
 
 def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
@@ -265,10 +267,11 @@ def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
         )
         raise ValueError(msg)
     half = block_size // 2 if block_size < num_classes else num_classes
-    group = np.arange(num_classes) // half
+    group = np.arange(-(-num_classes // half))
     a, b = np.minimum(group[:, None], group), np.maximum(group[:, None], group)
     first = np.where(a < b, a, 0), np.where(a < b, b, np.maximum(b, 1))  # within a group: {0, g}
-    return _plan("blocks", num_workers, first[0] * num_classes + first[1])
+    sizes = np.minimum(half, num_classes - group * half)
+    return _plan("blocks", num_workers, first[0] * num_classes + first[1], sizes)
 
 
 def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
@@ -301,41 +304,90 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
     for a, b in itertools.permutations(base, 2):
         if (b - a) % num not in first:
             first[(b - a) % num], first[(a - b) % num] = a, b
-    group = np.repeat(np.arange(num), [len(x) for x in np.array_split(np.arange(num_classes), num)])
+    group, sizes = np.arange(num), np.full(num, num_classes // num)
+    sizes[: num_classes % num] += 1
     places = np.array([first[distance] for distance in range(num)])
     worker = (group[:, None] - places[(group - group[:, None]) % num]) % num
-    plan = _plan("cyclic", num_workers, worker)
+    plan = _plan("cyclic", num_workers, worker, sizes)
     return dataclasses.replace(plan, base=base, num_groups=num)
 
 
-def _plan(kind, num_workers, task_of: np.ndarray) -> Plan:
+def _plan(kind, num_workers, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
+    """The tasks of pairs of groups, dealt to the workers.
+
+    The classes stand in groups of `sizes`, in order. `task_of` is int `[G, G]`: which task has the
+    pairs of a label of one group and another class of the other; the tasks in their order.
+    """
+    C, G, W = int(sizes.sum()), len(sizes), num_workers
+    a, b = np.nonzero(~np.diag(sizes < 2))  # a class makes no pair with itself
+    used = np.zeros(task_of.max() + 1, bool)
+    used[task_of[a, b]] = True
+    task = (np.cumsum(used) - 1)[task_of[a, b]]
+    n, label, other = int(used.sum()), task * G + a, task * G + b
+
+    # The groups that a task holds, as task * 2G + group, those without samples G further.
+    labels = _distinct(label)
+    others = _distinct(other)
+    others = others[labels[np.minimum(np.searchsorted(labels, others), len(labels) - 1)] != others]
+    far = lambda key: key + key // G * G
+    held = np.sort(np.concatenate([far(labels), far(others) + G]))
+    owner, group = held // (2 * G), held % G
+    before = np.cumsum(sizes[group]) - sizes[group]
+    place = before - before[np.searchsorted(owner, owner)]  # of the group's first class
+    find = lambda key: place[np.searchsorted(held, key)]
+    label_place = find(far(label))
+    is_label = labels[np.minimum(np.searchsorted(labels, other), len(labels) - 1)] == other
+    other_place = find(far(other) + np.where(is_label, 0, G))
+
+    size = int((place + sizes[group]).max())
+    rows = int((place + sizes[group])[held % (2 * G) < G].max())
+    first = np.cumsum(sizes) - sizes
+    classes = np.full((n, size), C, np.int32)
+    (i,), at = _each(sizes[group])
+    classes[owner[at], place[at] + i] = first[group[at]] + i
+    mask = np.zeros((n, rows, size), bool)
+    (i, j), at = _each(sizes[a], sizes[b])
+    pair = (a[at] != b[at]) | (i != j)
+    mask[task[at], label_place[at] + i, other_place[at] + j] = pair
+    return _dealt(kind, W, C, classes, mask)
+
+
+def _dealt(kind, num_workers, num_classes, classes, mask):
     """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
 
-    `task_of` is int `[C, C]`: which task has the pair (k, j), the tasks in their order. The
-    diagonal is not looked at.
+    `classes` are those of every task, int `[n, s]`; `mask` its pairs, bool `[n, l, s]`, or `[l, s]`
+    where all tasks have the same.
     """
-    C, W = len(task_of), num_workers
-    k, j = np.nonzero(~np.eye(C, dtype=bool))
-    tasks, task = np.unique(task_of[k, j], return_inverse=True)
-    n, label, other = len(tasks), task * C + k, task * C + j
-
-    labels = np.unique(label)  # what a task holds as task * C + class, ascending
-    held = np.concatenate([labels, np.setdiff1d(other, labels)])  # classes with samples first
-    held = held[np.argsort(held // C, kind="stable")]
-    place = np.arange(len(held)) - np.searchsorted(held // C, held // C)
-    order = np.argsort(held)
-    place_of = lambda x: place[order[np.searchsorted(held, x, sorter=order)]]
-    rows, size = np.bincount(labels // C).max(), place.max() + 1
-    classes = np.full((n + 1, size), C, np.int32)  # the last one is no task
-    classes[held // C, place] = held % C
-    mask = np.zeros((n + 1, rows, size), bool)
-    mask[task, place_of(label), place_of(other)] = True
-
+    n, W = len(classes), num_workers
     parts = np.array_split(np.arange(max(n, W)) % n, W)
-    own = np.array([[*part, *[n] * (len(parts[0]) - len(part))] for part in parts])
+    own = np.full((W, len(parts[0])), n)
+    for w, part in enumerate(parts):
+        own[w, : len(part)] = part
+    real = own < n
+    own_classes = classes[np.minimum(own, n - 1)]
+    own_classes[~real] = num_classes
+    own_mask = mask[np.minimum(own, n - 1)] if mask.ndim == 3 else np.tile(mask, (*own.shape, 1, 1))
+    own_mask[~real] = False
     times = np.maximum(-((own - W) // n), 1)  # workers t, t + n, t + 2n, ... share the task t
     share = np.stack([np.broadcast_to(np.arange(W)[:, None] // n, own.shape), times], axis=-1)
-    return Plan(kind, C, classes[own], mask[own], share.astype(np.int32))
+    return Plan(kind, num_classes, own_classes.astype(np.int32), own_mask, share.astype(np.int32))
+
+
+def _distinct(keys):
+    keys = np.sort(keys)
+    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+
+
+def _each(*sizes):
+    """All indices of blocks of these sizes, and which block each belongs to."""
+    total = np.prod(sizes, axis=0)
+    at = np.repeat(np.arange(len(total)), total)
+    rest = np.arange(len(at)) - np.repeat(np.cumsum(total) - total, total)
+    found = []
+    for size in reversed(sizes):
+        found.append(rest % size[at])
+        rest = rest // size[at]
+    return tuple(reversed(found)), at
 
 
 def _describe(plan):
