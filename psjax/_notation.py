@@ -147,7 +147,11 @@ class Layout:
                 continue
             lengths.append(seen if len(seen) > 1 else [y.shape[at]])
             at += 1
-        shape = lambda d, term, n: self._seen_shape(term, indices, lead, n)
+
+        def shape(d, term, n):
+            alone = len(self.terms[d]) == len(term) == 1  # of size 1, it stands for all
+            return [n] if alone else self._seen_shape(term, indices, lead, n)
+
         return self._cut(y, lengths, lead, shape)
 
     def join_seen(self, pieces, indices, lead: int):
