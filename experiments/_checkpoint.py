@@ -1,11 +1,12 @@
 """Checkpoints of a training state in a run folder, by orbax: save, restore the newest good one."""
 
 import contextlib
+import dataclasses
+import logging
 import os
 import pathlib
+import re
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,39 +14,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect at the end; the second of them at once.
-
-    An interrupted save of orbax may wait five minutes for itself, and asyncio, which it runs in,
-    may swallow a Ctrl-C altogether.
-    """
-    if threading.current_thread() is not threading.main_thread():  # who is never interrupted
-        yield
-        return
-    came = []
-
-    def later(number, frame):
-        came.append(number)
-        if len(came) > 1:
-            restore()
-            signal.raise_signal(number)
-
-    def restore():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    known = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {n: handler for n, handler in known.items() if handler is not None}
-    for number in handlers:
-        signal.signal(number, later)
-    try:
-        yield
-    finally:
-        restore()
-    if came:
-        signal.raise_signal(came[0])
+from experiments._config import Free, differences, longer, shown
+from experiments._signals import uninterrupted
 
 
 class Checkpoints:
@@ -60,6 +30,9 @@ class Checkpoints:
       keep: how many of the newest are kept.
       unit: what a step is called in messages.
       everybody: with many processes, `(name, yes) -> bool`, whether all of them say yes.
+      config: the training's configuration; a checkpoint carries it, and one that was saved with
+        another is refused. None: not carried, not looked at.
+      free: as in `experiments._run.open_folder`.
     """
 
     def __init__(
@@ -68,11 +41,15 @@ class Checkpoints:
         keep: int = 3,
         unit: str = "epoch",
         everybody: Callable[[str, bool], bool] = lambda name, yes: yes,
+        config: Any = None,
+        free: Free = longer,
     ):
         self.folder = pathlib.Path(folder).resolve()
         self.keep = keep
         self.unit = unit
         self.everybody = everybody
+        self.config = None if config is None else dataclasses.asdict(config)
+        self.free = free
 
     def _open(self):
         policies: Any = ocp.training.preservation_policies
@@ -91,20 +68,22 @@ class Checkpoints:
           OSError: the disk is full or cannot be written.
         """
         try:
-            self._save(step, state)
+            with _quietly():
+                self._save(step, state)
         except Exception as error:  # orbax and tensorstore raise their own kinds
             last = self.steps()
             msg = (
-                f"checkpoint of {self.unit} {step} could not be saved under {self.folder}: {error}."
-                f" The last good one is that of {self.unit} {last[-1] if last else 'none'}; make "
-                "room and continue with --resume."
+                f"checkpoint of {self.unit} {step} could not be saved under {self.folder}: "
+                f"{_in_short(error)}. The last good one is that of {self.unit} "
+                f"{last[-1] if last else 'none'}; make room and continue with --resume."
             )
             raise OSError(msg) from error
 
     def _save(self, step, state):
+        about: dict[str, Any] = {"configuration": self.config}
         if jax.process_count() == 1:
             with uninterrupted(), self._open() as checkpointer:
-                checkpointer.save(step, state, overwrite=True)
+                checkpointer.save(step, state, overwrite=True, custom_metadata=about)
             return
         # A Checkpointer whose save failed here would wait for the others, who wait for this one.
         # With overwrite=True all wait for ever, one time in some, where one could not be read.
@@ -112,7 +91,7 @@ class Checkpoints:
         if jax.process_index() == 0 and path.exists():
             self._remove(path)
         self.everybody(f"room for {step}", True)
-        ocp.save(str(path), state)
+        ocp.save(str(path), state, custom_metadata=about)
         if jax.process_index() == 0:
             for old in self.steps()[: -self.keep]:
                 self._remove(self.folder / str(old))
@@ -133,7 +112,8 @@ class Checkpoints:
           report: called with one line for each checkpoint passed over.
 
         Raises:
-          ValueError: checkpoints are there and none of them can be read.
+          ValueError: checkpoints are there and none of them can be read; or the newest that can be
+            is of another training.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -141,12 +121,19 @@ class Checkpoints:
         steps = self.steps()
         self._tidy()
         for step in reversed(steps):
-            how, state = "could not be read by another process", None
+            how, state, another = "could not be read by another process", None, ""
             try:
-                state = self._load(step, abstract)
+                with _alone():
+                    another = self._differences(step)
+                    state = None if another else self._load(step, abstract)
             except Exception as error:  # damaged files raise whatever tensorstore meets
-                words = str(error) or type(error).__name__
-                how = f"is damaged ({words.splitlines()[0][:160]})"
+                how = f"is damaged ({_in_short(error)})"
+            if another:  # for every process: they all read the same
+                msg = (
+                    f"checkpoint of {self.unit} {step} under {self.folder} is of another training "
+                    f"({another}); remove it, or continue the training that it belongs to."
+                )
+                raise ValueError(msg)
             if self.everybody(f"restored {step}", state is not None):
                 return step, state
             report(f"checkpoint of {self.unit} {step} {how}; trying the one before.")
@@ -164,14 +151,49 @@ class Checkpoints:
                 for path in self.folder.glob(pattern):
                     shutil.rmtree(path)
 
+    def _differences(self, step):
+        """In words, how the training that saved it differs; nothing where it does not say."""
+        if self.config is None:
+            return ""
+        carried = ocp.metadata(str(self.folder / str(step))).custom_metadata
+        found = carried.get("configuration") if isinstance(carried, dict) else None
+        return differences(found, self.config, self.free) if isinstance(found, dict) else ""
+
     def _load(self, step, abstract):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if jax.process_count() > 1:
-                # Alone: who cannot read would leave the others waiting at orbax's barrier.
-                me = jax.process_index()
-                alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-                with ocp.Context(multiprocessing_options=alone):
-                    return ocp.load(str(self.folder / str(step)), abstract)
-            with self._open() as checkpointer:
-                return checkpointer.load(step, abstract)
+        if jax.process_count() > 1:
+            return ocp.load(str(self.folder / str(step)), abstract)
+        with self._open() as checkpointer:
+            return checkpointer.load(step, abstract)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process reads by itself: if it cannot, no other waits for it at orbax's barrier."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if jax.process_count() == 1:
+            yield
+            return
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        with ocp.Context(multiprocessing_options=alone):
+            yield
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without orbax's own log: each of its threads would print the traceback of one failure."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _in_short(error):
+    """An error of orbax or tensorstore in one line; of the operating system's, its words."""
+    words = str(error) or type(error).__name__
+    number = re.search(r"os_error_code='(\d+)'", words)
+    return os.strerror(int(number[1])) if number else shown(words.splitlines()[0])

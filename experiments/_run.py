@@ -1,19 +1,28 @@
 """What the scripts share: their command lines and their endings, run folders, rows of metrics."""
 
+import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
+import fcntl
 import json
+import math
 import os
 import pathlib
-import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Collection
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from experiments._config import Free, differences, longer, read_config, shown
+from experiments._signals import interruption, leave, with_stderr
+
+LOCK = "lock"
 INTEGERS = ("epoch", "seed", "round", "samples", "left_out")
 
 
@@ -45,17 +54,75 @@ class TrainArgs:
 def check_choice(option: str, value: Any, choices: Collection[str]) -> None:
     """Raises ValueError, with the nearest choice, if the option has none of its values."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(str(value)[:100], choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"--{option} {value}: write one of {', '.join(choices)}.{hint}"
+        msg = f"{_option(option)} {shown(value)}: write one of {', '.join(choices)}.{hint}"
         raise ValueError(msg)
 
 
-def check_least(option: str, value: float | None, least: int) -> None:
-    """Raises ValueError if the option has a value, and one below the least."""
-    if value is not None and value < least:
-        msg = f"--{option.replace('_', '-')} {value}: write {least} or more."
+def check_least(option: str, value: float | None, least: float) -> None:
+    """Raises ValueError if the option has a value, and it is not finite or below the least."""
+    if value is not None and not (least <= value < math.inf):
+        msg = f"{_option(option)} {shown(value)}: write {least} or more."
         raise ValueError(msg)
+
+
+def check_positive(option: str, value: float | None) -> None:
+    """Raises ValueError if the option has a value, and it is not finite and above 0."""
+    if value is not None and not (0 < value < math.inf):
+        msg = f"{_option(option)} {shown(value)}: write a number above 0."
+        raise ValueError(msg)
+
+
+def check_seeds(first: int, number: int) -> None:
+    """Raises ValueError if the seeds from `first` on are not all from 0 to 2147483647."""
+    check_least("seeds", number, 1)
+    most = 2**31 - number
+    if not 0 <= first <= most:
+        msg = f"--first-seed {shown(first)}: write a number between 0 and {most}."
+        raise ValueError(msg)
+
+
+def _option(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(
+    args_type: type, description: str | None = None, args: Sequence[str] | None = None
+) -> Any:
+    """The script's arguments; with --resume, whatever is not typed is as it was in that folder.
+
+    Args:
+      args_type: a dataclass, perhaps with a `config` and a `resume`.
+      description: the help's first part.
+      args: what was typed. Default: the command line.
+
+    Raises:
+      ValueError: there is no run to resume, or its configuration is damaged.
+    """
+    import tyro
+
+    if {"config", "resume"} <= {field.name for field in dataclasses.fields(args_type)}:
+        found, _ = tyro.cli(_Resume, args=args, return_unknown_args=True, add_help=False)
+        if found.resume is not None:
+            config_type = typing.get_type_hints(args_type)["config"]
+            saved = read_config(_config_of(found.resume), config_type)
+            default = args_type(config=saved)
+            return tyro.cli(args_type, description=description, args=args, default=default)
+    return tyro.cli(args_type, description=description, args=args)
+
+
+@dataclasses.dataclass
+class _Resume:
+    resume: pathlib.Path | None = None
+
+
+def _config_of(folder):
+    path = folder / "config.json"
+    if not path.exists():
+        msg = f"--resume {folder}: no run there (no config.json)."
+        raise ValueError(msg)
+    return path
 
 
 def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:
@@ -66,6 +133,7 @@ def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:
         folder to resume.
     """
     check_least("checkpoint_every", args.checkpoint_every, 1)
+    check_least("num_devices", args.num_devices, 1)
     if args.num_devices is not None:
         jax.config.update("jax_num_cpu_devices", args.num_devices)
     if args.resume is None:
@@ -73,7 +141,8 @@ def begin(args: TrainArgs) -> tuple[Any, pathlib.Path | None]:
     if args.out is not None:
         msg = f"--out {args.out} --resume {args.resume}: write one of them."
         raise ValueError(msg)
-    return saved_config(args.resume, args.config), args.resume
+    _config_of(args.resume)
+    return args.config, args.resume
 
 
 def new_folder(*words: str) -> pathlib.Path:
@@ -98,6 +167,7 @@ def run_script(
     """Call `main` with the command line's arguments; an error the user can mend ends in one line.
 
     SIGTERM ends the script as Ctrl-C does: what is open is closed, and a line says how to go on.
+    Without a terminal to write to, the script works on.
 
     Args:
       main: the script.
@@ -105,30 +175,68 @@ def run_script(
       description: the help's first part, the script's docstring.
       after_interrupt: what to do after an interruption.
     """
-    import tyro
-
-    def stop(signum, _):
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    for number in (signal.SIGTERM, signal.SIGINT):  # Python's own of SIGINT asyncio would replace
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
-            signal.signal(number, stop)
+    with_stderr()
+    interruption.install()
     try:
-        main(tyro.cli(args_type, description=description))
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; {after_interrupt}")
-    except (ValueError, OSError, ImportError, NotFiniteError) as error:
-        sys.exit(f"error: {error}")
+        main(parse(args_type, description))
+    except BaseException as error:
+        # JAX may have made an error of its own of the exception that a signal raised.
+        if isinstance(error, KeyboardInterrupt) or (
+            interruption.name is not None and isinstance(error, Exception)
+        ):
+            leave(f"\ninterrupted; {after_interrupt}")
+        if isinstance(error, (ValueError, OSError, ImportError, MemoryError, NotFiniteError)):
+            sys.exit(f"error: {error}")
+        raise
 
 
 # -------------------------------------------------------------------------------------- run folders
+
+
+@contextlib.contextmanager
+def hold_folder(
+    config: Any, folder: pathlib.Path, resume: bool, free: Free = longer
+) -> Iterator[None]:
+    """`open_folder`, and until the end no other process may hold it.
+
+    The lock is the operating system's, on the file `lock`; it ends with the process however that
+    ends. A file system without locks does without.
+
+    Args:
+      config: as for `open_folder`; so are the others.
+      folder: the run folder.
+      resume: whether anything may be in it.
+      free: what may differ.
+
+    Raises:
+      BlockingIOError: another process holds the folder.
+    """
+    _check_free(folder, resume)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            msg = (
+                f"run folder {folder} is in use by {file.read() or 'another process'}; wait for "
+                "its end, or write another --out."
+            )
+            raise BlockingIOError(msg) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        open_folder(config, folder, resume, free)
+        yield
 
 
 def open_folder(
     config: Any,
     folder: pathlib.Path,
     resume: bool,
-    free: Callable[[dict, dict], set[str]] = lambda old, new: {"epochs"},
+    free: Free = longer,
 ) -> None:
     """Make the run folder, or see that it holds the same training; write `config.json`.
 
@@ -142,12 +250,23 @@ def open_folder(
 
     Raises:
       FileExistsError: something is in the folder and `resume` is False.
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the folder holds a run of another configuration, or a damaged `config.json`.
     """
+    path, new = _check_free(folder, resume), dataclasses.asdict(config)
+    if path.exists():
+        old = dataclasses.asdict(read_config(path, type(config)))
+        changes = differences(old, new, free)
+        if changes:
+            msg = f"run folder {folder} holds another training ({changes}); write another --out."
+            raise ValueError(msg)
+    replace(path, json.dumps(new, indent=1))
+
+
+def _check_free(folder, resume):
+    """Make the folder, or see that a run may be in it; the path of its configuration."""
     path = folder / "config.json"
-    text = json.dumps(dataclasses.asdict(config), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    inside = {entry.name for entry in folder.iterdir()} - {_aside(path).name}
+    inside = {entry.name for entry in folder.iterdir()} - {_aside(path).name, LOCK}
     if inside and not resume:
         if path.name in inside:
             msg = f"exists; write --resume {folder} to continue it, or another --out."
@@ -155,37 +274,24 @@ def open_folder(
             msg = f"holds files but no run (no {path.name}); write another --out."
         msg = f"run folder {folder} {msg}"
         raise FileExistsError(msg)
-    if path.exists():
-        old, new = json.loads(path.read_text()), dataclasses.asdict(config)
-        same = new.keys() - free(old, new)
-        differ = [k for k in new if k in same and old.get(k) != new[k]]
-        if differ:
-            changes = ", ".join(f"{k} {old.get(k)} there, {new[k]} here" for k in differ)
-            msg = f"run folder {folder} holds another training ({changes}); write another --out."
-            raise ValueError(msg)
-    replace(path, text)
-
-
-def saved_config(folder: pathlib.Path, given: Any) -> Any:
-    """The folder's configuration, with whatever in `given` differs from the defaults.
-
-    Raises:
-      ValueError: no run there.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        msg = f"--resume {folder}: no run there (no config.json)."
-        raise ValueError(msg)
-    default, new = dataclasses.asdict(type(given)()), dataclasses.asdict(given)
-    changed = {name: value for name, value in new.items() if value != default[name]}
-    return type(given)(**{**json.loads(path.read_text()), **changed})
+    return path
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+      OSError: it cannot be written; the file that was there stays.
+    """
     aside = _aside(path)
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        msg = f"{path} could not be written: {error.strerror}; make room, or write another folder."
+        raise OSError(msg) from error
 
 
 def _aside(path: pathlib.Path) -> pathlib.Path:

@@ -10,6 +10,7 @@ from psjax import models as models
 from psjax import nn as nn
 from psjax import plan as plan
 from psjax import structure as structure
+from psjax._checks import check_elements as check_elements
 from psjax._devices import pmap as pmap
 from psjax._devices import shard as shard
 from psjax._local import LocalMetrics as LocalMetrics

@@ -5,10 +5,13 @@ import os
 
 import jax
 
-_CPU_FLOPS = 2**21  # of a step of a loop on a CPU: less, and starting the step takes longer
+# Operations of a step of a loop on a CPU. With fewer, starting the step takes longer than the work.
+# The products of runs share an operand and grow with the number of elements; others do not, and
+# many small products together are slower than one after the other.
+_FLOPS, _FLOPS_OF_RUNS = 2**21, 2**27
 
 
-def chunk_sizes(fn, seen, num_elements: int, run_length: int) -> tuple[int, int]:
+def chunk_sizes(program, num_elements: int, run_length: int) -> tuple[int, int]:
     """Elements evaluated at once on a CPU, and elsewhere, where the user has not said.
 
     On a CPU, as many runs as it takes to make a step of the loop worth starting: products of large
@@ -16,14 +19,14 @@ def chunk_sizes(fn, seen, num_elements: int, run_length: int) -> tuple[int, int]
     the memory, by the sizes of the intermediate arrays of one element.
 
     Args:
-      fn: the element function.
-      seen: `jax.ShapeDtypeStruct`s of what one element sees, its arguments.
+      program: `jax.make_jaxpr` of the element function, of what one element sees.
       num_elements: E.
       run_length: elements that share what they see of some axes.
     """
-    flops, temporaries = work(jax.make_jaxpr(fn)(*seen).jaxpr)
+    flops, temporaries = work(program.jaxpr)
     fits = lambda memory: max(1, min(num_elements, int(memory // max(1, 2 * temporaries))))
-    runs = max(1, _CPU_FLOPS // max(1, flops * run_length))
+    most = _FLOPS_OF_RUNS if run_length > 1 else _FLOPS
+    runs = max(1, most // max(1, flops * run_length))
     return min(fits(_host_memory() / 8), run_length * runs), fits(_device_memory() / 4)
 
 

@@ -1,55 +1,107 @@
 """The same gradient function over many devices: split the elements, map, psum."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
 from psjax._elements import each_in_axes
 
 
-def shard(fn: Callable[..., Any], mesh: jax.sharding.Mesh, in_axes: Any = None):
-    """Spread a gradient function's elements over a mesh of one axis, by `jax.shard_map`.
+def shard(
+    fn: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    in_axes: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+):
+    """Spread a gradient function's elements over a mesh, by `jax.shard_map`.
 
     `shard(fn, mesh)(params, selection, *args)` equals `fn(params, selection, *args)`: the elements
-    are split evenly, every device sums its own, one psum adds. Parameters and arguments are
-    replicated. Call it inside your `jax.jit`.
+    are split evenly, every device sums its own, one psum adds. Call it inside your `jax.jit`.
+
+    Parameters and arguments may be laid out over the mesh in any way; every device gets them whole,
+    and the result is whole on every device. The types of the mesh's axes, Auto or Explicit, do not
+    matter, nor whether it is also the mesh of `jax.set_mesh`.
 
     Args:
       fn: `(params, selection, *args) -> tree of this device's sums`, such as
         `psjax.value_and_grad(element_fn)` or `psjax.partially_separable(element_fn)`.
-      mesh: a `jax.sharding.Mesh` of one axis.
+      mesh: a `jax.sharding.Mesh`.
       in_axes: those of `fn`, where an argument is mapped with 0; its rows go with their elements.
+      axis_name: the axis of the mesh, or a tuple of axes, over which the elements are spread;
+        devices along the other axes compute the same. None: the only axis.
 
     Raises:
-      ValueError: a mesh of several axes; at the call, an argument with `in_axes=0` whose rows are
-        not the elements.
+      ValueError: an axis that the mesh does not have, None for a mesh of several; at the call, an
+        argument with `in_axes=0` whose rows are not the elements, or another mesh in
+        `jax.set_mesh`.
     """
-    if len(mesh.axis_names) != 1:
-        msg = f"shard(fn, mesh): the mesh has axes {mesh.axis_names}; write a mesh of one axis."
-        raise ValueError(msg)
-    (axis,) = mesh.axis_names
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)  # of axes of type Auto, which P() needs
+    axes = _axes_of(mesh, axis_name)
+    n = math.prod(mesh.shape[axis] for axis in axes)
 
     def sharded(params, selection, *args):
         rows = _mapped("shard", in_axes, args)
-        specs = [P(axis) if row else P() for row in rows]
 
         def body(params, selection, *args):
             own = lambda tree: jax.tree.map(lambda x: x[0], tree)
             args = [own(arg) if row else arg for arg, row in zip(args, rows)]
-            return jax.lax.psum(fn(params, own(selection), *args), axis)
+            return jax.lax.psum(fn(params, own(selection), *args), axes)
 
-        by_device = _split_args("shard", args, rows, mesh.size, selection.num_elements)
-        spread = jax.shard_map(body, mesh=mesh, in_specs=(P(), P(axis), *specs), out_specs=P())
-        return spread(params, selection.split(mesh.size), *by_device)
+        where = _mesh_of_call(mesh, (params, selection, args))
+        args = _split_args("shard", args, rows, n, selection.num_elements)
+        operands = (params, selection.split(n), *args)
+        specs = (P(), P(axes), *(P(axes) if row else P() for row in rows))
+        operands = [_laid_out(x, spec, where) for x, spec in zip(operands, specs)]
+        return jax.shard_map(body, mesh=where, in_specs=specs, out_specs=P())(*operands)
 
     return sharded
+
+
+def _axes_of(mesh, axis_name):
+    """The names of the axes over which the elements are spread."""
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is None and len(mesh.axis_names) == 1:
+        return mesh.axis_names
+    if axis_name is None or not axes or not set(axes) <= set(mesh.axis_names):
+        msg = (
+            f"shard(fn, mesh, axis_name={axis_name!r}): the mesh has axes {mesh.axis_names}; pass "
+            "the one over which the elements are spread, or a tuple of several."
+        )
+        raise ValueError(msg)
+    return axes
+
+
+def _mesh_of_call(mesh, operands):
+    """The mesh for `jax.shard_map`: the context's, or the user's; Explicit if an operand is."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty:
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+        explicit = any(AxisType.Explicit in m.axis_types for m in meshes if not m.empty)
+        return mesh if explicit else jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+    if dict(context.shape) != dict(mesh.shape):
+        msg = (
+            f"shard(fn, mesh): the mesh is {dict(mesh.shape)}, but the call is under "
+            f"jax.set_mesh of {dict(context.shape)}; pass that mesh."
+        )
+        raise ValueError(msg)
+    return context
+
+
+def _laid_out(tree, spec, mesh):
+    """The arrays as `jax.shard_map` wants them along axes that are Explicit."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types))
+    if AxisType.Explicit not in types.values():
+        return tree
+    entries = (tuple(a for a in axes if types[a] == AxisType.Explicit) for axes in spec)
+    where = NamedSharding(mesh, P(*entries))
+    return jax.tree.map(lambda x: jax.reshard(x, where), tree)
 
 
 def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
@@ -140,54 +139,3 @@ def check_chunk_size(call, chunk_size):
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         msg = f"{call}(chunk_size={chunk_size}): write a positive integer, or None."
         raise ValueError(msg)
-
-
-def vary(tree, over):
-    """Make every leaf vary over the mapped axes that any leaf of `over` varies over.
-
-    Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
-    over devices by JAX; the contract is this device's sum. Shared leaves must therefore vary before
-    they are differentiated, and a loop's carry from its start. A `where` with a varying mask does
-    it, and XLA removes it. Elsewhere nothing is done.
-    """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves((tree, over))))
-    mask, covered = jnp.asarray(True), frozenset()
-    for x in jax.tree.leaves(over):
-        if jnp.size(x) and not _varying(x) <= covered:
-            x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-            mask = mask | jnp.ravel(x)[0].astype(bool)
-            covered |= _varying(x)
-    return jax.tree.map(lambda x: x if axes <= _varying(x) else jnp.where(mask, x, x), tree)
-
-
-def _varying(x):
-    """The mapped axes of `shard_map` that a value varies over."""
-    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
-
-
-def whole(tree):
-    """Every leaf on every device, where a mesh of explicit axes holds it in shards.
-
-    What follows, an index into a sharded dimension, JAX refuses to divide by itself.
-    """
-
-    def leaf(x):
-        x = jnp.asarray(x)
-        where = jax.typeof(x).sharding
-        if all(entry is None for entry in where.spec):
-            return x
-        return jax.reshard(x, NamedSharding(where.mesh, P()))
-
-    return jax.tree.map(leaf, tree)
-
-
-def placed(tree, like):
-    """The leaves of a tree laid out as those of another one, which `whole` may have gathered."""
-
-    def leaf(x, like):
-        where = jax.typeof(jnp.asarray(like)).sharding
-        if all(entry is None for entry in where.spec):
-            return x
-        return jax.reshard(x, where)
-
-    return jax.tree.map(leaf, tree, like)

@@ -5,17 +5,23 @@ A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Indep
 Training*, arXiv:1910.02120. Replicas make it local SGD.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from psjax._elements import check_chunk_size, over_chunks, vary, view
+from psjax._elements import check_chunk_size, over_chunks, view
 from psjax._masks import kept
-from psjax._state import state_owners
+from psjax._notation import mask_along
+from psjax._placement import placed, vary, whole
+from psjax._selection import selected
+from psjax._state import Route, check_element_state, extra_arguments, state_routes
+from psjax._traps import check_axis_name, check_low_precision, check_padding
 
 
 class LocalMetrics(NamedTuple):
@@ -25,10 +31,29 @@ class LocalMetrics(NamedTuple):
       loss: `[E, J]`, loss of every local step; that of an element which is not valid means nothing.
       finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
         and state were left out: the entries it held are as before the round.
+      aux: with `has_aux`, what `loss_fn` returns besides, leaves `[E, J, ...]`; else None.
     """
 
     loss: jax.Array
     finite: jax.Array
+    aux: Any = None
+
+
+class LocalUpdate:
+    """A round, as `local_update` returns it: `(params, opt_state, selection, batches) -> ...`.
+
+    Attributes:
+      optimizer: the optimizer that was given.
+      mutable: the names that were given.
+    """
+
+    def __init__(self, fn: Callable[..., Any], optimizer: Any, mutable: tuple[str, ...]):
+        self._fn = fn
+        self.optimizer = optimizer
+        self.mutable = mutable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, LocalMetrics]:
+        return self._fn(*args, **kwargs)
 
 
 def local_update(
@@ -38,8 +63,9 @@ def local_update(
     axis_name: str | None = None,
     *,
     mutable: Sequence[str] = (),
+    has_aux: bool = False,
     chunk_size: int | None = None,
-) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
+) -> LocalUpdate:
     r"""One round: every element trains what it sees for J steps; the weights go home.
 
     Element e starts from $y_e = U_e w$ and the same entries of the optimizer's state, takes J steps
@@ -48,11 +74,20 @@ def local_update(
     weight that `Selection.drop` dropped is 0 at every local step, and nobody holds it.
     Algorithm 2 of arXiv:1910.02120, with any optax optimizer in the place of SGD.
 
-    Optimizer state travels with the weights: its trees shaped like the parameters (moments, traces)
-    entry by entry, everything else whole to every element; of that, floating leaves are averaged
-    and integers (Adam's count, a schedule's) come from the first finite element. With one count for
-    all, Adam's moments of an entry that was seldom held are corrected for as many steps as the
-    others took; see `psjax.ist.scale_by_adam` for a count per entry.
+    Optimizer state travels with the weights. The optimizer's own `init`, traced for parameters of
+    other sizes, says which dimension of the state is which of a parameter:
+
+    - Moments and traces travel entry by entry, with dimensions in front of the parameter's too.
+    - A state that is reduced over some dimensions of a parameter (the rows and columns of
+      `optax.adafactor`) travels by the dimensions left, unless a divided one was reduced over.
+      That is refused, and so are arrays of inner products of gradients (`optax.lbfgs`).
+    - Everything else travels whole to every element. Integers (Adam's count), keys and what no
+      gradient reaches (a learning rate, the coefficients of muon) come from the first finite
+      element; floats that depend on gradients or losses (the scale of `reduce_on_plateau`) are
+      averaged.
+
+    With one count for all, Adam's moments of an entry that was seldom held are corrected for as
+    many steps as the others took; see `psjax.ist.scale_by_adam` for a count per entry.
 
     Args:
       loss_fn: `loss_fn(element_params, batch) -> scalar`, a mean over the element's batch as in
@@ -60,25 +95,36 @@ def local_update(
         are leaves of the batch. No layer may reduce over a divided axis (`psjax.ist.check_subnets`
         finds one that does).
       optimizer: an `optax.GradientTransformation`. It sees one element: `optax.clip_by_global_norm`
-        clips the subnet's norm.
+        clips the subnet's norm. It gets `value=`, `grad=` and `value_fn=` (`obj_fn=`, as
+        `optax.contrib.sophia` calls it), those of the element's loss on the step's batch.
       in_axes: which batches an element sees: 0, row e of leaves `[E, J, ...]`; None, all see the
         same `[J, ...]`; or a `PartitionSpec` of axis names of the selection, as in
         `psjax.value_and_grad`. What the element sees has its J batches first.
       axis_name: name of a mapped axis (`pmap`, `shard_map`) over which the elements are spread.
-        Parameters and state are then averaged over the devices, and are the same on all.
+        Parameters and state are then averaged over the devices, and are the same on all. Without
+        it every device keeps its own result. In `jax.shard_map` that raises if the parameters are
+        replicated and the batches are not; in `jax.pmap` and with `check_vma=False` it cannot be
+        seen, and nothing is raised.
       mutable: names of top-level entries of the parameters that are not trained but overwritten
         (Flax's mutable collections, `("batch_stats",)` with `params` the whole variables).
         `loss_fn` then returns `(loss, {name: new value})`, and the optimizer's state is that of the
         other entries, `optimizer.init({"params": variables["params"]})`.
+      has_aux: `loss_fn` returns `(loss, aux)`, with `mutable` `(loss, ({name: new value}, aux))`.
+        `LocalMetrics.aux` has them by element and step, `[E, J, ...]`.
       chunk_size: elements trained at once; None: 1 on the CPU, all elsewhere.
 
     Returns:
       A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)`. A
-      slot of padding in an uneven share stays zero at every local step.
+      slot of padding in an uneven share stays zero at every local step. Means are computed in
+      float32 or wider and cast to the leaf's dtype.
 
     Raises:
       ValueError: at the call: batches whose leading shape is not `[E, J]`, J = 0, an optimizer
-        state that cannot travel (named), parameters that are not those of the selection.
+        state that cannot travel (named), parameters that are not those of the selection, an
+        optimizer whose epsilon is 0 in float16. And, where uneven shares have padding, an optimizer
+        that counts the entries of a leaf (`optax.centralize`, `optax.clip_by_block_rms`): this is
+        read off the constants of its traced update, and not seen where the index sets are traced
+        and not known to be disjoint.
 
     Example:
       One element that sees everything, one batch of size 1: a step of SGD.
@@ -97,11 +143,16 @@ def local_update(
 
     def update(params, opt_state, selection, batches):
         _check_mutable(mutable, params)
+        given = params, opt_state
+        params, opt_state, batches = whole((params, opt_state, batches))
         seen = view("local_update", selection, in_axes, params, (batches,))
+        check_axis_name("local_update", axis_name, params, (selection, batches))
         _check_steps(seen, len(selection.specs), in_axes, batches)
         opt_state = jax.tree.map(jnp.asarray, opt_state)
-        held = selection.of(*_with_state(selection, params, opt_state))  # what goes home
+        routes = routes_home("local_update", optimizer, selection, params, opt_state, mutable)
+        held = _of_routes(selection, (params, opt_state), routes)
         filled = _filled(selection)
+        _check_optimizer(optimizer, held, params, opt_state, mutable, _padded(selection))
         masks = _masks_seen(selection, params)
         trees = (params, batches, opt_state, filled, masks)
         state_specs = held.specs[len(selection.specs) :]
@@ -113,27 +164,86 @@ def local_update(
 
         def train(*leaves):
             params, batches, opt_state, filled, masks = treedef.unflatten(leaves)
-            clean = _cleaner(params, selection.specs, filled, masks)
-            step = _step(loss_fn, optimizer, mutable, clean)
-            (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
+            clean = _cleaner(params, selection, filled, masks)
+            step = _step(loss_fn, optimizer, mutable, has_aux, clean)
+            (params, opt_state), (loss, aux) = jax.lax.scan(step, (params, opt_state), batches)
             finite = jnp.all(jnp.isfinite(loss)) & all_finite((params, opt_state))
-            return (params, opt_state), loss, finite
+            return (params, opt_state), LocalMetrics(loss, finite, aux)
 
         body = lambda _, part: (None, part.map(train, leaves))
-        _, (new, loss, finite) = over_chunks(seen.of(specs, trees), chunk_size, body, None)
-        params, opt_state = _home(held, (params, opt_state), new, finite, axis_name)
-        return params, opt_state, LocalMetrics(loss, finite)
+        _, (new, metrics) = over_chunks(seen.of(specs, trees), chunk_size, body, None)
+        new = _home(held, routes, (params, opt_state), new, metrics.finite, axis_name)
+        params, opt_state = placed(new, given)
+        return params, opt_state, metrics
 
-    return update
+    return LocalUpdate(update, optimizer, mutable)
 
 
-def _with_state(selection, params, opt_state):
-    """Specs, tree and masks of `(params, opt_state)`: a moment has those of its parameter."""
-    owners = state_owners(params, opt_state)
-    specs = [*selection.specs, *(P() if i is None else selection.specs[i] for i in owners)]
+def routes_home(
+    call: str,
+    optimizer: Any,
+    selection: Any,
+    params: Any,
+    opt_state: Any,
+    mutable: tuple[str, ...] = (),
+    like: Any = None,
+) -> list[Route]:
+    """How every leaf of `(params, opt_state)` goes home; the state is that of what is trained."""
     keep = _keep(selection)
-    keep = [*keep, *(None if i is None else keep[i] for i in owners)]
-    return specs, (params, opt_state), keep
+    leaves, treedef = jax.tree.flatten(params)
+    numbers = _split(treedef.unflatten(range(len(leaves))), mutable)[0]
+    own = lambda spec: selected(spec, selection.indices)
+    routes = [
+        Route(spec, k, not (jnp.issubdtype(jnp.result_type(x), jnp.inexact) or own(spec)))
+        for spec, k, x in zip(selection.specs, keep, leaves, strict=True)
+    ]
+    trained = jax.tree.leaves(numbers)
+    return routes + state_routes(
+        call,
+        optimizer,
+        _split(params, mutable)[0],
+        opt_state,
+        [selection.specs[i] for i in trained],
+        [keep[i] for i in trained],
+        divided=lambda name: own((name,)),
+        like=None if like is None else _split(like, mutable)[0],
+    )
+
+
+def _split(params, mutable):
+    """What is trained and what is overwritten."""
+    if not mutable:
+        return params, {}
+    fixed = {name: params[name] for name in mutable}
+    return {name: x for name, x in params.items() if name not in mutable}, fixed
+
+
+def _of_routes(selection, tree, routes):
+    """The same elements, and what they see of `(params, opt_state)`."""
+    specs, keep, _ = zip(*routes)
+    return selection.of(specs, tree, keep)
+
+
+def _check_optimizer(optimizer, held, params, opt_state, mutable, padded):
+    """On the host: what an element's own optimizer would do on the shapes that it sees."""
+    check_low_precision("local_update", optimizer, _split(params, mutable)[0])
+    if not any(selected(spec, held.indices) for spec in held.specs):
+        return
+    leaves, treedef = jax.tree.flatten((params, opt_state))
+
+    def element(selection):
+        see = lambda xs: selection.map(lambda *ys: list(ys), xs)
+        params, opt_state = treedef.unflatten(jax.eval_shape(see, leaves))
+        return _split(params, mutable)[0], opt_state
+
+    one = dataclasses.replace(held, keep=None)[0]
+    own = element(one)
+    check_element_state("local_update", optimizer, *own)
+    if padded:
+        resize = lambda x: x[:-1] if len(x) > 2 else jnp.concatenate([x, x[:1]])
+        indices = {k: resize(x) if k in padded else x for k, x in one.indices.items()}
+        other = element(dataclasses.replace(one, indices=indices))
+        check_padding("local_update", optimizer, own[0], other[0])
 
 
 def _keep(selection):
@@ -149,20 +259,34 @@ def _filled(selection):
     }
 
 
+def _padded(selection):
+    """The axes that have padding, as far as that is known without the values of traced indices."""
+    found = []
+    for name, index in selection.indices.items():
+        host, size = isinstance(index, np.ndarray), selection.sizes[name]
+        more = name in selection.disjoint and index.size > size
+        if index.ndim == 2 and (more or (host and bool((index >= size).any()))):
+            found.append(name)
+    return found
+
+
 def _masks_seen(selection, params):
     """The masks of the weights by leaf, None where nothing is dropped: seen as the weights are."""
     leaves = zip(_keep(selection), jax.tree.leaves(params), strict=True)
     return [None if k is None else kept(k, jnp.ones(jnp.shape(x), bool)) for k, x in leaves]
 
 
-def _cleaner(params, specs, filled, masks):
+def _cleaner(params, selection, filled, masks):
     """Zero in the padded slots and the dropped weights of a tree like `params`, or a part of it."""
     own = {}
     found = jax.tree_util.tree_leaves_with_path(params)
-    for (path, x), spec, mask in zip(found, specs, masks, strict=True):
-        for d, name in enumerate(spec or ()):
-            if name in filled:
-                along = filled[name].reshape(*[-1 if k == d else 1 for k in range(x.ndim)])
+    lengths = {**selection.sizes, **_lengths(selection)}
+    for (path, x), spec, mask in zip(found, selection.specs, masks, strict=True):
+        kept_dims = [entry for entry in spec or () if not _dropped(entry, selection)]
+        for d, entry in enumerate(kept_dims):
+            along = mask_along(entry, filled, lengths)
+            if along is not None:
+                along = along.reshape([-1 if k == d else 1 for k in range(x.ndim)])
                 mask = along if mask is None else mask & along
         own[path] = mask  # a product would keep NaN
     if all(mask is None for mask in own.values()):
@@ -170,39 +294,62 @@ def _cleaner(params, specs, filled, masks):
     return lambda tree: jax.tree_util.tree_map_with_path(lambda p, x: kept(own[p], x), tree)
 
 
-def _home(held, old, new, finite, axis_name):
-    """The mean of what the elements hold; of whole integers, the first finite element's."""
+def _lengths(selection):
+    """How many rows an element sees of every axis that is indexed."""
+    return {
+        name: index.shape[-1] if index.ndim > selection.valid.ndim else 1
+        for name, index in selection.indices.items()
+    }
+
+
+def _dropped(entry, selection):
+    """Whether an index of one row removes the dimension."""
+    index = selection.indices.get(entry)
+    return index is not None and index.ndim == selection.valid.ndim
+
+
+def _home(held, routes, old, new, finite, axis_name):
+    """The mean of what the elements hold; of what is copied, the first finite element's."""
     before, treedef = jax.tree.flatten(old)
     before = [jnp.asarray(x) for x in before]
     after = jax.tree.leaves(new)
-    mean = [i for i, (x, spec) in enumerate(zip(before, held.specs)) if goes_home(x, spec)]
+    mean = [i for i, route in enumerate(routes) if not route.copied]
     pick = lambda leaves: [leaves[i] for i in mean]
     means = held.only(mean).scatter_mean(pick(after), pick(before), finite, axis_name)
     found = dict(zip(mean, means, strict=True))
     for i, x in enumerate(before):
         if i not in found:
             first = first_good(after[i], x, finite & held.valid, axis_name)
-            found[i] = kept(_anywhere(_keep(held)[i], axis_name), first, x)
+            found[i] = kept(_anywhere(routes[i].keep, axis_name), first, x)
     return treedef.unflatten([found[i] for i in range(len(before))])
 
 
-def _step(loss_fn, optimizer, mutable, clean):
+def _step(loss_fn, optimizer, mutable, has_aux, clean):
     """One local step of one element, as a body of `lax.scan`."""
 
     def step(carry, batch):
         params, opt_state = carry
-        if not mutable:
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, opt_state = optimizer.update(clean(grads), opt_state, params)
-            return (optax.apply_updates(params, clean(updates)), opt_state), loss
-        fixed: dict[str, Any] = {name: params[name] for name in mutable}
-        trained = {name: x for name, x in params.items() if name not in mutable}
-        fn = lambda trained: loss_fn({**trained, **fixed}, batch)
-        (loss, new), grads = jax.value_and_grad(fn, has_aux=True)(trained)
-        updates, opt_state = optimizer.update(clean(grads), opt_state, trained)
+        trained, fixed = _split(params, mutable)
+
+        def fn(trained):
+            out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)
+            if mutable and has_aux:
+                loss, (moved, aux) = out
+            elif mutable:
+                (loss, moved), aux = out, None
+            else:
+                (loss, aux), moved = out if has_aux else (out, None), {}
+            return loss, (moved, aux)
+
+        value_fn = lambda trained: fn(clean(trained))[0]
+        (loss, (moved, aux)), grads = jax.value_and_grad(fn, has_aux=True)(trained)
+        grads = clean(grads)
+        options = extra_arguments(loss, grads, value_fn)
+        updates, new_state = optimizer.update(grads, opt_state, trained, **options)
         trained: Any = optax.apply_updates(trained, clean(updates))
-        moved = clean({name: new[name] for name in mutable})
-        return ({**trained, **moved}, opt_state), loss
+        if mutable:
+            trained = {**trained, **clean({name: moved[name] for name in mutable})}
+        return (trained, new_state), (loss, aux)
 
     return step
 
@@ -217,13 +364,12 @@ def _all_filled(selection, name):
     return name in selection.disjoint and selection.indices[name].size == selection.sizes[name]
 
 
-def goes_home(x, spec):
-    """Whether a leaf is scattered; whole integers, such as counts, are copied from one element."""
-    return jnp.issubdtype(x.dtype, jnp.inexact) or any(name is not None for name in spec or ())
-
-
 def first_good(y, old, good, axis_name):
     """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
+    if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
+        data = jax.random.key_data
+        first = first_good(data(y), data(old), good, axis_name)
+        return jax.random.wrap_key_data(first, impl=jax.random.key_impl(y))
     found, value = jnp.any(good), y[jnp.argmax(good)]
     if axis_name is not None:
         device = jax.lax.axis_index(axis_name)

@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -75,6 +76,29 @@ def solved(entry: str, size: int, sizes: Mapping[str, int]) -> dict[str, int] | 
     slope = at(2) - at(1)
     rest = size - at(1)
     return {name: 1 + rest // slope if slope and rest % slope == 0 and rest >= 0 else 0}
+
+
+def mask_along(entry, masks: Mapping[str, jax.Array], lengths: Mapping[str, int]):
+    """A mask of a dimension, from masks of some of its axes; None where none of them has one.
+
+    Args:
+      entry: of the dimension.
+      masks: bool, of the rows of an axis.
+      lengths: rows of the other axes.
+    """
+    if not any(factor in masks for term in terms(entry) for factor in term):
+        return None
+    parts = []
+    for term in terms(entry):
+        part = jnp.ones(1, bool)
+        for factor in term:
+            if isinstance(factor, str) and factor in masks:
+                own = masks[factor]
+            else:
+                own = jnp.ones(factor if isinstance(factor, int) else lengths[factor], bool)
+            part = (part[:, None] & own[None]).reshape(-1)
+        parts.append(part)
+    return jnp.concatenate(parts)
 
 
 class Layout:
@@ -141,6 +165,26 @@ class Layout:
         of = self._seen_dims(indices, lead)
         counts = [len(t) for t, seen in zip(self.terms, of) if seen is not None]
         return self._concatenate(flat, counts, lead)
+
+    def rows(self, x, axis: str):
+        """The leaf row by row of one axis, which every piece has once: `[size, numbers]`."""
+        flat = []
+        for y, piece in zip(self.cut(x), self.pieces):
+            y = jnp.moveaxis(y, tuple(piece).index(axis), 0)
+            flat.append(y.reshape(y.shape[0], -1))
+        return jnp.concatenate(flat, axis=1)
+
+    def of_rows(self, rows, axis: str, shape: tuple[int, ...]):
+        """The leaf, of a shape, from its rows; the inverse of `rows`."""
+        ends, pieces = 0, []
+        for own, piece in zip(self.chosen, self.pieces):
+            dims = [(f, n) for term, n in zip(own, shape) for f in term]
+            full = [n if f is None else self._size(f) for f, n in dims]
+            d = tuple(piece).index(axis)
+            rest = (*full[:d], *full[d + 1 :])
+            start, ends = ends, ends + math.prod(rest)
+            pieces.append(jnp.moveaxis(rows[:, start:ends].reshape(-1, *rest), 0, d))
+        return self.join(pieces)
 
     # ----------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._notation import names
-from psjax._select import flat_specs
+from psjax._notation import is_plain, names
+from psjax._select import axis_sizes, check_count, check_size, flat_specs, nearest
 from psjax._selection import Selection
 
 
@@ -20,6 +20,7 @@ def random_partition(
     *,
     num_elements: int,
     stratified: bool = False,
+    like: Any = None,
 ) -> Selection:
     r"""Divide the rows of every named axis at random among the elements, each row to one.
 
@@ -32,53 +33,62 @@ def random_partition(
 
     Args:
       key: a PRNG key; may be traced, so that one compiled step serves every round.
-      axes: tree of `PartitionSpec`s as in `select`.
+      axes: as in `select`. Without `like` a tree with one `PartitionSpec` per parameter, of
+        dimensions that are one axis each.
       sizes: `{axis name: size}` of the axes to divide; other axes stay whole.
       num_elements: n.
       stratified: first cut every axis into n equal blocks, the shards of n owners, and divide each
         block among the elements; $n^2$ must divide the sizes. The marginals are the same; between
         owner and element the same number of rows passes whatever the key, so an exchange is one
         `all_to_all`.
+      like: the parameters, or `jax.ShapeDtypeStruct`s of them, as in `select`. Needed where `axes`
+        is a prefix tree or a function, where a dimension is a product or a concatenation of axes
+        whose sizes are not all in `sizes`, and where parameters are None.
 
     Returns:
       A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element.
 
     Raises:
-      ValueError: an axis that no parameter has, more elements than rows, blocks of unequal size.
+      ValueError: an axis that no parameter has or that has another size, more elements than rows,
+        blocks of unequal size.
     """
-    specs, paths = flat_specs("random_partition", axes)
-    known = {name for spec in specs for name in names(spec)}
-    if num_elements < 1 or not sizes:
-        msg = (
-            f"random_partition(sizes={dict(sizes)}, num_elements={num_elements}): write one axis "
-            "name with its size or more, and 1 element or more."
-        )
+    count = ("num_elements", num_elements)
+    return partition_of("random_partition", key, axes, sizes, count, stratified, like)
+
+
+def partition_of(
+    call: str,
+    key: jax.Array,
+    axes: Any,
+    sizes: Mapping[str, int],
+    count: tuple[str, int],
+    stratified: bool,
+    like: Any,
+) -> Selection:
+    """What `random_partition` returns; `call` and the name in `count` are the user's."""
+    word, num_elements = count
+    check_count(call, word, num_elements)
+    if not sizes:
+        msg = f"{call}(sizes={{}}): pass the name and the size of an axis to divide, or of several."
         raise ValueError(msg)
+    if like is None:
+        (specs, paths), known = flat_specs(call, axes), {}
+    else:
+        specs, paths, known = axis_sizes(call, axes, like)
+    _check_sizes(call, count, specs, sizes, known)
+    found = _all_sizes(call, specs, paths, sizes, known)
     indices = {}
     for name, axis_key in zip(sorted(sizes), jax.random.split(key, len(sizes))):
         size = sizes[name]
-        if name not in known:
-            msg = (
-                f"random_partition(sizes=...): no parameter has an axis {name!r}; the named ones "
-                f"are {sorted(known)}. Annotate the parameters (flax.linen.with_partitioning)."
-            )
-            raise ValueError(msg)
-        if num_elements > size:
-            msg = (
-                f"random_partition(num_elements={num_elements}): num_elements={num_elements} "
-                f"exceeds size {size} of axis {name!r}; every element needs a row."
-            )
-            raise ValueError(msg)
         if not stratified:
             indices[name] = _shares(axis_key, size, num_elements)
             continue
         block, rest = divmod(size, num_elements)
         if rest or block % num_elements:
             msg = (
-                f"random_partition(num_elements={num_elements}, stratified=True): axis {name!r} "
-                f"has size {size}, which {num_elements} * {num_elements} must divide: "
-                f"{num_elements} blocks, each of {num_elements} equal groups. Write another size, "
-                "or stratified=False."
+                f"{call}({word}={num_elements}, stratified=True): axis {name!r} has size {size}, "
+                f"which {num_elements} * {num_elements} must divide: {num_elements} blocks, each "
+                f"of {num_elements} equal groups. Write another size, or stratified=False."
             )
             raise ValueError(msg)
         keys = jax.random.split(axis_key, num_elements)
@@ -86,11 +96,58 @@ def random_partition(
         within = jax.vmap(share)(keys)  # [owner, element, m]
         offset = block * jnp.arange(num_elements, dtype=jnp.int32)[:, None, None]
         indices[name] = jnp.moveaxis(within + offset, 0, 1).reshape(num_elements, -1)
-    found = tuple(sorted(sizes.items()))
     valid = np.ones(num_elements, bool)
     blocks = num_elements if stratified else 1
     divided = tuple(sorted(sizes))
-    return Selection(indices, valid, specs, paths, found, divided, blocks, distinct=divided)
+    return Selection(
+        indices,
+        valid,
+        specs,
+        paths,
+        tuple(found.items()),
+        divided,
+        blocks,
+        distinct=divided,
+    )
+
+
+def _check_sizes(call, count, specs, sizes, known):
+    named = {name for spec in specs for name in names(spec)}
+    word, num_elements = count
+    for name, size in sizes.items():
+        check_size(call, name, size, known)
+        if name not in named:
+            near = nearest(name, named)
+            msg = (
+                f"{call}(sizes=...): no parameter has an axis {name!r}; "
+                + (f"the nearest is {near!r}; " if near else "")
+                + f"the named ones are {sorted(named)}. Annotate the parameters "
+                "(flax.linen.with_partitioning)."
+            )
+            raise ValueError(msg)
+        if num_elements > size:
+            msg = (
+                f"{call}({word}={num_elements}): {word}={num_elements} exceeds size {size} of axis "
+                f"{name!r}; every element needs a row."
+            )
+            raise ValueError(msg)
+
+
+def _all_sizes(call, specs, paths, sizes, known):
+    """Sizes of the axes to divide, and of those that stand in a product or a sum with them."""
+    found = {**known, **sizes}
+    needed = set(sizes)
+    for path, spec in zip(paths, specs):
+        own = () if is_plain(spec) or not needed & set(names(spec)) else names(spec)
+        for name in own:
+            if name not in found:
+                msg = (
+                    f"{call}(axes=...): {path} has axes {spec}, and the size of {name!r} is not "
+                    "known; pass the parameters as like=."
+                )
+                raise ValueError(msg)
+        needed = needed.union(own)
+    return {name: int(found[name]) for name in sorted(needed)}
 
 
 def _shares(key, size, n):

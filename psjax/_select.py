@@ -1,6 +1,7 @@
 """Index sets from the user, checked on the host: select, replicas, pairs of classes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._notation import is_plain, names, size_of, solved
-from psjax._selection import Selection, is_spec, runs_of
+from psjax._notation import is_plain, names, size_of, solved, terms
+from psjax._runs import runs_of
+from psjax._selection import Selection, is_spec
 
 
 def select(
@@ -18,27 +20,38 @@ def select(
     *,
     like: Any,
     sizes: Mapping[str, int] | None = None,
+    specialize: bool = True,
 ) -> Selection:
     """A `Selection` from index sets, validated on the host.
 
     Args:
       axes: tree like the parameters with `PartitionSpec` leaves that name dimensions, as
-        `flax.linen.get_partition_spec` returns: `P("class")`, `P(None, "hidden")`, `P()` for what
-        everybody shares. Or a function of the parameters that returns one.
+        `flax.linen.get_partition_spec` returns: `P("class")`, `P(None, "hidden")`, and `P()` or
+        None for what everybody shares. As in `in_axes` of `jax.vmap`, an entry may stand for a
+        whole subtree, such as `{"trunk": None, "head": P("class")}`, and no part of the parameters
+        may lack one. Or a function of the parameters that returns such a tree; a callable pytree
+        that holds specs, such as an equinox module, is a tree.
       indices: for each axis name to select, integers `[E, m]` (the element's rows, in this order),
-        `[E]` (one row, and the element's array lacks the axis), or E sequences of different
-        lengths (padded past the end). Names that no parameter has select samples; see `in_axes` of
-        `psjax.value_and_grad`.
-      like: the parameters, or `jax.ShapeDtypeStruct`s of them.
+        `[E]` (one row, and the element's array lacks the axis), E sequences of different lengths,
+        or a `numpy.ma` masked array `[E, m]`, whose masked places hold no row. Names that no
+        parameter has select samples; see `in_axes` of `psjax.value_and_grad`.
+      like: the parameters, or `jax.ShapeDtypeStruct`s of them. None in it is kept, no leaf; boxes
+        of metadata, such as `flax.linen.Partitioned` and `flax.nnx.Param`, are nodes of the tree
+        and stay: call what takes the selection with boxes too, or unbox in both places.
       sizes: sizes of axes that no parameter has; by default their largest index + 1. Give them
         where index sets change between calls of a jitted function: sizes are static.
+      specialize: whether programs may use how these index sets repeat: runs of elements with equal
+        rows, computed once, and axes that no two elements share. That is static, so a jitted
+        function compiles once for each such structure. Pass False where index sets are drawn anew
+        for every call, and each might have another: one program then serves all.
 
     Returns:
       A `Selection` of E elements, its arrays NumPy's.
 
     Raises:
       ValueError: axes that do not fit the parameters, one axis with two sizes, an index out of
-        range, or a row twice within an element.
+        range, a row twice within an element, or a name that is nearly an axis of the parameters
+        and has no size in `sizes`.
       TypeError: indices that are not integers.
 
     Example:
@@ -49,30 +62,45 @@ def select(
       >>> s.scatter_add(s.gather(w), w)["x"]
       Array([0., 1., 4., 3., 4.], dtype=float32)
     """
-    specs, paths, found = axis_sizes(axes, like)
-    in_params = set(found)
-    arrays = {name: _index_array(name, index) for name, index in indices.items()}
-    _check_lengths(arrays)
+    return selection_of("select", axes, indices, like, sizes, specialize)
+
+
+def selection_of(
+    call: str,
+    axes: Any,
+    indices: Mapping[str, Any],
+    like: Any,
+    sizes: Mapping[str, int] | None = None,
+    specialize: bool = True,
+) -> Selection:
+    """What `select` returns; `call` is the function that the user called, for messages."""
+    specs, paths, found = axis_sizes(call, axes, like)
+    in_params = sorted(found)
+    arrays = {name: _index_array(call, name, index) for name, index in indices.items()}
+    _check_lengths(call, arrays)
     for name, size in (sizes or {}).items():
-        if found.setdefault(name, size) != size:
-            msg = f"select(sizes=...): axis {name!r} is {size} here but {found[name]} in like."
-            raise ValueError(msg)
+        check_size(call, name, size, found)
+        found[name] = int(size)
     for name, (index, filled) in arrays.items():
         if not index.size:
-            msg = f"select(indices=...): axis {name!r} has no index; every element needs one."
+            msg = f"{call}(indices=...): axis {name!r} has no index; every element needs one."
             raise ValueError(msg)
-        size = found.setdefault(name, int(index.max()) + 1)
-        _check_range(name, index, filled, size)
+        if name not in found:
+            _check_name(call, name, in_params)
+        size = found.setdefault(name, int(index.max(where=filled, initial=0)) + 1)
+        _check_range(call, name, index, filled, size)
         if name in in_params:
-            _check_repeats(name, index, filled)
+            _check_repeats(call, name, index, filled)
     padded = {
         name: np.where(filled, index, found[name]).astype(np.int32)
         for name, (index, filled) in arrays.items()
     }
     valid = np.ones(len(next(iter(padded.values()))), bool)
-    distinct = tuple(sorted(in_params & set(padded)))
-    disjoint = tuple(name for name in distinct if _no_row_twice(padded[name], found[name]))
-    run_length, run_axes = runs_of(padded, [name for name in padded if name not in in_params])
+    distinct = tuple(name for name in in_params if name in padded)
+    disjoint, run_length, run_axes = (), 1, ()
+    if specialize:
+        disjoint = tuple(name for name in distinct if _no_row_twice(padded[name], found[name]))
+        run_length, run_axes = runs_of(padded, [name for name in padded if name not in in_params])
     return Selection(
         padded,
         valid,
@@ -86,6 +114,16 @@ def select(
     )
 
 
+def check_size(call: str, name: str, size: Any, found: Mapping[str, int]) -> None:
+    """Raise unless `size` is a size, and the axis has no other in the parameters."""
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        msg = f"{call}(sizes=...): axis {name!r} has size {size!r}; pass an integer, 1 or more."
+        raise ValueError(msg)
+    if found.get(name, size) != size:
+        msg = f"{call}(sizes=...): axis {name!r} is {size} here but {found[name]} in like."
+        raise ValueError(msg)
+
+
 def replicas(like: Any, num_elements: int) -> Selection:
     """Every element sees all parameters: data parallelism (sum) and local SGD (mean).
 
@@ -96,9 +134,7 @@ def replicas(like: Any, num_elements: int) -> Selection:
     Raises:
       ValueError: if `num_elements` is less than 1.
     """
-    if num_elements < 1:
-        msg = f"replicas(num_elements={num_elements}): write 1 or more."
-        raise ValueError(msg)
+    check_count("replicas", "num_elements", num_elements)
     paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(like))
     return Selection({}, np.ones(num_elements, bool), (P(),) * len(paths), paths, ())
 
@@ -124,66 +160,155 @@ def unordered_pairs(num_classes: int) -> np.ndarray:
     return np.stack(np.triu_indices(num_classes, 1), axis=1).astype(np.int32)
 
 
+def check_count(call: str, name: str, number: Any, least: int = 1) -> None:
+    """Raise unless a number of something is an integer, `least` or more."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
+        msg = f"{call}({name}={number!r}): write {least} or more."
+        raise ValueError(msg)
+
+
 def _check_classes(call, num_classes):
     if num_classes < 2:
         msg = f"{call}({num_classes}): one class has no pairs; write 2 or more."
         raise ValueError(msg)
 
 
-def flat_specs(call, axes, like_paths=None):
-    """Flat specs of a tree of axes, and their paths, which must be those of the parameters."""
-    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
-    paths = tuple(keystr(path) for path, _ in found)
-    if like_paths is not None and paths != like_paths:
-        odd = sorted(set(paths) ^ set(like_paths)) or list(like_paths)
-        msg = (
-            f"{call}(axes=...): axes is not a tree like the parameters; they differ in "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
-        )
-        raise ValueError(msg)
-    specs = []
-    for path, spec in found:
-        spec = P() if spec is None else spec
-        if not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec):
+def flat_specs(call: str, axes: Any, like: Any = None) -> tuple[tuple[P, ...], tuple[str, ...]]:
+    """The spec of every leaf of the parameters, flat, and the path of every leaf.
+
+    Args:
+      call: the function that the user called, for messages.
+      axes: as in `select`.
+      like: the parameters; None: `axes` is a whole tree, one entry per leaf.
+    """
+    if is_function(axes):
+        if like is None:
             msg = (
-                f"{call}(axes=...): {keystr(path)} has axes {spec!r}; write a PartitionSpec of "
-                "names and None, one name a dimension."
+                f"{call}(axes=...): axes is a function of the parameters; pass them as like=, or "
+                "what the function returns."
             )
             raise ValueError(msg)
-        specs.append(spec)
-    return tuple(specs), paths
-
-
-def axis_sizes(axes, like):
-    """Flat specs and paths of the parameters, and the size of every named axis."""
-    axes = axes(like) if isinstance(axes, Callable) and not is_spec(axes) else axes
-    leaves = jax.tree_util.tree_leaves_with_path(like)
+        axes = axes(like)
+    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
+    arrays = [keystr(path) for path, x in found if hasattr(x, "shape")]
+    if arrays:
+        msg = (
+            f"{call}(axes=...): axes has an array in {arrays[0]}; pass names, such as those that "
+            "flax.linen.get_partition_spec or flax.nnx.get_partition_spec returns."
+        )
+        raise ValueError(msg)
+    specs = [spec for _, spec in found] if like is None else _spread(call, found, like)
+    leaves = found if like is None else jax.tree_util.tree_leaves_with_path(like)
     paths = tuple(keystr(path) for path, _ in leaves)
-    specs, _ = flat_specs("select", axes, paths)
+    for path, spec in zip(paths, specs):
+        _check_spec(call, path, spec)
+    return tuple(P() if spec is None else spec for spec in specs), paths
+
+
+def is_function(axes: Any) -> bool:
+    """Whether axes is a function of the parameters: callable, and no pytree that holds specs."""
+    held = jax.tree.leaves(axes, is_leaf=is_spec)
+    return isinstance(axes, Callable) and not any(isinstance(x, P) for x in held)
+
+
+def _spread(call, entries, like):
+    """The entry of every leaf: that of the leaf itself, or of a subtree that the leaf is in."""
+    as_keys = lambda path: tuple(map(str, path))
+    given = {as_keys(path): spec for path, spec in entries}
+    used, found, missing = set(), [], []
+    for path, _ in jax.tree_util.tree_leaves_with_path(like):
+        keys = as_keys(path)
+        at = next((keys[:n] for n in range(len(keys) + 1) if keys[:n] in given), None)
+        if at is None:
+            missing.append(keystr(path))
+            continue
+        used.add(at)
+        found.append(given[at])
+    no_leaf = lambda x: not jax.tree.leaves(x)  # None, or an empty container: its entry is unused
+    empty = jax.tree_util.tree_leaves_with_path(like, is_leaf=no_leaf)
+    used |= {as_keys(path)[:n] for path, x in empty if no_leaf(x) for n in range(len(path) + 1)}
+    extra = [keystr(path) for path, _ in entries if as_keys(path) not in used]
+    if missing or extra:
+        show = lambda xs: f"{', '.join(xs[:3])}{' ...' if len(xs) > 3 else ''}"
+        parts = []
+        if missing:
+            parts.append(f"it has no entry for {show(missing)} (None: everybody shares it)")
+        if extra:
+            parts.append(f"the parameters have no {show(extra)}")
+        msg = (
+            f"{call}(axes=...): axes is not a tree like the parameters; {'; '.join(parts)}. An "
+            "entry may also stand for a whole subtree."
+        )
+        raise ValueError(msg)
+    return found
+
+
+def _check_spec(call, path, spec):
+    if spec is not None and (
+        not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec)
+    ):
+        msg = (
+            f"{call}(axes=...): {path} has axes {spec!r}; write a PartitionSpec of names and None, "
+            "one name a dimension."
+        )
+        raise ValueError(msg)
+    for entry in spec or ():
+        try:
+            terms(entry)
+        except ValueError as error:
+            msg = f"{call}(axes=...): {path} has axes {spec}; {error}"
+            raise ValueError(msg) from None
+
+
+def axis_sizes(
+    call: str, axes: Any, like: Any
+) -> tuple[tuple[P, ...], tuple[str, ...], dict[str, int]]:
+    """Flat specs and paths of the parameters, and the size of every named axis."""
+    specs, paths = flat_specs(call, axes, like)
+    shapes = [_shape(call, path, x) for path, x in zip(paths, jax.tree.leaves(like))]
     sizes, where = {}, {}
-    for (path, x), spec in zip(leaves, specs):
-        if len(spec) > x.ndim:
-            msg = f"select(axes=...): {keystr(path)} has shape {tuple(x.shape)} but axes {spec}."
+    for path, shape, spec in zip(paths, shapes, specs):
+        if len(spec) > len(shape):
+            msg = f"{call}(axes=...): {path} has shape {shape} but axes {spec}."
             raise ValueError(msg)
-        for name, size in zip(spec, x.shape):
+        for name, size in zip(spec, shape):
             if name is None or not is_plain(P(name)):
                 continue
             if sizes.setdefault(name, size) != size:
                 msg = (
-                    f"select(axes=...): axis {name!r} has size {sizes[name]} in {where[name]} but "
-                    f"{size} in {keystr(path)}."
+                    f"{call}(axes=...): axis {name!r} has size {sizes[name]} in {where[name]} but "
+                    f"{size} in {path}."
                 )
                 raise ValueError(msg)
-            where.setdefault(name, keystr(path))
-    _solve(leaves, specs, sizes)
+            where.setdefault(name, path)
+    _solve(call, paths, shapes, specs, sizes)
     return specs, paths, sizes
 
 
-def _solve(leaves, specs, sizes):
+def _shape(call, path, x):
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")) and not np.isscalar(x):
+        msg = (
+            f"{call}(like=...): {path} is {x!r}, which is no array; pass the arrays alone, the "
+            "rest as None."
+        )
+        raise ValueError(msg)
+    return tuple(np.shape(x))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that this one may be a slip of, or None."""
+    name, folded = name.casefold(), {other.casefold(): other for other in known}
+    # 'clas', 'Class', 'calss' and 'classes' are near to 'class'; 'batch' and 'patch' are two names.
+    found = difflib.get_close_matches(name, folded, n=1, cutoff=0.83)
+    found += [other for other in folded if sorted(other) == sorted(name)]
+    return folded[found[0]] if found else None
+
+
+def _solve(call, paths, shapes, specs, sizes):
     """Sizes of axes that stand only in products and sums, from those that are known."""
     dims = [
-        (keystr(path), d, entry, x.shape[d])
-        for (path, x), spec in zip(leaves, specs)
+        (path, d, entry, shape[d])
+        for path, shape, spec in zip(paths, shapes, specs)
         for d, entry in enumerate(spec)
         if entry is not None and not is_plain(P(entry))
     ]
@@ -197,89 +322,111 @@ def _solve(leaves, specs, sizes):
                 continue
             for name, size in found.items():
                 if size < 1:
-                    raise ValueError(_unfit(*dim, sizes))
+                    raise ValueError(_unfit(call, *dim, sizes))
                 sizes[name] = size
         if len(open_dims) == len(left):
             path, d, entry, size = left[0]
             unknown = [name for name in names(P(entry)) if name not in sizes]
             msg = (
-                f"select(axes=...): dimension {d} of {path} is {entry!r}, of size {size}, which "
+                f"{call}(axes=...): dimension {d} of {path} is {entry!r}, of size {size}, which "
                 f"does not tell the sizes of {unknown}; write a number in the place of one."
             )
             raise ValueError(msg)
         left = open_dims
     for dim in dims:
         if size_of(dim[2], sizes) != dim[3]:
-            raise ValueError(_unfit(*dim, sizes))
+            raise ValueError(_unfit(call, *dim, sizes))
 
 
-def _unfit(path, d, entry, size, sizes):
+def _unfit(call, path, d, entry, size, sizes):
     known = {name: sizes[name] for name in names(P(entry)) if name in sizes}
     return (
-        f"select(axes=...): dimension {d} of {path} has size {size}, but {entry!r} with the sizes "
+        f"{call}(axes=...): dimension {d} of {path} has size {size}, but {entry!r} with the sizes "
         f"{known} is not that."
     )
 
 
-def _index_array(name, index) -> tuple[np.ndarray, np.ndarray]:
+def _index_array(call, name, index) -> tuple[np.ndarray, np.ndarray]:
     """The index sets as one array, and which of its places are filled."""
-    ragged = isinstance(index, Sequence) and len({np.shape(row) for row in index}) > 1
-    rows = [np.asarray(row) for row in index] if ragged else [np.asarray(index)]
+    if isinstance(index, np.ma.MaskedArray):
+        rows, filled = [np.ma.getdata(index)], ~np.ma.getmaskarray(index)
+    else:
+        rows, filled = _rows(index), None
     if any(row.size and not np.issubdtype(row.dtype, np.integer) for row in rows):
         kinds = sorted({row.dtype.name for row in rows})
-        msg = f"select(indices=...): axis {name!r} has indices of {kinds}; write integers."
+        msg = f"{call}(indices=...): axis {name!r} has indices of {kinds}; write integers."
         raise TypeError(msg)
-    if ragged and max(row.ndim for row in rows) > 1:
-        msg = f"select(indices=...): axis {name!r} has an element with indices of rank 2; write 1."
+    if len(rows) > 1 and max(row.ndim for row in rows) > 1:
+        msg = f"{call}(indices=...): axis {name!r} has an element with indices of rank 2; write 1."
         raise ValueError(msg)
-    if not ragged:
+    if len(rows) == 1:
         if rows[0].ndim not in (1, 2):
             msg = (
-                f"select(indices=...): axis {name!r} has indices of shape {rows[0].shape}; write "
+                f"{call}(indices=...): axis {name!r} has indices of shape {rows[0].shape}; write "
                 "[E, m], or [E] to take one row each."
             )
             raise ValueError(msg)
-        return rows[0], np.ones(rows[0].shape, bool)
-    width = max(row.size for row in rows)
-    array, filled = np.zeros((len(rows), width), int), np.zeros((len(rows), width), bool)
-    for e, row in enumerate(rows):
-        array[e, : row.size], filled[e, : row.size] = row, True
+        return rows[0], np.ones(rows[0].shape, bool) if filled is None else filled
+    lengths = np.array([row.size for row in rows])
+    filled = np.arange(lengths.max()) < lengths[:, None]
+    array = np.zeros(filled.shape, int)
+    array[filled] = np.concatenate([row.reshape(-1) for row in rows if row.size])
     return array, filled
 
 
-def _check_lengths(arrays):
+def _rows(index):
+    """The index sets as one array, in a list, or as one array per element: of several lengths."""
+    try:
+        return [np.asarray(index)]
+    except ValueError:  # an inhomogeneous shape
+        return [np.asarray(row) for row in index]
+
+
+def _check_lengths(call, arrays):
     if not arrays:
-        msg = "select(indices={}): nothing is selected; psjax.replicas(like, n) shares everything."
-        raise ValueError(msg)
+        msg = f"{call}(indices={{}}): nothing is selected; psjax.replicas(like, n) shares "
+        raise ValueError(msg + "everything.")
     lengths = {name: len(index) for name, (index, _) in arrays.items()}
     if len(set(lengths.values())) > 1:
-        msg = f"select(indices=...): numbers of elements differ, {lengths}; write one row each."
+        msg = f"{call}(indices=...): numbers of elements differ, {lengths}; write one row each."
         raise ValueError(msg)
 
 
-def _check_range(name, index, filled, size):
-    bad = np.argwhere(filled & ((index < 0) | (index >= size)))
-    if bad.size:
-        at = tuple(bad[0])
+def _check_name(call, name, in_params):
+    """Refuse a slip of an axis of the parameters, which would select samples."""
+    other = nearest(name, in_params)
+    if other is not None:
         msg = (
-            f"select(indices=...): index {index[at]} of element {at[0]} is outside axis {name!r} "
+            f"{call}(indices=...): no parameter has an axis {name!r}; the nearest is {other!r}. "
+            f"Pass {other!r}; or name a dimension of the parameters {name!r} in axes; or, for an "
+            f"axis of samples, pass its size, sizes={{{name!r}: ...}}."
+        )
+        raise ValueError(msg)
+
+
+def _check_range(call, name, index, filled, size):
+    bad = filled & ((index < 0) | (index >= size))
+    if bad.any():
+        at = tuple(np.argwhere(bad)[0])
+        msg = (
+            f"{call}(indices=...): index {index[at]} of element {at[0]} is outside axis {name!r} "
             f"(size {size}). JAX would clamp the gather and drop the scatter, and the gradient "
             "would be wrong without a sign."
         )
         raise ValueError(msg)
 
 
-def _check_repeats(name, index, filled):
+def _check_repeats(call, name, index, filled):
     if index.ndim == 1:
         return
     empty = -1 - np.arange(index.shape[1])  # each different from all rows, and from one another
     ordered = np.sort(np.where(filled, index, empty), axis=1)
-    twice = np.argwhere(ordered[:, 1:] == ordered[:, :-1])
-    if twice.size:
-        e, place = twice[0]
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        e, place = np.argwhere(twice)[0]
         times = np.sum(ordered[e] == ordered[e, place])
         msg = (
-            f"select(indices=...): element {e} holds row {ordered[e, place]} of axis {name!r} "
+            f"{call}(indices=...): element {e} holds row {ordered[e, place]} of axis {name!r} "
             f"{times} times; an element sees a row once."
         )
         raise ValueError(msg)

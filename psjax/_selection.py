@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,9 +12,13 @@ from flax import serialization
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._leaf import gather_leaf, held_entries, merge_leaf, scatter_leaf, selected
+from psjax._holders import holders_of
+from psjax._leaf import gather_leaf, selected
 from psjax._masks import both, broadcasts, kept, masks_of
-from psjax._notation import names, size_of, terms
+from psjax._notation import names, size_of
+from psjax._placement import placed, whole
+from psjax._runs import cut, cut_each, length_of, on_host, part_of_run
+from psjax._sums import mean_of, narrowed, wide_zeros
 
 is_spec = lambda x: isinstance(x, P) or x is None
 
@@ -98,6 +102,7 @@ class Selection:
           element that is not valid gets zeros.
         """
         self.check("Selection.gather(params)", params)
+        params = whole(params)
         valid = jnp.asarray(self.valid)
 
         def leaf(spec, x):
@@ -119,8 +124,8 @@ class Selection:
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
         self.check("Selection.scatter_add(stacked, like)", like)
-        total = self._add(_wide_zeros(like), stacked, jnp.asarray(self.valid))
-        return self.masked(jax.tree.map(lambda t, x: t.astype(x.dtype), total, like))
+        total = self._sum(wide_zeros(like), whole(stacked), jnp.asarray(self.valid))
+        return placed(narrowed(self.masked(total), like), like)
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
@@ -142,30 +147,13 @@ class Selection:
         self.check("Selection.scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)
         valid = valid if where is None else valid & where
-        counts = self._counts(params, valid, axis_name)
 
-        def sums(part):
-            parts = jax.tree.map(part, stacked)
-            like = jax.tree.map(part, jax.tree.map(jnp.asarray, params))
-            total = self.masked(self._add(_wide_zeros(like), parts, valid))
+        def sums(stacked, like):
+            total = self.masked(self._sum(wide_zeros(like), stacked, valid))
             return total if axis_name is None else jax.lax.psum(total, axis_name)
 
-        halves = any(_in_halves(jnp.asarray(x).dtype) for x in jax.tree.leaves(params))
-        low = sums(lambda x: x & 0xFFFF if _in_halves(jnp.asarray(x).dtype) else x)
-        high = sums(lambda x: x >> 16 if _in_halves(jnp.asarray(x).dtype) else x) if halves else low
-
-        def mean(w, low, high, count):
-            w, holders = jnp.asarray(w), jnp.maximum(count, 1).astype(low.dtype)
-            if _in_halves(w.dtype):
-                whole, rest = high // holders, high % holders
-                new = (whole << 16) + ((rest << 16) + low) // holders
-            elif jnp.issubdtype(low.dtype, jnp.integer):
-                new = low // holders
-            else:
-                new = low / holders
-            return jnp.where(count == 0, w, new.astype(w.dtype))
-
-        return jax.tree.map(mean, params, low, high, counts)
+        counts = self._counts(params, valid, axis_name)
+        return placed(mean_of(sums, whole(stacked), whole(params), counts), params)
 
     def counts(self, params):
         """How many elements hold each entry: a tree like `params`, int32."""
@@ -190,11 +178,8 @@ class Selection:
         if n < 1 or self.valid.ndim != 1:
             msg = f"split({n}): n must be positive and the selection [E], not {self.valid.shape}."
             raise ValueError(msg)
-        E, r = self.num_elements, self.run_length
-        size = lambda p: p * -(-E // (n * p))
-        # A worker's part of p elements of a run costs p elements and, once, what they share.
-        part = min((p for p in range(1, r + 1) if r % p == 0), key=lambda p: size(p) * (p + 1) / p)
-        parts = self.parts(n, size(part), part)
+        part = part_of_run(self.num_elements, self.run_length, n)
+        parts = self.parts(n, part * -(-self.num_elements // (n * part)), part)
         return dataclasses.replace(parts, keep=jax.tree.map(lambda x: repeat(x, n), self.keep))
 
     def parts(self, n: int, size: int, run_length: int = 1) -> "Selection":
@@ -202,13 +187,12 @@ class Selection:
 
         Masks are left out. `run_length` must divide `size` and the selection's own.
         """
-        cut = lambda x: _cut(x, n, size)
-        indices = {name: cut(index) for name, index in self.indices.items()}
-        real = _cut(np.ones(self.num_elements, bool), n, size, False)
+        indices = {name: cut(index, n, size) for name, index in self.indices.items()}
+        real = cut(np.ones(self.num_elements, bool), n, size, False)
         return dataclasses.replace(
             self,
             indices=indices,
-            valid=cut(self.valid) & real,
+            valid=cut(self.valid, n, size) & real,
             keep=None,
             run_length=run_length,
             run_axes=self.run_axes if run_length > 1 else (),
@@ -219,16 +203,12 @@ class Selection:
 
         Leaves `[E / run_length * cuts, size, ...]`; masks are left out.
         """
-        r, E = self.run_length, self.num_elements
-        places = np.minimum(np.arange(cuts * size), r - 1)
-        cut = lambda x: x.reshape(E // r, r, *x.shape[1:])[:, places].reshape(
-            -1, size, *x.shape[1:]
-        )
-        indices = {name: cut(index) for name, index in self.indices.items()}
-        real = np.tile(np.arange(cuts * size) < r, E // r).reshape(-1, size)
-        return dataclasses.replace(
-            self, indices=indices, valid=cut(self.valid) & real, keep=None, run_length=size
-        )
+        each = lambda x: cut_each(x, self.run_length, cuts, size)
+        indices = {name: each(index) for name, index in self.indices.items()}
+        runs = self.num_elements // self.run_length
+        real = np.tile(np.arange(cuts * size) < self.run_length, runs)
+        valid = each(self.valid) & real.reshape(-1, size)
+        return dataclasses.replace(self, indices=indices, valid=valid, keep=None, run_length=size)
 
     def __getitem__(self, rows) -> "Selection":
         """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
@@ -236,12 +216,12 @@ class Selection:
             return jax.tree.map(lambda x: x[rows], self)
         host = isinstance(rows, np.ndarray | np.integer | int | slice | list)
         rows = np.asarray(rows) if isinstance(rows, list) else rows
-        take = lambda x: np.asarray(x)[rows] if host and _on_host(x) else jnp.asarray(x)[rows]
+        take = lambda x: np.asarray(x)[rows] if host and on_host(x) else jnp.asarray(x)[rows]
         indices = {name: take(index) for name, index in self.indices.items()}
         runs = {"run_length": 1, "run_axes": ()}
         if host and self.run_length > 1:
             run = (np.arange(self.num_elements) // self.run_length)[rows]
-            length = run_length(run) if run.ndim == 1 else 1
+            length = length_of(run) if run.ndim == 1 else 1
             runs = {"run_length": length, "run_axes": self.run_axes if length > 1 else ()}
         return dataclasses.replace(self, indices=indices, valid=take(self.valid), **runs)
 
@@ -323,16 +303,15 @@ class Selection:
     def give_back(self, totals, seen):
         """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
         if not self.valid.ndim:
-            return self._add(totals, seen, jnp.asarray(self.valid))
+            return self._sum(totals, seen, jnp.asarray(self.valid))
         heads, out = self._heads(), []
-        owners = self._owners(jnp.asarray(self.valid))
+        holders = self._holders(jnp.asarray(self.valid))
+        of_runs = heads._holders(jnp.asarray(heads.valid))
         for total, y, spec in zip(totals, seen, self.specs, strict=True):
             if not selected(spec, self.indices):
                 out.append(total + y.astype(total.dtype))
-            elif self._in_run(spec):
-                out.append(heads._add_leaf(total, y, spec, jnp.asarray(heads.valid), owners))
             else:
-                out.append(self._add_leaf(total, y, spec, jnp.asarray(self.valid), owners))
+                out.append((of_runs if self._in_run(spec) else holders).add(total, y, spec))
         return out
 
     def settled(self) -> "Selection":
@@ -342,7 +321,7 @@ class Selection:
         element takes the place of the first valid one of its run, a run without any that of the
         first run that has one.
         """
-        if _on_host(self.valid) and np.all(self.valid):
+        if on_host(self.valid) and np.all(self.valid):
             return self
         r, q = self.run_length, self.num_elements // self.run_length
         valid = jnp.asarray(self.valid).reshape(q, r)
@@ -455,79 +434,32 @@ class Selection:
             return self
         indices = {name: self.indices[name][::r] for name in self.run_axes}
         valid = jnp.asarray(self.valid).reshape(-1, r).any(axis=1)
-        return dataclasses.replace(self, indices=indices, valid=valid, run_length=1, run_axes=())
+        return dataclasses.replace(
+            self, indices=indices, valid=valid, disjoint=(), run_length=1, run_axes=()
+        )
 
-    def _add(self, zeros, stacked, valid):
-        owners = self._owners(valid)
-        add = lambda spec, zero, y: self._add_leaf(zero, y, spec, valid, owners)
-        return _map(add, self.specs, zeros, stacked)
+    def _holders(self, valid, axis_name=None):
+        known = (self.sizes, self.disjoint, self.distinct)
+        return holders_of(self.indices, valid, *known, axis_name)
 
-    def _add_leaf(self, total, y, spec, valid, owners):
-        if self._one_holder(spec) and valid.ndim:
-            return total + merge_leaf(
-                y, spec, self.indices, owners[0], owners[1], self.sizes
-            ).astype(total.dtype)
-        return scatter_leaf(total, y, spec, self.indices, valid, self.sizes, self.distinct)
+    def _sum(self, zeros, stacked, valid):
+        holders = self._holders(valid)
+        return _map(lambda spec, zero, y: holders.add(zero, y, spec), self.specs, zeros, stacked)
 
     def _counts(self, params, valid, axis_name=None):
         """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
-        owners, _ = self._owners(valid, axis_name)
-        mine, _ = self._owners(valid) if self.keep is not None else (owners, {})
-        held = lambda x, spec, owners: held_entries(jnp.ndim(x), spec, owners, self.sizes)
+        mine, everywhere = self._holders(valid), self._holders(valid, axis_name)
 
         def leaf(spec, keep, x):
-            if self._one_holder(spec):
-                if keep is None:
-                    return held(x, spec, owners).astype(jnp.int32)
-                count = kept(keep, held(x, spec, mine).astype(jnp.int32))
-                return count if axis_name is None else jax.lax.psum(count, axis_name)
-            dims = [*(spec or ()), *[None] * (jnp.ndim(x) - len(spec or ()))]
-            shape = [n if selected(P(d), self.indices) else 1 for n, d in zip(jnp.shape(x), dims)]
-            ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1, self.sizes)
-            if not selected(spec, self.indices):
-                ones = jnp.broadcast_to(ones, (self.num_elements, *ones.shape))
-            zeros = jnp.zeros(shape, jnp.int32)
-            count = scatter_leaf(zeros, ones, spec, self.indices, valid, self.sizes, self.distinct)
-            count = kept(keep, count)  # this device's, whose masks may be its own
+            if keep is None and mine.alone(spec):
+                return everywhere.number(x, spec)
+            count = kept(keep, mine.number(x, spec))  # this device's, whose masks may be its own
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
         leaves, treedef = jax.tree.flatten(params)
         keep = self.keep or (None,) * len(leaves)
         counts = [leaf(*args) for args in zip(self.specs, keep, leaves, strict=True)]
         return treedef.unflatten(counts)
-
-    def _one_holder(self, spec):
-        """Whether no entry of such a leaf can have two holders."""
-        if not self.disjoint:
-            return False
-        parts = [[]]
-        for entry in spec or ():
-            parts = [[*part, *term] for part in parts for term in terms(entry) or ((),)]
-        own = lambda part: {f for f in part if f in self.indices}
-        return all(own(part) and own(part) <= set(self.disjoint) for part in parts)
-
-    def _owners(self, valid, axis_name=None):
-        """The element that holds each row of the disjoint axes, -1 for none, and its place there.
-
-        With `axis_name` elements are counted over all devices.
-        """
-        owners, places = {}, {}
-        if not self.disjoint:
-            return owners, places
-        element = jnp.arange(self.num_elements, dtype=jnp.int32)
-        if axis_name is not None:
-            element = element + self.num_elements * jax.lax.axis_index(axis_name)
-        for name in self.disjoint:
-            index, size = jnp.asarray(self.indices[name]), self.sizes[name]
-            index = jnp.where(valid[:, None], index, jnp.full_like(index, size))
-            place = jnp.broadcast_to(jnp.arange(index.shape[1], dtype=jnp.int32), index.shape)
-            nobody = jnp.full(size, -1, jnp.int32)
-            owner = nobody.at[index].set(
-                jnp.broadcast_to(element[:, None], index.shape), mode="drop"
-            )
-            owners[name] = owner if axis_name is None else jax.lax.pmax(owner, axis_name)
-            places[name] = jnp.zeros(size, jnp.int32).at[index].set(place, mode="drop")
-        return owners, places
 
 
 serialization.register_serialization_state(
@@ -542,38 +474,6 @@ serialization.register_serialization_state(
 )
 
 
-def runs_of(indices: dict[str, np.ndarray], samples: Sequence[str]) -> tuple[int, tuple[str, ...]]:
-    """How many elements that follow one another have the same rows of which axes, on the host.
-
-    Args:
-      indices: as of a `Selection`.
-      samples: names of the axes that no parameter has. Runs of these are preferred: what depends on
-        them and on shared leaves, a network's trunk, is then computed once per run.
-
-    Returns:
-      `run_length` and `run_axes` of the `Selection`.
-    """
-    lengths = {}
-    for name, index in indices.items():
-        rows = np.asarray(index).reshape(len(index), -1)
-        changes = np.any(rows[1:] != rows[:-1], axis=1)
-        lengths[name] = _common_length(changes, len(rows))
-    own = [n for name, n in lengths.items() if name in samples and n > 1]
-    found = max(own or lengths.values(), default=1)
-    if found == 1:
-        return 1, ()
-    return found, tuple(sorted(name for name, n in lengths.items() if n % found == 0))
-
-
-def run_length(run: np.ndarray) -> int:
-    """The length of the runs of equal numbers, a common divisor of all of them."""
-    return _common_length(run[1:] != run[:-1], len(run))
-
-
-def _common_length(changes, total):
-    return int(np.gcd.reduce(np.flatnonzero(changes) + 1, initial=total))
-
-
 def _map(fn, specs, *trees):
     """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
     leaves, treedef = jax.tree.flatten(trees[0])
@@ -585,44 +485,9 @@ def along(valid, y):
     return valid.reshape(*valid.shape, *(1,) * (y.ndim - valid.ndim))
 
 
-def _wide_zeros(like):
-    """Where sums of such leaves are accumulated: zeros, of `wide` dtypes."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
-
-
-def wide(dtype) -> Any:
-    """The dtype in which sums are accumulated: 32 bits at least."""
-    if jnp.issubdtype(dtype, jnp.bool_):
-        return jnp.dtype(jnp.int32)
-    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
-        return jnp.dtype(jnp.float32)
-    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 32:
-        return jnp.dtype(jnp.int32)
-    return dtype
-
-
-def _in_halves(dtype):
-    """Whether sums of such integers are taken in two halves, so that they do not overflow."""
-    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits == 32
-
-
-def _on_host(x):
-    return isinstance(x, np.ndarray | np.generic)
-
-
-def _cut(x, n, size, last=None):
-    """`[E, ...] -> [n, size, ...]`, padded with the last row, or with `last`; NumPy's stay so."""
-    xp = np if _on_host(x) else jnp
-    pad = n * size - x.shape[0]
-    if pad:
-        end = x[-1:] if last is None else xp.full((1, *x.shape[1:]), last, x.dtype)
-        x = xp.concatenate([x, xp.broadcast_to(end, (pad, *x.shape[1:]))])
-    return x.reshape(n, size, *x.shape[1:])
-
-
 def repeat(x: Any, n: int):
     """`[...] -> [n, ...]`; NumPy's arrays stay so."""
-    return (np if _on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
+    return (np if on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
 
 
 def check_like(call, selection, params):

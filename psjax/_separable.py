@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from psjax._chunk import chunk_sizes
-from psjax._elements import check_chunk_size, over_chunks, placed, vary, view, whole
-from psjax._selection import along, wide
+from psjax._elements import check_chunk_size, over_chunks, view
+from psjax._placement import placed, vary, whole
+from psjax._selection import along
+from psjax._sums import narrowed, wide, wide_zeros
 
 
 def value_and_grad(
@@ -189,10 +191,8 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
     """
     element, leaves, dtype, sizes = _of_leaves(call, element_fn, seen, args, chunk_size, has_aux)
     argnums = tuple(argnums)
-    zeros = (
-        jnp.zeros((), wide(dtype)),
-        [jnp.zeros(leaves[i].shape, wide(leaves[i].dtype)) for i in argnums],
-    )
+    moved = [leaves[i] for i in argnums]
+    zeros = jnp.zeros((), wide(dtype)), wide_zeros(moved)
     init = vary(zeros, (seen, leaves))
     leaves = vary(leaves, (seen, leaves))
     seen = seen.settled()
@@ -201,9 +201,9 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
         value, totals = carry
         of_part = part.see(leaves)
 
-        def total(*moved):
+        def total(*own):
             full = list(of_part)
-            for i, x in zip(argnums, moved):
+            for i, x in zip(argnums, own):
                 full[i] = x
             values, aux = part.over(element, full)
             values = jnp.where(part.valid, values, jnp.zeros_like(values))
@@ -222,7 +222,7 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
 
     (value, totals), aux = over_chunks(seen, sizes, body, init, leaves)
     totals = seen.only(argnums).masked(totals)
-    return value.astype(dtype), [t.astype(leaves[i].dtype) for i, t in zip(argnums, totals)], aux
+    return value.astype(dtype), narrowed(totals, moved), aux
 
 
 def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
@@ -238,7 +238,7 @@ def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
         return out if has_aux else (out, ())
 
     one = jax.eval_shape(lambda xs: seen[0].see(xs), leaves)
-    out = jax.eval_shape(element, *one)
+    program, out = jax.make_jaxpr(element, return_shape=True)(*one)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         msg = f"{call}(has_aux=True): element_fn must return (value, aux), got {out}."
         raise TypeError(msg)
@@ -255,5 +255,5 @@ def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
         raise TypeError(msg)
     sizes = (chunk_size, chunk_size)
     if chunk_size is None:
-        sizes = chunk_sizes(element, one, seen.num_elements, seen.run_length)
+        sizes = chunk_sizes(program, seen.num_elements, seen.run_length)
     return element, leaves, value.dtype, sizes

@@ -1,54 +1,310 @@
-"""How an optimizer's state travels: as the parameter that a part of it belongs to, or whole."""
+"""How an optimizer's state travels: entry by entry with a parameter, or whole.
 
-from typing import Any
+The proof comes from the optimizer itself. `optimizer.init` is traced for parameters of other sizes,
+one bit of every dimension's number at a time. The dimensions of the state that change with a
+dimension of a parameter are that dimension; names, paths and coincidences of shape play no part.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._selection import is_spec
+from psjax._select import axis_sizes
+
+_MIXED = "mixed"  # a dimension of the state that is made of several, such as a flattened one
+
+
+class Route(NamedTuple):
+    """How one leaf of an optimizer's state travels.
+
+    Attributes:
+      spec: its axis names.
+      keep: the mask of its parameter, or None.
+      copied: True if it is taken from one element, False if the elements' are averaged.
+    """
+
+    spec: P
+    keep: Any
+    copied: bool
 
 
 def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
-    """Axis names of an optimizer's state: its trees shaped like the parameters have theirs.
+    """Axis names of an optimizer's state: a moment has those of its parameter.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
       axes: tree of `PartitionSpec`s of the parameters.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
+
+    Returns:
+      A tree of `PartitionSpec`s like the optimizer's state. `P()` is what travels whole: counts,
+      keys, constants and other scalars.
+
+    Raises:
+      ValueError: a state that is reduced over a named axis.
     """
     state = jax.eval_shape(optimizer.init, like)
-    specs = jax.tree.leaves(axes, is_leaf=is_spec)
-    return jax.tree.structure(state).unflatten(state_specs_of(like, specs, state))
+    specs = axis_sizes("state_axes", axes, like)[0]
+    found = state_routes(
+        "state_axes", optimizer, like, state, specs, divided=lambda name: name is not None
+    )
+    return jax.tree.structure(state).unflatten([route.spec for route in found])
 
 
-def state_specs_of(params, specs, opt_state):
-    """How each leaf of the optimizer's state travels: as the parameter it belongs to, or whole."""
-    return [P() if i is None else specs[i] for i in state_owners(params, opt_state)]
+def extra_arguments(value: Any, grad: Any, fn: Callable[[Any], Any]) -> dict[str, Any]:
+    """What an optimizer may want besides gradients, state and parameters, by optax's names.
 
-
-def state_owners(params, opt_state):
-    """Number of the parameter that each leaf of the optimizer's state belongs to, or None.
-
-    A leaf belongs to the parameter whose path its own path ends with, and whose shape it has.
+    Args:
+      value: the loss.
+      grad: its gradient.
+      fn: the loss as a function of the parameters.
     """
-    owners = {
-        path: (i, jnp.shape(x))
-        for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(params))
-    }
-    found_owners = []
-    for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
-        tails = [path[i:] for i in range(len(path) + 1)]
-        found = [owners[tail][0] for tail in tails if owners.get(tail, (0, None))[1] == x.shape]
-        if not found and x.ndim:
-            msg = (
-                f"local_update(optimizer=...): the optimizer's state {keystr(path)} has shape "
-                f"{x.shape} and no parameter it belongs to has it; only trees shaped like the "
-                "parameters and scalars can travel with the weights. Write an optimizer "
-                "whose state is per entry, such as optax.sgd or optax.adam."
-            )
-            raise ValueError(msg)
-        found_owners.append(found[0] if found else None)
-    return found_owners
+
+    def value_fn(params, obj_fn=None):  # a line search hands on what it does not know
+        del obj_fn
+        return fn(params)
+
+    return dict(value=value, grad=grad, value_fn=value_fn, obj_fn=fn)
+
+
+def state_routes(
+    call: str,
+    optimizer: Any,
+    params: Any,
+    opt_state: Any,
+    specs: Any,
+    keep: Any = None,
+    *,
+    divided: Callable[[Any], bool],
+    like: Any = None,
+) -> list[Route]:
+    """How each leaf of an optimizer's state travels.
+
+    Args:
+      call: the name of the public function, for messages.
+      optimizer: an `optax.GradientTransformation`.
+      params: the parameters that it trains.
+      opt_state: its state.
+      specs: the `PartitionSpec` of every parameter, flat.
+      keep: the mask of every parameter, flat, or None.
+      divided: whether an entry of a `PartitionSpec` names an axis that is divided.
+      like: what `optimizer.init` got; None: `params`. Only shapes count; a worker that holds a
+        shard passes the whole shapes.
+
+    Raises:
+      ValueError: a state that is reduced over a divided axis, or is not that of the parameters.
+    """
+    leaves = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    found = jax.tree_util.tree_leaves_with_path(opt_state)
+    keep = keep or [None] * len(leaves)
+    cut = [any(divided(name) for name in spec or ()) for spec in specs]
+    if any(cut) or any(mask is not None for mask in keep):
+        origins = _origins(call, optimizer, params if like is None else like)
+        _check_state(call, origins, leaves, found)
+        dims = [dims for _, dims in origins]
+    else:  # nothing is divided: everything is whole to everybody
+        dims = [tuple(jnp.shape(x)) for _, x in found]
+    whole = [not any(isinstance(d, tuple) for d in own) for own in dims]
+    floats = [jnp.issubdtype(_dtype(x), jnp.inexact) for _, x in found]
+    reached = _reached(optimizer, params, opt_state, [w and f for w, f in zip(whole, floats)])
+    names = [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    routes = []
+    for i, ((path, x), own) in enumerate(zip(found, dims, strict=True)):
+        owners = sorted({d[0] for d in own if isinstance(d, tuple)})
+        complete = len(owners) == 1 and _is_complete(own, owners[0], leaves)
+        over = [] if complete else _reduced_over(own, owners, specs, leaves, keep, divided, names)
+        if not over and whole[i] and len(own) and i in reached and any(cut):
+            over = ["all entries (it depends on the gradients and has no entry per weight)"]
+        if over:
+            raise ValueError(_refusal(call, keystr(path), jnp.shape(x), over))
+        one = specs[owners[0]] if len(owners) == 1 else None
+        entries = [_entry(one, d) for d in own]
+        spec = P(*entries) if any(map(divided, entries)) else P()
+        mask = keep[owners[0]] if complete else None
+        routes.append(Route(spec, mask, whole[i] and (not floats[i] or i not in reached)))
+    return routes
+
+
+def check_element_state(call: str, optimizer: Any, params: Any, opt_state: Any) -> None:
+    """Raise unless `optimizer.init` of what an element sees is the state that an element sees."""
+    shapes = lambda tree: [
+        (keystr(path), jnp.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    own, want = shapes(opt_state), shapes(jax.eval_shape(optimizer.init, params))
+    if own != want:
+        (path, shape), (_, other) = _first_difference(own, want)
+        msg = (
+            f"{call}(optimizer=...): the optimizer decides by shapes. To an element its state "
+            f"{path} has shape {shape}, but optimizer.init of the element's own parameters gives "
+            f"{other}. Pass an option that does not depend on sizes, such as "
+            "optax.adafactor(factored=False), or other index sets."
+        )
+        raise ValueError(msg)
+
+
+def _dtype(x):
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _entry(spec, dim):
+    names = spec or ()
+    return names[dim[1]] if isinstance(dim, tuple) and dim[1] < len(names) else None
+
+
+def _is_complete(own, owner, leaves):
+    """Whether a leaf ends with all dimensions of one parameter, in their order."""
+    dims = tuple((owner, d) for d in range(len(leaves[owner])))
+    return own[len(own) - len(dims) :] == dims
+
+
+def _reduced_over(own, owners, specs, leaves, keep, divided, names):
+    """In words, the divided axes without which a leaf of the state cannot travel."""
+    if _MIXED in own:
+        owners = range(len(specs))
+        lost = [(i, d) for i in owners for d in range(len(leaves[i]))]
+    else:
+        rows = [d for d in own if isinstance(d, tuple)]
+        fixed = any(not isinstance(d, tuple) and d != 1 for d in own)
+        kept = set() if fixed or len(owners) > 1 or len(set(rows)) < len(rows) else set(rows)
+        lost = [(i, d) for i in owners for d in range(len(leaves[i])) if (i, d) not in kept]
+    over = [
+        f"axis {_entry(specs[i], (i, d))!r} of {names[i]}"
+        for i, d in lost
+        if divided(_entry(specs[i], (i, d)))
+    ]
+    return over + [f"dropped weights of {names[i]}" for i in owners if keep[i] is not None]
+
+
+def _refusal(call, path, shape, over):
+    return (
+        f"{call}(optimizer=...): the optimizer's state {path}, of shape {shape}, is reduced over "
+        f"{', '.join(over[:3])}{' ...' if len(over) > 3 else ''}. An element sees a part of that "
+        "and cannot give it back. Pass an optimizer with a state per entry, such as optax.adam, "
+        "optax.sgd or optax.adafactor(factored=False), or give such parameters one by "
+        "optax.partition."
+    )
+
+
+def _check_state(call, origins, leaves, found):
+    """The state must be what the parameters' shapes say."""
+    size = lambda d: leaves[d[0]][d[1]] if isinstance(d, tuple) else d
+    want = [(path, tuple(map(size, dims))) for path, dims in origins]
+    own = [(keystr(path), jnp.shape(x)) for path, x in found]
+    fits = len(own) == len(want) and all(
+        a == b and len(x) == len(y) and all(n == m or m == _MIXED for n, m in zip(x, y))
+        for (a, x), (b, y) in zip(own, want)
+    )
+    if fits:
+        return
+    (path, shape), (other, expected) = _first_difference(own, want)
+    msg = (
+        f"{call}(optimizer=...): the optimizer's state has {path} of shape {shape}; by the shapes "
+        f"of the parameters it has {other} of shape {expected}. Pass optimizer.init of the "
+        "parameters that are trained (with mutable=..., of those alone)."
+    )
+    raise ValueError(msg)
+
+
+def _first_difference(own, want):
+    longest = max(len(own), len(want))
+    pad = lambda xs: [*xs, *[("nothing", ())] * (longest - len(xs))]
+    return next((a, b) for a, b in zip(pad(own), pad(want)) if a != b)
+
+
+def _origins(call, optimizer, like):
+    """The path of every leaf of the state, and where each of its dimensions comes from.
+
+    A dimension is `(parameter, dimension)`, a number if its size is fixed, or `_MIXED`.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    base = [_apart(jnp.shape(x)) for x in leaves]
+    dims = [(i, d) for i, shape in enumerate(base) for d in range(len(shape))]
+    number = {dim: k + 1 for k, dim in enumerate(dims)}
+    step = lambda n: -1 if n % 2 and n > 1 else 1  # past no even size, where optimizers decide
+
+    def probe(changed):
+        shapes = [
+            tuple(n + step(n) * changed(number[i, d]) for d, n in enumerate(shape))
+            for i, shape in enumerate(base)
+        ]
+        structs = [jax.ShapeDtypeStruct(s, _dtype(x)) for s, x in zip(shapes, leaves)]
+        state = jax.eval_shape(optimizer.init, treedef.unflatten(structs))
+        found = jax.tree_util.tree_leaves_with_path(state)
+        return [(keystr(path), jnp.shape(x)) for path, x in found]
+
+    bits = range(len(dims).bit_length())
+    none, every = probe(lambda _: False), probe(lambda _: True)
+    one = [probe(lambda number, bit=bit: bool(number >> bit & 1)) for bit in bits]
+    ranks = lambda state: [(path, len(shape)) for path, shape in state]
+    if any(ranks(state) != ranks(none) for state in (every, *one)):
+        msg = (
+            f"{call}(optimizer=...): the optimizer's state depends on the sizes of the parameters; "
+            "it is not known how it travels. Pass an option that does not depend on sizes, such as "
+            "optax.adafactor(factored=False)."
+        )
+        raise ValueError(msg)
+
+    def origin(k, d):
+        size = none[k][1][d]
+        code = sum(1 << bit for bit in bits if one[bit][k][1][d] != size)
+        if not code and every[k][1][d] == size:
+            return size
+        i, own = dims[code - 1] if 1 <= code <= len(dims) else (0, None)
+        alone = own is not None and base[i][own] == size and every[k][1][d] == size + step(size)
+        return (i, own) if alone else _MIXED
+
+    return [
+        (path, tuple(origin(k, d) for d in range(len(shape))))
+        for k, (path, shape) in enumerate(none)
+    ]
+
+
+def _apart(shape):
+    """Sizes in the order of the shape's, so far apart that a step of one changes no order."""
+    sizes, last = list(shape), None
+    for d in sorted(range(len(shape)), key=lambda d: shape[d]):
+        sizes[d] = shape[d] if last is None else max(shape[d], last + 3)
+        last = sizes[d]
+    return tuple(sizes)
+
+
+def _reached(optimizer, params, opt_state, candidates):
+    """Which of the candidates' numbers gradients, weights or losses reach in an update.
+
+    `jax.vmap` follows the data flow: what it leaves without a batch axis depends on no batch.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+    state, treedef = jax.tree.flatten(opt_state)
+    left = [i for i, candidate in enumerate(candidates) if candidate]
+    found: set[int] = set()
+    struct = lambda x, lead=(): jax.ShapeDtypeStruct((*lead, *jnp.shape(x)), _dtype(x))
+    value = jax.ShapeDtypeStruct((2,), jnp.result_type(float))
+    data = jax.tree.map(lambda x: struct(x, (2,)), (params, params)), value
+
+    def reaches(outputs):
+        def fn(data, state):
+            (grads, params), value = data
+            size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
+            options = extra_arguments(value, grads, lambda p: value * size(p))
+            new = update(grads, treedef.unflatten(state), params, **options)[1]
+            return [jax.tree.leaves(new)[i] for i in outputs]
+
+        constant = [i in left for i in range(len(state))]
+        axes = [None if fixed else 0 for fixed in constant]
+        structs = [struct(x, () if fixed else (2,)) for x, fixed in zip(state, constant)]
+        try:
+            jax.eval_shape(jax.vmap(fn, in_axes=(0, axes), out_axes=None), data, structs)
+        except (ValueError, TypeError, NotImplementedError):
+            return True  # mapped, or not known
+        return False
+
+    while left and reaches(left):  # until what is left depends on nothing but itself
+        more = [i for i in left if reaches([i])] or left
+        found |= set(more)
+        left = [i for i in left if i not in more]
+    return found

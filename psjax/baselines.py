@@ -19,6 +19,8 @@ import optax
 
 from psjax._local import LocalMetrics, all_finite, local_update
 from psjax._separable import value_and_grad
+from psjax._state import extra_arguments
+from psjax._traps import check_axis_name, check_low_precision
 from psjax.plan._scores import score_exchange as score_exchange
 
 
@@ -29,6 +31,7 @@ def local_sgd(
     axis_name: str | None = None,
     *,
     mutable: Sequence[str] = (),
+    has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
     """Local SGD: every worker trains the whole network for J steps; then all are averaged.
@@ -42,6 +45,7 @@ def local_sgd(
       in_axes: as there.
       axis_name: as there.
       mutable: as there; overwritten entries are averaged like the weights.
+      has_aux: as there.
       chunk_size: as there.
 
     Returns:
@@ -50,9 +54,8 @@ def local_sgd(
     Raises:
       ValueError: at the call, a selection that divides anything.
     """
-    update = local_update(
-        loss_fn, optimizer, in_axes, axis_name, mutable=mutable, chunk_size=chunk_size
-    )
+    options: Any = dict(mutable=mutable, has_aux=has_aux, chunk_size=chunk_size)
+    update = local_update(loss_fn, optimizer, in_axes, axis_name, **options)
 
     def checked(params, opt_state, selection, batches):
         _check_replicas("local_sgd", selection)
@@ -74,7 +77,8 @@ def data_parallel(
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, a mean over the worker's batch.
-      optimizer: any optax optimizer.
+      optimizer: any optax optimizer. It gets `value=`, `grad=` and `value_fn=` (`obj_fn=`) of the
+        mean over the workers.
       in_axes: 0, worker e has row e of batches `[E, J, ...]`; None, all have the same `[J, ...]`.
       axis_name: name of a mapped axis over which the workers are spread.
       mutable: must be empty, the one exception to the common signature: there is no one worker
@@ -100,25 +104,38 @@ def data_parallel(
     if in_axes not in (0, None):
         msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
         raise ValueError(msg)
-    sum_and_grad = value_and_grad(loss_fn, in_axes=in_axes, chunk_size=chunk_size)
+
+    def wide_loss(wide, batch, like):  # low precision is differentiated as it is, summed as float32
+        params = jax.tree.map(lambda x, p: x.astype(p.dtype), wide, like)
+        return _wide(loss_fn(params, batch))
+
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(params, opt_state, selection, batches):
         _check_replicas("data_parallel", selection)
         _check_rows(selection, batches, in_axes)
+        check_axis_name("data_parallel", axis_name, params, (selection, batches))
+        check_low_precision("data_parallel", optimizer, params)
         if in_axes == 0:
             batches = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches)
         workers = jnp.sum(jnp.asarray(selection.valid))
         if axis_name is not None:
             workers = jax.lax.psum(workers, axis_name)
 
-        def step(carry, batch):
-            params, opt_state = carry
-            loss, grads = sum_and_grad(params, selection, batch)
+        def mean(params, batch):
+            fn = lambda wide, batch: wide_loss(wide, batch, params)
+            sum_and_grad = value_and_grad(fn, in_axes=in_axes, chunk_size=chunk_size)
+            loss, grads = sum_and_grad(jax.tree.map(_wide, params), selection, batch)
             if axis_name is not None:
                 loss, grads = jax.lax.psum((loss, grads), axis_name)
             loss, grads = jax.tree.map(lambda x: x / workers.astype(x.dtype), (loss, grads))
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+        def step(carry, batch):
+            params, opt_state = carry
+            loss, grads = mean(params, batch)
+            options = extra_arguments(loss, grads, _with_gradient(lambda w: mean(w, batch)))
+            updates, opt_state = optimizer.update(grads, opt_state, params, **options)
             return (optax.apply_updates(params, updates), opt_state), loss
 
         (params, opt_state), loss = jax.lax.scan(step, (params, opt_state), batches)
@@ -127,6 +144,18 @@ def data_parallel(
         return params, opt_state, LocalMetrics(repeat(loss), repeat(finite))
 
     return update
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _with_gradient(value_and_grad):
+    """The value as a function with the gradient given: JAX's own would be n-fold over devices."""
+    fn = jax.custom_vjp(lambda params: value_and_grad(params)[0])
+    scaled = lambda grads, ct: jax.tree.map(lambda g: (ct * g).astype(g.dtype), grads)
+    fn.defvjp(value_and_grad, lambda grads, ct: (scaled(grads, ct),))
+    return fn
 
 
 def _check_replicas(call, selection):

@@ -156,7 +156,7 @@ def test_the_dropout_baseline_keeps_a_hidden_neuron_with_probability_one_over_n(
     n, width, samples = 4, 6, 20_000
     net = psjax.models.MLP(width, (width,), normalize=False, dropout=1 - 1 / n)
     params = {
-        "SubnetDense_0": {"kernel": jnp.zeros((width, 2)), "bias": jnp.ones(width)},
+        "SubnetDense_0": {"kernel_transposed": jnp.zeros((width, 2)), "bias": jnp.ones(width)},
         "SubnetDense_1": {"kernel": jnp.eye(width), "bias": jnp.zeros(width)},
     }
     x, key = jnp.zeros((samples, 2)), jax.random.key(0)

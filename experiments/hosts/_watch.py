@@ -21,6 +21,7 @@ from experiments.hosts.launch import FAILED, MISSING
 
 DOING = ("start", "batch", "step", "report", "save", "end")
 """What a process does in a round, in this order."""
+_LIVE = "psjax/live/"
 MENDABLE = (ValueError, OSError, ImportError, _run.NotFiniteError)
 """Errors that say in a line what to do; of others the traceback is printed."""
 
@@ -51,6 +52,7 @@ class Watch:
         self.seen: dict[int, tuple[Any, float]] = {}  # of each process: what it said, since when
         self.note: dict[str, Any] | None = None
         self.errors: dict[int, str] = {}
+        self.odd: set[str] = set()  # keys that hold what no process of the training says
         self.failed, self.trace = "", ""  # how this process did, and where in the code
         self.heard = self.looked = time.monotonic()  # the coordinator, and this process, last
         self.stopped, self.ending = threading.Event(), threading.Lock()
@@ -95,21 +97,52 @@ class Watch:
             beat += 1
             mine = json.dumps([*self.place, beat])
             try:
-                client.key_value_set(f"psjax/live/{self.me}", mine, allow_overwrite=True)
-                found = client.key_value_dir_get("psjax/live/")
+                client.key_value_set(f"{_LIVE}{self.me}", mine, allow_overwrite=True)
+                found = client.key_value_dir_get_bytes(_LIVE)
             except Exception:  # out of reach: `heard` says since when
                 self.stopped.wait(self.poll)
                 continue
             self.heard = now = time.monotonic()
             for key, value in found:
-                last = key.rsplit("/", 1)[-1]
-                if "note" in key:
-                    self.note = self.note or json.loads(value)
-                elif "error" in key:
-                    self.errors[int(last)] = value
-                elif self.seen.get(int(last), (None,))[0] != value:
-                    self.seen[int(last)] = (value, now)
+                try:
+                    self._hear(key.removeprefix(_LIVE), value.decode(), now)
+                except (ValueError, TypeError, LookupError, RecursionError):
+                    self._name_odd(key, value)
             self.stopped.wait(self.poll)
+
+    def _hear(self, key, value, now):
+        """What a process says, of itself or of another one; raises where no process says that."""
+        what, _, number = key.rpartition("/")
+        who = self._process(int(number))
+        if what == "error":
+            self.errors[who] = value
+        elif what == "note":
+            note = json.loads(value)
+            by, of = self._process(note["by"]), self._process(note["process"])
+            self.note = self.note or {"by": by, "process": of, "why": str(note["why"])}
+        elif what:
+            raise ValueError(what)
+        elif self.seen.get(who, (None,))[0] != value:
+            round, doing, beat = json.loads(value)
+            if {type(round), type(doing), type(beat)} != {int} or not 0 <= doing < len(DOING):
+                raise ValueError(value)
+            self.seen[who] = (value, now)
+
+    def _process(self, number):
+        if number not in range(self.processes):
+            raise ValueError(number)
+        return number
+
+    def _name_odd(self, key, value):
+        """Say, once per key, that something else writes to the store."""
+        if key in self.odd:
+            return
+        self.odd.add(key)
+        cluster.say(
+            f"\nwarning: process {self.me}: in the store of {cluster.coordinator()} {key[:60]!r} "
+            f"is {value[:60]!r}, which no process of this training says; it is ignored. Something "
+            "else writes there: let only the hosts of the training reach that address.\n"
+        )
 
     def _look(self):
         while not self.stopped.wait(min(0.1, self.poll / 2)):
@@ -224,7 +257,7 @@ class Watch:
 
         def tell():
             with contextlib.suppress(Exception):
-                key = f"psjax/live/{what}/{self.me}"
+                key = f"{_LIVE}{what}/{self.me}"
                 self.client.key_value_set(key, text, allow_overwrite=True)
 
         thread = threading.Thread(target=tell, daemon=True)

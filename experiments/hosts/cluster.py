@@ -6,6 +6,7 @@ barriers.
 
 import collections
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ import jax
 from jax._src import distributed  # the key-value store has no public name
 
 from experiments.hosts.launch import MISSING
+
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own variable
 
 
 class ClusterError(OSError):
@@ -54,6 +57,11 @@ def initialize(
 ) -> None:
     """Join the other processes; nothing to do where none is meant.
 
+    Process 0 listens at `address` alone, at 127.0.0.1 for processes of one host. JAX checks nobody
+    who speaks to it: only the hosts of the training may reach an address that is not loopback.
+    `JAX_COORDINATOR_BIND_ADDRESS` names another address to listen at. With `cluster`, which finds
+    the address, JAX listens at all of them unless that variable is set.
+
     Args:
       address: `host:port` of process 0, the same in every process.
       processes: how many.
@@ -66,7 +74,8 @@ def initialize(
 
     Raises:
       ValueError: arguments that do not go together.
-      ClusterError: the port is in use, nobody listens there, or somebody did not come.
+      ClusterError: process 0 cannot listen at the address, nobody listens there, or somebody did
+        not come.
     """
     if cluster is None and address is None:
         if processes not in (None, 1) or process not in (None, 0):
@@ -87,10 +96,13 @@ def initialize(
             msg = f"--process-id {process}: write 0 to {processes - 1}, one a process."
             raise ValueError(msg)
         host, port = _host_and_port(address)
+        bind = os.environ.get(_BIND) or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         if process == 0:
-            _check_free(host, port)
+            _check_free(*_host_and_port(bind, _BIND if _BIND in os.environ else "--coordinator"))
         else:
             _await_coordinator(host, port, timeout)
+    else:
+        bind = None
     # SIGTERM belongs to the training: without this JAX takes it for its own and goes on.
     jax.config.update("jax_enable_preemption_service", False)
     late = threading.Timer(timeout, _nobody_came, (address or "the coordinator", timeout, process))
@@ -101,6 +113,7 @@ def initialize(
             address,
             processes,
             process,
+            coordinator_bind_address=bind,
             cluster_detection_method=_method(cluster),
             initialization_timeout=int(timeout) + 30,
             heartbeat_timeout_seconds=int(heartbeat),
@@ -120,35 +133,47 @@ def _method(cluster):
     return "deactivate" if cluster is None else None if cluster == "auto" else cluster
 
 
-def _host_and_port(address):
+def _host_and_port(address, option="--coordinator"):
     host, _, port = str(address).rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        msg = f"--coordinator {address}: write host:port, such as 10.0.0.1:1234 (1 to 65535)."
+        msg = f"{option} {address}: write host:port, such as 10.0.0.1:1234 (1 to 65535)."
         raise ValueError(msg)
     return host.strip("[]"), int(port)
 
 
 def _check_free(host, port):
     """Whether process 0 can listen; gRPC itself would share the port with another coordinator."""
-    with _socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            probe.listen()
-        except OSError as error:
-            msg = (
-                f"process 0 cannot listen on port {port} of {host}: {error.strerror}. Another "
-                "process has it, perhaps one of a run that has not ended; end it, or write another "
-                "port in --coordinator of every process."
-            )
-            raise ClusterError(msg) from error
-
-
-def _socket():
+    free, failure = False, OSError("it has no address")
     try:
-        return socket.socket(socket.AF_INET6)
-    except OSError:  # built in, but switched off
-        return socket.socket(socket.AF_INET)
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        places, failure = [], error
+    for family, kind, protocol, _, place in places:
+        try:  # a name may be of addresses some of which this host does not have, as ::1
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                probe.listen()
+            free = True
+        except OSError as error:
+            failure = error
+            if error.errno == errno.EADDRINUSE:
+                free = False
+                break
+    if free:
+        return
+    reason = failure.strerror or failure
+    cure = (
+        f"If {host} is process 0's address for other hosts, but not one of this host's own, set "
+        f"{_BIND}=host:port to one that is."
+    )
+    if failure.errno == errno.EADDRINUSE:
+        cure = (
+            "Another process has it, perhaps one of a run that has not ended; end it, or write "
+            "another port in --coordinator of every process."
+        )
+    msg = f"process 0 cannot listen on port {port} of {host}: {reason}. {cure}"
+    raise ClusterError(msg) from failure
 
 
 def _await_coordinator(host, port, timeout):
@@ -214,7 +239,7 @@ def agree(what: dict[str, Any], timeout: float = 60, name: str = "start") -> Non
         except jax.errors.JaxRuntimeError as error:
             msg = f"process {i} did not say within {timeout:.0f} s what it trains: {error}"
             raise ClusterError(msg) from error
-        everyone.append(json.loads(text))
+        everyone.append(_said(i, text))
     lines = []
     for item in sorted({item for one in everyone for item in one}):
         values = [one.get(item, "nothing") for one in everyone]
@@ -228,6 +253,19 @@ def agree(what: dict[str, Any], timeout: float = 60, name: str = "start") -> Non
     if lines:
         msg = f"the processes do not train the same: {'; '.join(lines)}."
         raise ClusterError(msg)
+
+
+def _said(process, text):
+    """What a process has said, as `_flat` gives it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads(text)
+        if isinstance(said, dict) and all(isinstance(x, str) for x in said.values()):
+            return said
+    msg = (
+        f"in the store of {coordinator()} process {process} says {text[:60]!r}, as no process of "
+        "this training does: something else writes there. Let only the training's hosts reach it."
+    )
+    raise ClusterError(msg)
 
 
 def _flat(what, prefix=""):

@@ -99,9 +99,7 @@ def main(args: Args) -> pathlib.Path:
     )
     with _watch.Watch(args.deadline, args.start_deadline) as watch:
         cluster.agree(asked(args), args.start_deadline, "asked")
-        config, folder = args.config, args.out
-        if args.resume is not None:
-            folder, config = args.resume, _run.saved_config(args.resume, config)
+        config, folder = args.config, args.resume or args.out
         if folder is None:
             if cluster.num_processes() > 1:
                 msg = "write --out, the same run folder for every process."
@@ -146,7 +144,13 @@ def train(
 
     state = method.init(task.params())
     report(_share(state, mesh))
-    checkpoints = Checkpoints(folder / "checkpoints", unit="round", everybody=cluster.everybody)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        unit="round",
+        everybody=cluster.everybody,
+        config=config,
+        free=_free,
+    )
     rows, start, seconds = [], 0, 0.0
     restored = checkpoints.restore(method.saved(state), report) if args.resume is not None else None
     if restored is not None:

@@ -38,7 +38,7 @@ import psjax
 from experiments._checkpoint import Checkpoints
 from experiments._run import (
     NotFiniteError,
-    open_folder,
+    hold_folder,
     read_rows,
     replace,
     run_script,
@@ -187,11 +187,15 @@ def train(
     Raises:
       NotFiniteError: NaN or Inf in the parameters, or in all subnets of a round.
     """
+    with hold_folder(config, folder, resume=True):
+        return _train(config, train, held_out, folder, written, checkpoint_every)
+
+
+def _train(config, train, held_out, folder, written, checkpoint_every):
     report = functools.partial(print, file=sys.stderr, flush=True)
-    open_folder(config, folder, resume=True)
     path, stream = folder / "metrics.csv", training.Stream(config, len(train))
     rows = read_rows(path) if path.exists() else []
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, config=config)
     last = rows[-1]["epoch"] if rows else 0
     if last > config.epochs:
         msg = f"{folder} has {last} epochs; write --epochs {last} or more, or another --runs."

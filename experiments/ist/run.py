@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments._checkpoint import Checkpoints
-from experiments._run import NotFiniteError, open_folder, read_rows, write_rows
+from experiments._run import NotFiniteError, hold_folder, read_rows, write_rows
+from experiments._signals import interruption
 from experiments.ist import training
 
 
@@ -48,15 +49,20 @@ def train(
 
     Raises:
       FileExistsError: the folder exists and `resume` is False.
+      BlockingIOError: another process trains in the folder.
       ValueError: the folder holds a run of another configuration.
       NotFiniteError: every worker became NaN or Inf; the last good checkpoint stays.
       OSError: a checkpoint cannot be written.
     """
     folder, config = pathlib.Path(folder), training.resolve(config, data_dir)
-    open_folder(config, folder, resume)
+    with hold_folder(config, folder, resume):
+        return _train(config, folder, resume, checkpoint_every, data_dir, stop, report)
+
+
+def _train(config, folder, resume, checkpoint_every, data_dir, stop, report):
     program = training.build(config, data_dir)
     stream, state, rows, start, seconds = program.stream, program.state, [], 0, 0.0
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", config=config)
     restored = checkpoints.restore(state, report) if resume else None
     if restored is not None:
         start, state = restored
@@ -75,6 +81,7 @@ def train(
     saved = start
     with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
         for epoch in stream.reports(start):
+            interruption.check()
             first, done, before = done, stream.rounds(epoch), time.perf_counter()
             state, metrics = rounds(state, first, done)
             metrics = jax.tree.map(np.asarray, metrics)

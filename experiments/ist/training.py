@@ -22,132 +22,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments import _run
-from experiments.psl.training import all_finite, over_seeds
-
-METHODS = ("ist", "ist-fixed", "local-sgd", "data-parallel", "data-parallel-dropout")
-MODELS = {"mlp": (2, 1024), "vgg11": (3, 4096)}  # dense layers, neurons of each hidden one
-OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adam-entry")
-NORMALIZATIONS = ("batch", "none", "travelling")
-DEVICES = ("one", "pmap", "shard_map")
-SPEECH = {
-    "spoken_digit": {},
-    "speech_commands": {},
-    "speech_commands_words": {"labels": "words", "split_by": "hash", "only_full": True},
-}
-DATASETS = ("digits", *SPEECH, "mnist", "fashion_mnist", "cifar10", "cifar100")
-IMAGES_OF_32 = ("cifar10", "cifar100")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One training."""
-
-    dataset: str | None = None
-    """digits, spoken_digit, speech_commands (12 labels), speech_commands_words (the paper's 35, its
-    code's split; --data-dir is the unpacked archive), mnist, fashion_mnist, cifar10 or cifar100.
-    Default: spoken_digit where it is prepared, else digits."""
-    method: str = "ist"
-    """ist; ist-fixed (the subnets of the first round for ever); local-sgd; data-parallel;
-    data-parallel-dropout (hidden neurons dropped at the rate 1 - 1/n)."""
-    subnets: int = 4
-    """n, subnets or workers."""
-    local_steps: int = 10
-    """J, steps between two exchanges (data-parallel exchanges at every step)."""
-    model: str = "mlp"
-    """mlp, or vgg11 for images of 32x32."""
-    depth: int | None = None
-    """Dense layers; 2 are one hidden layer. Default: 2, for vgg11 3."""
-    width: int | None = None
-    """Neurons of every hidden dense layer. Default: 1024, for vgg11 4096."""
-    normalization: str = "batch"
-    """batch: statistics calibrated with the whole network before every evaluation. none: dense
-    layers with biases (vgg11 still normalises its convolutions). travelling: as batch, and also
-    running statistics that travel with the subnets, whose accuracy is a column of its own."""
-    normalize_output: bool = True
-    """Normalise the scores too, without scale and shift, as the paper's public code does."""
-    scale_shift: bool = True
-    """Learn a scale and a shift of every normalised hidden neuron."""
-    calibration_batches: int = 10
-    """Batches of 128 training samples that the statistics are computed from."""
-    stratified: bool = False
-    """Every owner of 1/n of the neurons divides its own equally among the subnets."""
-    optimizer: str = "sgd"
-    """sgd, momentum (0.9), adam, adamw or adam-entry (a count of steps for every entry)."""
-    learning_rate: float = 1e-2
-    decay_after: int | None = None
-    """Epochs after which the learning rate is a tenth (the paper's VGG11: 30). Default: never."""
-    clip: float | None = None
-    """Clip the global norm of every subnet's gradient (data-parallel: the mean one) to this."""
-    batch_size: int = 128
-    """B, samples of one worker's step."""
-    epochs: int = 100
-    seeds: int = 1
-    """Trainings with different initial weights, subnets and order, in one program."""
-    first_seed: int = 0
-    devices: str = "one"
-    """one, pmap or shard_map, over all devices there are, at most n."""
-
-    def __post_init__(self):
-        for name, choices in (
-            ("dataset", DATASETS),
-            ("method", METHODS),
-            ("model", tuple(MODELS)),
-            ("normalization", NORMALIZATIONS),
-            ("optimizer", OPTIMIZERS),
-            ("devices", DEVICES),
-        ):
-            if (name, getattr(self, name)) != ("dataset", None):
-                _run.check_choice(name, getattr(self, name), choices)
-        for name, least in (
-            ("subnets", 1),
-            ("local_steps", 1),
-            ("depth", 2),
-            ("width", 1),
-            ("calibration_batches", 1),
-            ("batch_size", 2 if self.normalization != "none" else 1),
-            ("epochs", 1),
-            ("seeds", 1),
-            ("decay_after", 1),
-        ):
-            _run.check_least(name, getattr(self, name), least)
-        if self.model == "vgg11" and self.dataset not in IMAGES_OF_32:
-            msg = (
-                f"--model vgg11 --dataset {self.dataset}: it needs images of 32x32; write "
-                f"--dataset {' or '.join(IMAGES_OF_32)}."
-            )
-            raise ValueError(msg)
-        if self.normalization == "travelling" and not self.divided:
-            msg = (
-                f"--normalization travelling --method {self.method}: statistics travel with "
-                "subnets; write --method ist or ist-fixed."
-            )
-            raise ValueError(msg)
-        n, width = self.subnets, self.hidden[0]
-        if self.divided and n > width:
-            msg = (
-                f"--subnets {n}: the hidden layers have {width} neurons; write {width} or fewer, "
-                "or a larger --width."
-            )
-            raise ValueError(msg)
-        if self.stratified and (not self.divided or width % n**2):
-            msg = (
-                f"--stratified --method {self.method} --subnets {n}: {width} neurons; write "
-                "--method ist and a --width that is n blocks of n neurons or more."
-            )
-            raise ValueError(msg)
-
-    @property
-    def divided(self) -> bool:
-        """Whether workers hold subnets; else all hold the whole network."""
-        return self.method.startswith("ist")
-
-    @property
-    def hidden(self) -> tuple[int, ...]:
-        """Neurons of every hidden dense layer."""
-        depth, width = MODELS[self.model]
-        return (self.width or width,) * ((self.depth or depth) - 1)
-
+from experiments.ist.config import DATASETS as DATASETS
+from experiments.ist.config import SPEECH
+from experiments.ist.config import Config as Config
+from experiments.psl.training import all_finite, initial_states, over_seeds
 
 # ------------------------------------------------------------------------------------------- pieces
 
@@ -448,9 +326,10 @@ def build(config: Config, data_dir: str | None = None) -> Program:
     test, _ = load(config, "test", data_dir)
     net = make_model(config, num_classes)
     optimizer = make_optimizer(config, len(train["y"]))
-    example = jnp.zeros((1, *train["x"].shape[1:]))
+    example = np.zeros((1, *train["x"].shape[1:]), np.float32)
     travelling = config.normalization == "travelling"
-    axes = nn.get_partition_spec(jax.eval_shape(net.init, jax.random.key(0), example))
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), example))
+    axes = nn.get_partition_spec(variables)
     own_axes = axes if travelling else axes["params"]
 
     def start(seed):
@@ -461,8 +340,8 @@ def build(config: Config, data_dir: str | None = None) -> Program:
         return {**trained, "opt_state": optimizer.init(trained["params"])}
 
     stream = Stream(config, len(train["y"]))
-    seeds = jnp.asarray(stream.seeds, jnp.int32)
-    state = jax.jit(lambda seeds: jax.lax.map(start, seeds))(seeds)
+    seeds = np.asarray(stream.seeds, np.int32)
+    state = initial_states(start, stream.seeds)
     rounds = rounds_fn(config, round_fn(config, net, optimizer, own_axes))
     size = min(128, stream.num_samples)
     batches = min(config.calibration_batches, stream.num_samples // size)

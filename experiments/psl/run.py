@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from experiments._checkpoint import Checkpoints
 from experiments._run import NotFiniteError as NotFiniteError
-from experiments._run import open_folder
+from experiments._run import hold_folder
 from experiments._run import read_rows as read_rows
 from experiments._run import write_rows as write_rows
+from experiments._signals import interruption
 from experiments.psl import training
 
 COLUMNS = (
@@ -53,17 +54,22 @@ def train(
 
     Raises:
       FileExistsError: something is in the folder and `resume` is False.
+      BlockingIOError: another process trains in the folder.
       ValueError: the folder holds a run of another configuration.
       NotFiniteError: NaN or Inf in the loss, or in the state after an epoch, which is then not
         saved; the last good checkpoint stays.
       OSError: a checkpoint cannot be written.
     """
     folder = pathlib.Path(folder)
-    open_folder(config, folder, resume)
+    with hold_folder(config, folder, resume):
+        return _train(config, folder, resume, checkpoint_every, data_dir, report)
+
+
+def _train(config, folder, resume, checkpoint_every, data_dir, report):
     program = training.build(config, data_dir)
     if config.compute != "fused":
         report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", config=config)
     state, rows, start = program.state, [], 0
     restored = checkpoints.restore(state, report) if resume else None
     if restored is not None:
@@ -73,6 +79,7 @@ def train(
     seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
     with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
         for epoch in range(start + 1, config.epochs + 1):
+            interruption.check()
             state, metrics = program.epoch(state, program.batches(epoch - 1), program.train)
             metrics = jax.tree.map(np.asarray, metrics)
             sound = np.asarray(training.sound(state))

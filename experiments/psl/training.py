@@ -1,7 +1,7 @@
 """Training a classifier with a partially-separable loss: the epoch as one compiled program.
 
-What `train`, `reproduce` and `drops` have in common. A researcher's own script needs the ten lines of
-`loss_and_grad_fn` and `epoch_fn`; the rest is data, seeds and devices.
+What `train`, `reproduce` and `drops` have in common. A researcher's own script needs the ten lines
+of `loss_and_grad_fn` and `epoch_fn`; the rest is data, seeds and devices.
 """
 
 import dataclasses
@@ -16,76 +16,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments import _run
-
-LOSSES = ("nll", "one-vs-all", "psl", "psl-squared", "psl-bounded", "one-vs-each", "squared-hinge")
-COMPUTE = ("fused", "elements", "pairs", "blocks")
-DEVICES = ("one", "pmap", "shard_map")
-ORDERS = ("dataset", "fixed", "shuffled", "stratified")
-OPTIMIZERS = ("adam", "adamw", "sgd", "momentum")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One training."""
-
-    dataset: str = "digits"
-    """digits, or a TFDS image classification set such as mnist, fashion_mnist, cifar10, cifar100."""
-    model: str = "psnet"
-    """psnet or lenet."""
-    preset: str | None = None
-    """Size of the model: digits, mnist, mnist-53780, cifar10. Default: the one for the data set."""
-    loss: str = "psl"
-    """nll, one-vs-all, psl (6b), psl-squared (the authors' runs), psl-bounded, one-vs-each, squared-hinge."""
-    compute: str = "elements"
-    """fused (whole network), elements (C*C-C of them), pairs (h_kj and h_jk together), blocks (of --block-size classes)."""
-    block_size: int = 4
-    """Classes a block, with --compute blocks; cyclic blocks (4 classes of 10) are the fewest."""
-    tile: int | None = None
-    """With --compute elements: cut each label's samples into tiles of this many, so that work follows the true counts. Default: one row of slots a label."""
-    devices: str = "one"
-    """one, pmap or shard_map, over all devices there are."""
-    batch_size: int = 100
-    epochs: int = 100
-    seeds: int = 1
-    """Trainings with different initial weights (and order, unless --order dataset), in one program."""
-    first_seed: int = 0
-    optimizer: str = "adam"
-    """adam, adamw, sgd or momentum (0.9)."""
-    learning_rate: float = 5e-3
-    b2: float = 0.999
-    """Decay of Adam's second moment."""
-    clip: float | None = None
-    """Clip the gradient's global norm to this."""
-    margin_bound: float | None = None
-    """Beyond it the exponential losses go on as their tangent. Default: 40 (float32), out of reach; 4 for psl-bounded."""
-    order: str = "shuffled"
-    """dataset (the set's own, never reshuffled: the authors' way), fixed (a seed's own random order, never reshuffled), shuffled or stratified, anew every epoch."""
-
-    def __post_init__(self):
-        for name, choices in (
-            ("model", ("psnet", "lenet")),
-            ("loss", LOSSES),
-            ("compute", COMPUTE),
-            ("devices", DEVICES),
-            ("order", ORDERS),
-            ("optimizer", OPTIMIZERS),
-        ):
-            _run.check_choice(name, getattr(self, name), choices)
-        for name in ("epochs", "seeds", "batch_size"):
-            _run.check_least(name, getattr(self, name), 1)
-        if self.compute != "fused" and self.loss in ("nll", "one-vs-all"):
-            msg = f"--loss {self.loss} --compute {self.compute}: it has no pair elements; write --compute fused."
-            raise ValueError(msg)
-        if self.compute == "fused" and self.devices != "one":
-            msg = f"--compute fused --devices {self.devices}: the fused loss is one element; write --devices one."
-            raise ValueError(msg)
-        if self.tile is not None and self.compute != "elements":
-            msg = f"--tile {self.tile} --compute {self.compute}: write --compute elements."
-            raise ValueError(msg)
-        if self.loss not in ("nll", "one-vs-all"):
-            psjax.losses.margin_function(self.loss, self.margin_bound)
-
+from experiments.psl.config import LOSSES as LOSSES
+from experiments.psl.config import Config as Config
 
 # ------------------------------------------------------------------------------------------- pieces
 
@@ -168,10 +100,10 @@ def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
             axes, {"class": pairs, rows: pairs[:, 0]}, like=like, sizes={rows: num_classes}
         )
         return psjax.value_and_grad(h, in_axes=P(rows)), selection
-    plan = make_plan(config, num_classes)
+    plan = make_plan(config, num_classes).by_label()
     small = net.clone(num_classes=plan.block_size)
 
-    def g(params, batch, pairs):  # a block: s scores, the samples labelled with its classes
+    def g(params, batch, pairs):  # a label of a block: s scores, the samples with this label
         images = batch["image"]
         scores = small.apply({"params": params}, images.reshape(-1, *images.shape[2:]))
         return psjax.losses.block(
@@ -268,7 +200,7 @@ class EpochBatches:
 
 
 def over_seeds(fn):
-    """Map over the leading axis of the first arguments: one after the other on the CPU, else vmap."""
+    """Map over the arguments' leading axis: one after the other on the CPU, else by vmap."""
     if jax.default_backend() == "cpu":
         return lambda *args: jax.lax.map(lambda xs: fn(*xs), args)
     return jax.vmap(fn)
@@ -318,8 +250,8 @@ def epoch_fn(
 ):
     """`(state, batches, data) -> state, metrics`, one epoch of every seed, jitted.
 
-    `data` has `images` (uint8), `labels`, `scale`. `make_metrics(net, num_classes)` gives a function
-    that makes a step's metrics of a `Step`; they come back as `[seeds, steps]`.
+    `data` has `images` (uint8), `labels`, `scale`. `make_metrics(net, num_classes)` gives a
+    function that makes a step's metrics of a `Step`; they come back as `[seeds, steps]`.
     """
     metrics_fn = make_metrics(net, num_classes)
 
@@ -405,11 +337,20 @@ def accuracy_fn(net, batch_size: int = 1000):
 
 
 def on_device(dataset: psjax.data.Dataset) -> dict[str, Any]:
-    return {
-        "images": jnp.asarray(dataset.images),
-        "labels": jnp.asarray(dataset.labels),
-        "scale": jnp.float32(dataset.scale),
-    }
+    arrays = {"images": dataset.images, "labels": dataset.labels}
+    return jax.device_put({**arrays, "scale": np.float32(dataset.scale)})
+
+
+def initial_states(start, seeds) -> dict[str, Any]:
+    """`start(seed)` of every seed, `[seeds, ...]`, as one program.
+
+    It runs once: on the CPU, most of the compiler's optimizations would take longer than they save.
+    The numbers are the same.
+    """
+    options: Any = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    seeds = np.asarray(seeds, np.int32)
+    lowered = jax.jit(lambda seeds: jax.lax.map(start, seeds)).lower(seeds)
+    return lowered.compile(compiler_options=options)(seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,15 +373,14 @@ def build(config: Config, data_dir: str | None = None, make_metrics=margin_metri
     net = make_model(config, train.num_classes)
     optimizer = make_optimizer(config)
     shape = train.images.shape[1:]
-    variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, *shape))))
     axes = nn.get_partition_spec(variables)["params"]
 
     def start(seed):
         params = nn.unbox(net.init(jax.random.key(seed), jnp.zeros((1, *shape))))["params"]
         return {"params": params, "opt_state": optimizer.init(params)}
 
-    seeds = jnp.arange(config.first_seed, config.first_seed + config.seeds)
-    state = jax.jit(lambda seeds: jax.lax.map(start, seeds))(seeds)
+    state = initial_states(start, range(config.first_seed, config.first_seed + config.seeds))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
     loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
     args = config, net, optimizer, loss_and_grad, selection, train.num_classes

@@ -17,11 +17,11 @@ from psjax.data._images import OwnRows as OwnRows
 from psjax.data._images import load as load
 from psjax.data._images import load_classes as load_classes
 from psjax.data._images import take as take
+from psjax.data._recordings import WORDS as WORDS
 from psjax.data._sparse import SparseDataset as SparseDataset
 from psjax.data._sparse import pad_rows as pad_rows
 from psjax.data._sparse import read_xc as read_xc
 from psjax.data._sparse import write_xc as write_xc
-from psjax.data._speech import WORDS as WORDS
 from psjax.data._speech import LogMel as LogMel
 from psjax.data._speech import SpeechDataset as SpeechDataset
 from psjax.data._speech import load_speech as load_speech

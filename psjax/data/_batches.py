@@ -1,12 +1,14 @@
-"""Batches of a data set as index arrays: whole, by label, in tiles, stratified. Pure NumPy.
+"""Batches of a data set as index arrays: whole, by label, in tiles, stratified.
 
-A data set stays on the device as uint8; a batch is a row of indices into it, made once on the host,
-so that a whole epoch is one `jax.lax.scan`. An index past the end is an empty slot, of weight 0.
+A data set stays on the device as uint8; a batch is a row of indices into it, made once on the host
+with NumPy, so that a whole epoch is one `jax.lax.scan`. An index past the end is an empty slot, of
+weight 0.
 """
 
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -40,7 +42,8 @@ class Batches(NamedTuple):
 
     Attributes:
       indices: `[steps, ...]`, int32 positions in the data set; N, past the end, for empty slots.
-      weights: `[steps, ...]`, float32: 1/L for each sample of a batch of L, 0 for empty slots.
+      weights: `[steps, ...]`: 1/L for each sample of a batch of L, 0 for empty slots. float32, or
+        float64 if `jax_enable_x64` is on when the batches are made.
       labels: `[steps, rows]`, int32, the label of every row of `indices`: of a sample in flat
         batches (0 in an empty slot), of a row of slots in batches by label, of a tile (C, past the
         end, for an empty one).
@@ -90,9 +93,43 @@ def _check_order(order, num_samples):
 
 
 def _weights(filled):
-    """1/L where a slot is filled, L counted over everything but the first axis."""
+    """1/L where a slot is filled, L counted over all axes except the first."""
     sizes = filled.sum(axis=tuple(range(1, filled.ndim)), keepdims=True)
-    return (filled / sizes).astype(np.float32)
+    return (filled / sizes).astype(jnp.result_type(float))
+
+
+class _Runs(NamedTuple):
+    """An epoch sorted by step, then by label. A run is the samples of one step and one label.
+
+    Attributes:
+      steps: batches of the epoch.
+      samples: `[M]`; within a run they keep the epoch's order.
+      run: `[M]`, the run of each sample.
+      place: `[M]`, the position of each sample in its run.
+      step, label, length: `[runs]`.
+    """
+
+    steps: int
+    samples: np.ndarray
+    run: np.ndarray
+    place: np.ndarray
+    step: np.ndarray
+    label: np.ndarray
+    length: np.ndarray
+
+
+def _runs(labels, batch_size, order) -> _Runs:
+    flat = _flat(labels, batch_size, order)
+    samples = flat[flat >= 0]
+    step, own = np.arange(len(samples)) // batch_size, labels[samples]
+    key = step * (int(own.max()) + 1) + own
+    by = np.argsort(key, kind="stable")
+    samples, key, step, own = samples[by], key[by], step[by], own[by]
+    first = np.diff(key, prepend=-1) > 0
+    starts, run = np.flatnonzero(first), np.cumsum(first) - 1
+    length = np.diff(starts, append=len(samples))
+    place = np.arange(len(samples)) - starts[run]
+    return _Runs(len(flat), samples, run, place, step[starts], own[starts], length)
 
 
 def batches(labels, batch_size: int, order=None) -> Batches:
@@ -118,8 +155,7 @@ def batches(labels, batch_size: int, order=None) -> Batches:
 def most_of_a_label(labels, num_classes: int, batch_size: int, order=None) -> int:
     """The largest count of one label in one batch of the epoch: the slots that drop nothing."""
     labels = check_labels(labels, num_classes)
-    counts = [np.bincount(labels[b[b >= 0]]).max() for b in _flat(labels, batch_size, order)]
-    return int(max(counts))
+    return int(_runs(labels, batch_size, order).length.max())
 
 
 def batches_by_label(
@@ -142,8 +178,8 @@ def batches_by_label(
       ValueError: bad labels or sizes, or fewer slots than a batch needs.
     """
     labels = check_labels(labels, num_classes)
-    flat = _flat(labels, batch_size, order)
-    needed = most_of_a_label(labels, num_classes, batch_size, order)
+    runs = _runs(labels, batch_size, order)
+    needed = int(runs.length.max())
     slots = needed if slots is None else slots
     if slots < needed:
         msg = (
@@ -151,15 +187,10 @@ def batches_by_label(
             f"slots={needed} or more, for nothing may be dropped."
         )
         raise ValueError(msg)
-    indices = np.full((len(flat), num_classes, slots), len(labels), np.int32)
-    for step, batch in enumerate(flat):
-        batch = batch[batch >= 0]
-        for label in range(num_classes):
-            own = batch[labels[batch] == label]
-            indices[step, label, : len(own)] = own
-    filled = indices < len(labels)
-    rows = np.tile(np.arange(num_classes, dtype=np.int32), (len(flat), 1))
-    return Batches(indices, _weights(filled), rows)
+    indices = np.full((runs.steps, num_classes, slots), len(labels), np.int32)
+    indices[runs.step[runs.run], runs.label[runs.run], runs.place] = runs.samples
+    rows = np.tile(np.arange(num_classes, dtype=np.int32), (runs.steps, 1))
+    return Batches(indices, _weights(indices < len(labels)), rows)
 
 
 def tiles_by_label(
@@ -185,25 +216,22 @@ def tiles_by_label(
     if not isinstance(tile, int) or tile < 1:
         msg = f"tiles_by_label(tile={tile}): write a positive integer."
         raise ValueError(msg)
-    cut = []
-    for batch in _flat(labels, batch_size, order):
-        batch = batch[batch >= 0]
-        by_label = [(label, batch[labels[batch] == label]) for label in range(num_classes)]
-        parts = [(c, own[i : i + tile]) for c, own in by_label for i in range(0, len(own), tile)]
-        cut.append(parts)
-    needed = max(map(len, cut))
+    runs = _runs(labels, batch_size, order)
+    of_run = -(-runs.length // tile)
+    start = np.cumsum(of_run) - of_run  # tiles of all runs before, then of those of the same step
+    start -= start[np.searchsorted(runs.step, runs.step)]
+    needed = int((start + of_run).max())
     tiles = needed if tiles is None else tiles
     if tiles < needed:
         msg = (
             f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
         )
         raise ValueError(msg)
-    indices = np.full((len(cut), tiles, tile), len(labels), np.int32)
-    tile_labels = np.full((len(cut), tiles), num_classes, np.int32)
-    for step, parts in enumerate(cut):
-        for t, (label, own) in enumerate(parts):
-            indices[step, t, : len(own)] = own
-            tile_labels[step, t] = label
+    indices = np.full((runs.steps, tiles, tile), len(labels), np.int32)
+    tile_labels = np.full((runs.steps, tiles), num_classes, np.int32)
+    step, at = runs.step[runs.run], start[runs.run] + runs.place // tile
+    indices[step, at, runs.place % tile] = runs.samples
+    tile_labels[step, at] = runs.label[runs.run]
     return Batches(indices, _weights(indices < len(labels)), tile_labels)
 
 

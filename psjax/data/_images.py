@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from psjax.data import _records
 from psjax.data._batches import labels_of
 
 
@@ -40,8 +41,10 @@ def load(name: str = "digits", split: str = "train", data_dir: str | None = None
       data_dir: where TFDS keeps its sets; None: `TFDS_DATA_DIR`, else TFDS's own default.
 
     Raises:
-      ValueError: unknown set or split; images of more than one shape; labels outside `[0, C)`.
-      FileNotFoundError: a TFDS set that is not prepared, with the command that prepares it.
+      ValueError: unknown set or split; images of more than one shape; labels outside `[0, C)`; a
+        damaged file of a TFDS set, by name.
+      FileNotFoundError: a TFDS set that is not prepared, or of which a file is missing, with the
+        command that prepares it.
       ImportError: scikit-learn or tensorflow-datasets is not installed.
     """
     if split not in ("train", "test"):
@@ -107,7 +110,7 @@ def load_classes(
 
 
 def _needs(package, name):
-    return f"load({name!r}) needs {package}: pip install 'psjax[experiments]'."
+    return f"load({name!r}) needs {package}: pip install 'psjax[data]'."
 
 
 def _load_digits(split):
@@ -150,9 +153,10 @@ def _labels_of(records, name, split, num_classes):
 
 def _tfds_records(name, split, data_dir, rows, skip=False):
     try:
+        import array_record.python.array_record_module  # noqa: F401, what TFDS reads with
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(_needs("tensorflow-datasets", name)) from error
+        raise ImportError(_needs("tensorflow-datasets and array_record", name)) from error
     known = ["digits", *tfds.list_builders(with_community_datasets=False)]
     if name not in known:
         nearest = lambda names: difflib.get_close_matches(str(name).lower(), names, n=1)
@@ -160,7 +164,15 @@ def _tfds_records(name, split, data_dir, rows, skip=False):
         hint = f" Did you mean {near[0]!r}?" if near else ""
         msg = f"load({name!r}): no such data set in TensorFlow Datasets.{hint}"
         raise ValueError(msg)
-    builder: Any = tfds.builder(name, data_dir=data_dir)
+    call = f"load({name!r}, split={split!r})"
+    cure = _records.how_to_prepare(name, data_dir)
+    try:
+        builder: Any = tfds.builder(name, data_dir=data_dir)
+    except ImportError:
+        raise
+    except Exception as error:  # of many types, some of them TFDS's own
+        folder = _records.folder_of(name, data_dir)
+        raise _records.unreadable(call, folder, error, cure) from error
     features = builder.info.features
     label = features["label"] if features and {"image", "label"} <= set(features) else None
     num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
@@ -170,27 +182,34 @@ def _tfds_records(name, split, data_dir, rows, skip=False):
             "that is one class)."
         )
         raise ValueError(msg)
-    if builder.info.splits and split not in builder.info.splits:
+    splits = builder.info.splits
+    if splits and split not in splits:
         msg = (
-            f"load({name!r}, split={split!r}): the set has no such split, only "
-            f"{sorted(builder.info.splits)}. Divide one that it has, or read another with "
-            f"tfds.data_source({name!r})."
+            f"{call}: the set has no such split, only {sorted(splits)}. Divide one that it has, "
+            f"or read another with tfds.data_source({name!r})."
         )
         raise ValueError(msg)
     try:
         decoders = {"image": tfds.decode.SkipDecoding()} if skip else None
         source = builder.as_data_source(split=split, decoders=decoders)
+    except (
+        FileNotFoundError,
+        NotImplementedError,
+        LookupError,
+        ValueError,
+        AssertionError,
+    ) as error:
+        raise _records.unprepared(call, builder.data_dir, cure) from error
+    files = dict(zip(splits[split].filepaths, splits[split].shard_lengths)) if splits else {}
+    shards = _records.Shards(call, builder.data_dir, files, cure)
+    shards.check()
+    try:
         rows = range(len(source)) if rows is None else rows
         return source.__getitems__(rows), num_classes  # 5 times faster than each
-    except (FileNotFoundError, NotImplementedError, ValueError, AssertionError) as error:
-        msg = (
-            f"load({name!r}, split={split!r}): not prepared as array_record in "
-            f'{builder.data_dir}. With network and TensorFlow, once: python -c "import '
-            f"tensorflow_datasets as tfds; tfds.builder('{name}', data_dir={data_dir!r}, "
-            "file_format='array_record').download_and_prepare()\"; or set TFDS_DATA_DIR to where "
-            "it is."
-        )
-        raise FileNotFoundError(msg) from error
+    except ImportError as error:
+        raise ImportError(_needs(error.name or "pillow", name)) from error
+    except Exception as error:  # of array_record, of the message or of the image
+        raise shards.blame(error) from error
 
 
 def take(x, indices, scale=None):
@@ -201,7 +220,8 @@ def take(x, indices, scale=None):
     Args:
       x: `[N, ...]`, images or labels.
       indices: integers in `[0, N]`; N, past the end, is an empty slot.
-      scale: None to leave `x` as it is; a number to multiply it with, as float32.
+      scale: None to leave `x` as it is; a number to multiply it with. The product is float32, or
+        float64 if `jax_enable_x64` is on.
     """
     rows = jnp.asarray(x).at[indices].get(mode="fill", fill_value=0)
-    return rows if scale is None else rows.astype(jnp.float32) * scale
+    return rows if scale is None else rows.astype(float) * jnp.asarray(scale, float)

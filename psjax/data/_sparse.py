@@ -5,6 +5,7 @@ multi-label datasets and code*, 2016, http://manikvarma.org/downloads/XC/XMLRepo
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 _BLOCK = 1 << 24  # bytes parsed at once
 _HEADER = re.compile(rb"\s*(\d+)\s+(\d+)\s+(\d+)\s*")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.I)
+_MOST = np.iinfo(np.int32).max  # the largest id
 _SPACE, _COMMA, _COLON, _NEWLINE = b" ,:\n"
 
 
@@ -61,9 +63,9 @@ def read_xc(
 
     Raises:
       ValueError: a header of another form, too many or too few lines, a malformed token, an id
-        out of range, a feature or label that is repeated, a value that is not finite in float32,
-        or a last line that is cut off, with the file's name and the line's number (from 1; the
-        header is line 1); a split file that is not like that, or its column.
+        out of range or too large for int32, a feature or label that is repeated, a value that is
+        not finite in float32, or a last line that is cut off, with the file's name and the line's
+        number (from 1; the header is line 1); a split file that is not like that, or its column.
     """
     call = f"read_xc({str(path)!r})"
     with open(path, "rb") as file:
@@ -75,7 +77,10 @@ def read_xc(
                 "num_labels'."
             )
             raise ValueError(msg)
-        num_points, num_features, num_labels = map(int, match.groups())
+        num_points, num_features, num_labels = map(_integer, match.groups())
+        if max(num_points, num_features, num_labels) == 10**18:
+            msg = f"{call}: line 1 is {_show(header)}; its numbers must have 18 digits or fewer."
+            raise ValueError(msg)
         line, parts = 2, []
         while lines := file.readlines(_BLOCK):
             if not lines[-1].endswith(b"\n"):
@@ -163,8 +168,10 @@ def _parse_block(block, num_features, num_labels):
     inside[ends[value]] -= 1
     alone = np.where(np.cumsum(inside, dtype=np.int8) > 0, text, np.uint8(_SPACE)).tobytes()
     try:
-        numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
-    except ValueError:
+        with warnings.catch_warnings():  # NumPy 2.0 only warns of what it cannot read
+            warnings.simplefilter("error", DeprecationWarning)
+            numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
+    except (ValueError, DeprecationWarning):
         return None
     with np.errstate(over="ignore"):
         numbers = numbers.astype(np.float32)
@@ -224,10 +231,23 @@ def _id(token, where, what, size):
     if not re.fullmatch(rb"\d+", token):
         msg = f"{where} {what} {_show(token)} is not an integer."
         raise ValueError(msg)
-    if int(token) >= size:
-        msg = f"{where} {what} {int(token)} is outside [0, {size})."
+    number = _integer(token)
+    if number >= size:
+        msg = f"{where} {what} {_digits(token)} is outside [0, {size})."
         raise ValueError(msg)
-    return int(token)
+    if number > _MOST:
+        msg = f"{where} {what} {number} is outside [0, {_MOST + 1}): ids are int32."
+        raise ValueError(msg)
+    return number
+
+
+def _integer(digits):
+    """The number that these digits are; of more than `int` takes, one that is larger than any."""
+    return int(digits) if len(digits.lstrip(b"0")) <= 18 else 10**18
+
+
+def _digits(token):
+    return _show(token.lstrip(b"0") or b"0").strip("'")
 
 
 def _read_split(path, column, num_points):
@@ -242,7 +262,7 @@ def _read_split(path, column, num_points):
             msg = f"{call}: line {number} has {len(tokens)} columns, counted from 0."
             raise ValueError(msg)
         token = tokens[column or 0]
-        if not re.fullmatch(rb"\d+", token) or not 1 <= int(token) <= num_points:
+        if not re.fullmatch(rb"\d+", token) or not 1 <= _integer(token) <= num_points:
             msg = f"{call}: line {number}: {_show(token)} is not an integer in [1, {num_points}]."
             raise ValueError(msg)
         if int(token) in seen:

@@ -12,9 +12,7 @@ import functools
 import hashlib
 import json
 import os
-import re
 import tempfile
-import wave
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WORDS: tuple[str, ...] = tuple(
-    "backward bed bird cat dog down eight five follow forward four go happy house learn left "
-    "marvin nine no off on one right seven sheila six stop three tree two up visual wow yes zero"
-    "".split()
-)
+from psjax.data._recordings import Folders, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +196,9 @@ def load_speech(
       (`split_by="hash"`), and leaves shorter recordings out (`only_full=True`).
 
     The features are computed once by `log_mel` (of recordings longer than a second the beginning
-    counts) and kept in `cache_dir`, one file for each version and file sizes of the data, split
-    and settings; a damaged file is computed again. All of `speech_commands` is about 1.7 GB.
+    counts) and kept in `cache_dir`, one file for each content of the data's files, split and
+    settings; a damaged file is computed again. All of `speech_commands` is about 1.7 GB. Every call
+    reads the data's files to see what is in them.
 
     Args:
       name: `spoken_digit` or `speech_commands`.
@@ -219,8 +214,8 @@ def load_speech(
       only_full: whether to leave out recordings that do not last exactly `duration_ms`.
 
     Raises:
-      ValueError: an unknown set, split or combination; files that are not as they should be.
-      FileNotFoundError: a set that is not there, with what to do.
+      ValueError: an unknown set, split or combination; a damaged file, by name.
+      FileNotFoundError: a set or a file that is not there, with what to do.
       ImportError: tensorflow-datasets or array_record is not installed.
     """
     call = f"load_speech({name!r}, split={split!r}, labels={labels!r}, split_by={split_by!r})"
@@ -233,10 +228,10 @@ def load_speech(
         msg = f"{call}: write split={' or '.join(map(repr, splits))}."
         raise ValueError(msg)
     if labels == "words":
-        source = _Folders(call, data_dir, split, split_by)
+        source = Folders(call, data_dir, split, split_by)
     else:
-        source = _Records(call, name, data_dir, split)
-    what = (2, name, split, labels, split_by, only_full, source.fingerprint)
+        source = Records(call, name, data_dir, split)
+    what = (3, name, split, labels, split_by, only_full, source.sample_rate, source.fingerprint)
     key = json.dumps([*what, dataclasses.asdict(settings)])
     default = os.environ.get("PSJAX_CACHE_DIR") or "~/.cache/psjax"
     file = Path(cache_dir or default).expanduser()
@@ -293,158 +288,3 @@ def _write_cache(file, features, labels):
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-class _Records:
-    """Recordings that TFDS has prepared.
-
-    Its own reader needs TensorFlow to build an Audio feature; the records are plain
-    `tf.train.Example` in array_record, for which TFDS brings the message class along.
-    """
-
-    def __init__(self, call, name, data_dir, split):
-        try:
-            from array_record.python import array_record_data_source
-            from tensorflow_datasets.proto import tf_example_pb2
-        except ImportError as error:
-            msg = f"{call} needs tensorflow-datasets and array_record: pip install "
-            msg += "'psjax[experiments]'."
-            raise ImportError(msg) from error
-        messages: Any = tf_example_pb2
-        self._parse = messages.Example.FromString
-        self._call = call
-        default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        folder = Path(data_dir or default).expanduser() / name
-        versions = [f.parent for f in folder.glob("*/dataset_info.json")]
-        try:
-            version = max(versions, key=lambda f: [int(n) for n in f.name.split(".")])
-            info = json.loads((version / "dataset_info.json").read_text())
-            features = json.loads((version / "features.json").read_text())
-            features = features["featuresDict"]["features"]
-            stored = "train" if name == "spoken_digit" else split
-            shards = {s["name"]: s["shardLengths"] for s in info["splits"]}[stored]
-            sizes = [int(n) for n in shards]
-            files = [
-                version / f"{name}-{stored}.array_record-{i:05d}-of-{len(sizes):05d}"
-                for i in range(len(sizes))
-            ]
-            self.fingerprint = [version.name, sizes, [f.stat().st_size for f in files]]
-            self._source = array_record_data_source.ArrayRecordDataSource([str(f) for f in files])
-            if len(self._source) != sum(sizes):
-                msg = f"{len(self._source)} records, not {sum(sizes)}"
-                raise ValueError(msg)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            msg = (
-                f"{call}: not prepared as array_record in {folder}. With network, TensorFlow and "
-                'pydub, once: python -c "import tensorflow_datasets as tfds; '
-                f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record')"
-                '.download_and_prepare()"; or set TFDS_DATA_DIR to where it is.'
-            )
-            raise FileNotFoundError(msg) from error
-        self.sample_rate = int(features["audio"]["audio"]["sampleRate"])
-        self.num_classes = int(features["label"]["classLabel"]["numClasses"])
-        self._name, self._split = name, split
-
-    @functools.cached_property
-    def _rows(self):
-        """Which records belong to the split; all must be read to know."""
-        rows = range(len(self._source))
-        if self._name != "spoken_digit":
-            return rows
-        records = map(self._parse, self._source.__getitems__(list(rows)))
-        is_test = [self._is_test(record.features.feature) for record in records]
-        return [row for row in rows if is_test[row] == (self._split == "test")]
-
-    def _is_test(self, feature):
-        name = feature["audio/filename"].bytes_list.value[0].decode()
-        match = re.fullmatch(r"\d_[a-z]+_(\d+)\.wav", name)
-        if not match:
-            msg = f"{self._call}: file name {name!r} is not 'digit_speaker_index.wav'."
-            raise ValueError(msg)
-        return int(match[1]) < 5
-
-    def __len__(self):
-        return len(self._rows)
-
-    def read(self, places):
-        """Waveforms and labels."""
-        read = []
-        for record in self._source.__getitems__([self._rows[i] for i in places]):
-            feature = self._parse(record).features.feature
-            label = feature["label"].int64_list.value[0]
-            if not 0 <= label < self.num_classes:
-                msg = f"{self._call}: label {label} is outside [0, {self.num_classes})."
-                raise ValueError(msg)
-            read.append((np.array(feature["audio"].int64_list.value, np.float32), label))
-        return read
-
-
-class _Folders:
-    """The archive of Speech Commands, unpacked: a folder of wav files for each word."""
-
-    sample_rate = 16000
-    num_classes = len(WORDS)
-
-    def __init__(self, call, data_dir, split, split_by):
-        self._call = call
-        folder = Path(data_dir or ".").expanduser()
-        missing = [word for word in WORDS if not (folder / word).is_dir()]
-        lists = {s: folder / f"{s}_list.txt" for s in ("validation", "testing")}
-        missing += [f.name for f in lists.values() if split_by == "official" and not f.is_file()]
-        if missing:
-            msg = (
-                f"{call}: {missing[0]!r} and {len(missing) - 1} others of the 35 words and two "
-                f"lists are not in {folder}. Unpack http://download.tensorflow.org/data/"
-                "speech_commands_v0.02.tar.gz, and write data_dir=its folder."
-            )
-            raise FileNotFoundError(msg)
-        names = [
-            f"{word}/{f.name}" for word in WORDS for f in sorted((folder / word).glob("*.wav"))
-        ]
-        if split_by == "hash":
-            self._names = [n for n in names if _in_a_fifth(n) == (split == "test")]
-        else:
-            validation, testing = (f.read_text().split() for f in lists.values())
-            lost = sorted({*validation, *testing} - set(names))
-            if lost:
-                msg = f"{call}: {lost[0]!r} and {len(lost) - 1} others of the lists are not there."
-                raise FileNotFoundError(msg)
-            wanted = {"validation": set(validation), "test": set(testing)}
-            wanted["train"] = set(names) - wanted["validation"] - wanted["test"]
-            self._names = [n for n in names if n in wanted[split]]
-        self._folder = folder
-        listed = "\n".join(f"{n} {(folder / n).stat().st_size}" for n in self._names)
-        self.fingerprint = hashlib.sha256(listed.encode()).hexdigest()
-
-    def __len__(self):
-        return len(self._names)
-
-    def read(self, places):
-        """Waveforms and labels."""
-        return [
-            (self._wav(n), WORDS.index(n.split("/")[0]))
-            for n in map(self._names.__getitem__, places)
-        ]
-
-    def _wav(self, name):
-        try:
-            with wave.open(str(self._folder / name), "rb") as file:
-                kind = (file.getnchannels(), file.getsampwidth(), file.getframerate())
-                samples = file.readframes(file.getnframes())
-        except (wave.Error, EOFError) as error:
-            msg = f"{self._call}: {name} is not a wav file ({error})."
-            raise ValueError(msg) from error
-        if kind != (1, 2, self.sample_rate) or not samples or len(samples) % 2:
-            msg = (
-                f"{self._call}: {name} has {kind[0]} channels of {8 * kind[1]} bits at {kind[2]} "
-                f"Hz and {len(samples)} bytes; it must be 1 of 16 at {self.sample_rate}, not empty."
-            )
-            raise ValueError(msg)
-        return np.frombuffer(samples, "<i2").astype(np.float32)
-
-
-def _in_a_fifth(name):
-    """The rule of the archive's README, for 20 %: all recordings of a speaker are together."""
-    speaker = re.sub(r"_nohash_.*$", "", name.split("/")[-1])
-    number = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % 2**27
-    return number * 100 / (2**27 - 1) < 20

@@ -1,5 +1,6 @@
 """Whether a subnet computes what the whole network does with its neurons alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from psjax._masks import kept
 from psjax._selection import Selection
+from psjax.ist._meetings import first_meeting
 
 
 def check_subnets(
@@ -21,34 +23,60 @@ def check_subnets(
 ) -> None:
     r"""Raise if a layer reduces over a divided axis, so that a subnet is no part of the network.
 
-    A layer must treat each divided neuron by itself. On the host, once before a training:
+    A layer must treat each divided neuron by itself. Call this once before training, on the host.
+    It makes three comparisons, at the given parameters and at two random ones near them:
 
-    - A subnet must compute what the whole network does with every other entry zero. This finds
-      what counts the neurons or sees their zeros: a layer normalisation, a softmax, a mean. It does
-      not find what zeros do not change: a norm, a maximum, a mask of the largest, a cumulative sum.
-    - So all subnets are put together too, only the entries between them zero, and none may notice
-      the others. Where the scores are a sum over the neurons, as of a dense layer, this is
+    - A subnet must compute what the whole network computes with every other entry zero. This finds
+      layers that count the neurons or see their zeros: a layer normalisation, a softmax, a mean. It
+      does not find what zeros do not change: a norm, a maximum, a gate, a cumulative sum.
+    - All subnets are put together, with only the entries between them zero, and none may notice the
+      others. Where the scores are a sum over the neurons, as those of a dense layer are, this means
       $f = \sum_s f_s - (n - 1) f_0$, with $f_s$ the scores of subnet s and $f_0$ those of the
-      shared leaves alone. Where they are none, such as scores normalised by their batch, it takes
-      the leaves without which $f_0$ is left, one by one: without the others' entries in such a
-      leaf, though their neurons are there, the scores must be $f_s$.
+      shared leaves alone.
+    - Where the scores are no such sum, for instance because they are normalised, the operations of
+      `fn` are looked at one by one. Neurons of two subnets may meet in a sum, and what is done to
+      that sum afterwards is free, unless it meets neurons of the same axis again.
 
-    Both at these weights and samples: a maximum that changes nothing here is not found. For scores
-    that are no sum and that the neurons reach through several leaves, as over a skip connection,
-    the second comparison may raise where nothing reduces, and may pass what does. Elements with a
-    divided row in common are only checked by the first.
+    If two elements hold the same divided row, only the first comparison is made. A maximum that
+    changes nothing at any of these parameters and samples is not found. A residual network passes
+    if each of its blocks has an axis of its own. `while_loop`s are not looked into: neurons of two
+    subnets that meet in one are reported.
 
     Args:
-      fn: `fn(params, *args)`, scores of the whole network, of any shape; without dropout.
-      subnet_fn: the same of a subnet.
-      params: of the whole network.
+      fn: `fn(params, *args)` returns the scores of the whole network, of any shape, without
+        dropout. JAX must be able to trace it.
+      subnet_fn: the same function of a subnet.
+      params: parameters of the whole network.
       selection: the subnets.
-      *args: such as a batch of inputs, of samples that differ.
+      *args: further arguments, such as a batch of inputs. The samples must differ.
       tolerance: largest difference allowed, relative to the largest score.
 
     Raises:
-      ValueError: the scores of a subnet differ, or show nothing.
+      ValueError: the scores of a subnet differ, or all scores are zero or not finite.
     """
+    for draw in range(3):
+        drawn = _near(params, draw) if draw else params
+        if draw and not np.isfinite(np.asarray(fn(drawn, *args))).all():
+            continue
+        _check_at(fn, subnet_fn, drawn, selection, args, tolerance)
+
+
+def _near(params, seed):
+    """Every weight times a positive random number, zeros a little above zero."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x):
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        factor, small = np.exp(rng.normal(size=x.shape) / 2), np.abs(rng.normal(size=x.shape)) / 10
+        return jnp.where(x == 0, jnp.asarray(small, x.dtype), x * jnp.asarray(factor, x.dtype))
+
+    return jax.tree.map(leaf, params)
+
+
+def _check_at(fn, subnet_fn, params, selection, args, tolerance):
+    """The comparisons of `check_subnets` at some parameters."""
     seen = selection.gather(params)
     leaves, treedef = jax.tree.flatten(selection.masked(params))
     masks = [_rows_of(selection, e, leaves) for e in np.flatnonzero(selection.valid)]
@@ -76,7 +104,7 @@ def check_subnets(
             raise ValueError(_reduces(f"{what} other entries zero", selection))
         scores.append(np.asarray(large))
     if _shares_no_row(selection):
-        of_leaves = lambda leaves: np.asarray(fn(treedef.unflatten(leaves), *args))
+        of_leaves = lambda leaves: fn(treedef.unflatten(leaves), *args)
         _check_together(of_leaves, leaves, selection, masks, scores, tolerance)
 
 
@@ -96,37 +124,46 @@ def _rows_of(selection, e, leaves):
 
 
 def _check_together(fn, leaves, selection, masks, scores, tolerance):
-    """The second comparison of `check_subnets`: masks and scores of the valid subnets."""
+    """The second and third comparison of `check_subnets`: masks and scores of the valid subnets."""
     any_of = [None if own[0] is None else np.any(own, axis=0) for own in zip(*masks)]
     leaves = list(map(kept, any_of, leaves))
-    divided = [i for i, mask in enumerate(any_of) if mask is not None]
-    with_leaves = lambda new: fn([new.get(i, x) for i, x in enumerate(leaves)])
-    shared, together = with_leaves({i: jnp.zeros_like(leaves[i]) for i in divided}), with_leaves({})
+    shared = fn([x if mask is None else jnp.zeros_like(x) for mask, x in zip(any_of, leaves)])
+    together = fn(leaves)
     for x, entries in ((shared, "divided entries"), (together, "entries between subnets")):
         if not np.isfinite(x).all():
             raise ValueError(_reduces(f"are NaN or Inf with all {entries} zero", selection))
     largest = max(float(np.abs(x).max()) for x in (together, shared, *scores))
     total = sum(scores) - (len(scores) - 1) * shared
-    error = _distance(together, total, largest)
-    if error <= tolerance:
+    if _distance(together, total, largest) <= tolerance:
         return
-    # Something reduces, or the scores are no sum. Without a leaf that leads to them f_0 is left.
-    without = lambda i: with_leaves({i: jnp.zeros_like(leaves[i])})
-    ends = [i for i in divided if _distance(without(i), shared, largest) <= tolerance]
-    if not ends:
-        msg = (
-            "check_subnets: the scores are no sum over the subnets. Either a layer reduces over an "
-            f"axis that is divided, one of {sorted(selection.indices)}, or the scores are "
-            "normalised; which, cannot be told where several leaves lead to them. Write functions "
-            "of the scores before they are normalised."
+    names = {name for spec in selection.specs for name in spec or ()} & set(selection.indices)
+    halves = {name: _halves(selection, name, leaves) for name in sorted(names)}
+    met = first_meeting(fn, leaves, halves)
+    if met is not None:
+        what = (
+            f"are no sum over the subnets: in the operation {met.operation!r}, neurons of axis "
+            f"{met.axis!r} meet what depends on those of another subnet"
         )
-        raise ValueError(msg)
-    for e, mask, expected in zip(np.flatnonzero(selection.valid), masks, scores, strict=True):
-        without_others = (with_leaves({i: kept(mask[i], leaves[i])}) for i in ends)
-        errors = [_distance(x, expected, largest) for x in without_others]
-        if not all(error <= tolerance for error in errors):
-            what = f"of subnet {e} change by {max(errors):.2g} where the others' neurons are there"
-            raise ValueError(_reduces(what, selection))
+        raise ValueError(_reduces(what, selection))
+
+
+def _halves(selection, name, leaves):
+    """Which entries lie in the rows of an axis that every other subnet holds, and in the rest."""
+    valid = np.flatnonzero(selection.valid)
+
+    def mask(spec, ndim, rows):
+        dims = [d for d, other in enumerate(spec or ()) if other == name]
+        along = [rows.reshape([-1 if k == d else 1 for k in range(ndim)]) for d in dims]
+        return functools.reduce(np.logical_or, along) if along else None
+
+    rows = [
+        np.isin(np.arange(selection.sizes[name]), selection.indices[name][half])
+        for half in (valid[::2], valid[1::2])
+    ]
+    of_all = zip(selection.specs, leaves, strict=True)
+    specs = [(spec, jnp.ndim(x)) for spec, x in of_all]
+    one, other = ([mask(spec, ndim, half) for spec, ndim in specs] for half in rows)
+    return one, other
 
 
 def _distance(a, b, largest):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._local import LocalMetrics, first_good, goes_home
+from psjax._leaf import selected
+from psjax._local import LocalUpdate, first_good, routes_home
 from psjax._select import replicas
 from psjax._selection import is_spec
-from psjax._state import state_specs_of
 
 _HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
 
@@ -48,7 +48,8 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
     last byte.
 
     Args:
-      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`.
+      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`; its optimizer says how
+        the state travels.
       axis_name: name of the mapped axis, whose size is the number of subnets.
 
     Returns:
@@ -58,22 +59,44 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
       `stratified=True`; `batches` `[1, J, ...]` and the metrics are this worker's own.
 
     Raises:
-      ValueError: at the call, another number of subnets than workers, or shards that do not fit.
+      TypeError: an `update` that is not `psjax.local_update`'s.
+      ValueError: at the call, another number of subnets than workers, shards that do not fit, or a
+        state of the optimizer that cannot travel.
     """
+    local = getattr(update, "__wrapped__", update)
+    if not isinstance(local, LocalUpdate):
+        msg = (
+            f"exchange(update={update!r}): pass psjax.local_update(loss_fn, optimizer) or jax.jit "
+            "of it, whose optimizer says how its state travels."
+        )
+        raise TypeError(msg)
 
     def exchanged(params, opt_state, selection, batches):
         n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         _check(selection, n)
-        leaves, treedef = jax.tree.flatten((params, jax.tree.map(jnp.asarray, opt_state)))
-        specs = [*selection.specs, *state_specs_of(params, selection.specs, opt_state)]
+        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        leaves, treedef = jax.tree.flatten((params, opt_state))
         _check_shards(params, selection, n)
+        like = _whole(params, selection)
+        routes = routes_home(
+            "exchange", local.optimizer, selection, params, opt_state, local.mutable, like
+        )
+        specs = [route.spec for route in routes]
         homes: Any = [_home(spec, selection.sizes) for spec in specs]
         part = _part(selection, me, n)
+        divided = selection.indices
         split = [i for i, home in enumerate(homes) if home is not None]
         names = [_at_home(specs[i], homes[i]) for i in split]
         part = part.of(names, [leaves[i] for i in split])
 
+        # Leaves whose divided axes are only parts of products lie whole with every worker.
+        mixed = [i for i, home in enumerate(homes) if home is None and selected(specs[i], divided)]
+        pick = lambda xs: [xs[i] for i in mixed]
+        mine = selection[jnp.asarray(me)[None]].of(pick(specs), pick(leaves))
+
         seen = list(leaves)
+        for i, y in zip(mixed, mine.gather(pick(leaves))):
+            seen[i] = y[0]
         for i, y in zip(split, part.gather([leaves[i] for i in split])):
             y = jax.lax.all_to_all(y, axis_name, 0, 0)  # [owner, ..., rows of the owner's, ...]
             y = jnp.moveaxis(y, 0, homes[i])
@@ -90,23 +113,41 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         home_again = part.scatter_mean(back, [leaves[i] for i in split])
         for i, y in zip(split, home_again):
             new[i] = y
+        stacked = [y[None] for y in pick(new)]
+        together = mine.scatter_mean(stacked, pick(leaves), finite[None], axis_name)
+        for i, y in zip(mixed, together):
+            new[i] = y
         holders = jax.lax.psum(finite.astype(jnp.int32), axis_name)
-        for i in (i for i, home in enumerate(homes) if home is None):
-            if goes_home(leaves[i], specs[i]):
-                total = jax.lax.psum(jnp.where(finite, new[i], 0), axis_name)
-                mean = total / jnp.maximum(holders, 1).astype(total.dtype)
-                new[i] = jnp.where(holders > 0, mean, leaves[i])
-            else:
+        shared = {i for i, home in enumerate(homes) if home is None} - set(mixed)
+        for i in sorted(shared):
+            if routes[i].copied:
                 new[i] = first_good(new[i][None], leaves[i], finite[None], axis_name)
+            else:
+                wide = jnp.promote_types(leaves[i].dtype, jnp.float32)
+                own = jnp.where(finite, new[i], jnp.zeros_like(new[i])).astype(wide)
+                mean = jax.lax.psum(own, axis_name) / jnp.maximum(holders, 1).astype(wide)
+                new[i] = jnp.where(holders > 0, mean.astype(leaves[i].dtype), leaves[i])
         params, opt_state = treedef.unflatten(new)
-        return params, opt_state, LocalMetrics(*metrics)
+        return params, opt_state, metrics
 
     return exchanged
 
 
+def _whole(params, selection):
+    """The shapes of the whole parameters, of which these are one worker's shards."""
+
+    def leaf(spec, x):
+        names = [*(spec or ()), *[None] * x.ndim]
+        shape = [selection.sizes.get(name, n) for name, n in zip(names, x.shape)]
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(map(leaf, selection.specs, leaves))
+
+
 def _home(spec, sizes):
     """The dimension along which a leaf is sharded: its first divided axis, or None."""
-    return next((d for d, name in enumerate(spec or ()) if name in sizes), None)
+    return next((d for d, name in enumerate(spec or ()) if name in sizes), None)  # not a product
 
 
 def _at_home(spec, home):

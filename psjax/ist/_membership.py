@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-from psjax._partition import random_partition
+from psjax._partition import partition_of
 from psjax._selection import Selection
 
 
@@ -17,21 +18,48 @@ def membership(
     sizes: Mapping[str, int],
     num_subnets: int,
     stratified: bool = False,
+    like: Any = None,
 ) -> Selection:
     """The subnets of one round, from `(seed, round_number)` alone: every worker derives the same.
 
     Section 4.4: no index travels, for all workers share the generator.
 
     Args:
-      seed: integer, or an integer array; may be traced.
-      round_number: which round, from 0; the same number gives the same subnets.
-      axes: tree of `PartitionSpec`s, as in `psjax.select`.
+      seed: integer from 0 to 2^32 - 1, or an integer array; may be traced.
+      round_number: which round, an integer from 0 to 2^32 - 1; may be traced. The same number gives
+        the same subnets.
+      axes: as in `psjax.random_partition`.
       sizes: `{axis name: neurons}` of the axes to divide, such as `psjax.models.MLP.sizes`.
       num_subnets: n.
       stratified: see `psjax.random_partition`.
+      like: see `psjax.random_partition`.
+
+    Raises:
+      ValueError: as `psjax.random_partition`; a seed or a round outside its range. Traced ones are
+        not checked.
+      TypeError: a seed or a round that is not an integer.
     """
+    _check_number("seed", seed)
+    _check_number("round_number", round_number)
     key = jax.random.fold_in(jax.random.key(seed), round_number)
-    return random_partition(key, axes, sizes, num_elements=num_subnets, stratified=stratified)
+    count = ("num_subnets", num_subnets)
+    return partition_of("membership", key, axes, sizes, count, stratified, like)
+
+
+def _check_number(name, x):
+    if isinstance(x, Tracer):
+        return
+    if (
+        isinstance(x, bool)
+        or not isinstance(x, int)
+        and (np.ndim(x) or np.asarray(x).dtype.kind not in "iu")
+    ):
+        msg = f"membership({name}={x!r}): pass an integer."
+        raise TypeError(msg)
+    if not 0 <= int(x) < 2**32:
+        # Another number would be cut to 32 bits, by some workers and not by others.
+        msg = f"membership({name}={x}): pass an integer from 0 to 2**32 - 1."
+        raise ValueError(msg)
 
 
 def non_finite(selection: Selection, metrics: Any) -> str | None:

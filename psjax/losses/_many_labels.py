@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from psjax._placement import vary
+from psjax.losses._labels import int32_labels
+
 
 def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 8192):
     r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
@@ -69,13 +72,14 @@ def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 819
             "[B, K], a list for each sample, and hidden [B, H]."
         )
         raise ValueError(msg)
-    labels, num_labels = labels.astype(jnp.int32), kernel.shape[1]
+    num_labels = kernel.shape[1]
+    labels = int32_labels(labels, num_labels)
     held = (labels >= 0) & (labels < num_labels)
-    wrong = jnp.any((labels < 0) | (labels > num_labels), axis=-1)
+    wrong = jnp.any(labels < 0, axis=-1)
     empty = ~jnp.any(held, axis=-1) & ~wrong
     # An empty slot holds no sample: whatever is in it, even inf, must not become NaN.
     hidden = jnp.where(empty[:, None], 0, hidden)
-    hidden, kernel, bias = _vary_alike((hidden, kernel, bias), (hidden, kernel, bias, labels))
+    hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias, labels))
     loss: jax.Array = _cross_entropy(min(chunk_size, num_labels), hidden, kernel, bias, labels)
     return jnp.where(empty, 0, loss * jnp.where(wrong, jnp.nan, 1).astype(loss.dtype))
 
@@ -114,7 +118,7 @@ def top_k_labels(hidden, kernel, bias, k: int, chunk_size: int = 8192):
     if not 1 <= k <= num_labels:
         msg = f"{call}: k={k} with {num_labels} labels; write 1 <= k <= {num_labels}."
         raise ValueError(msg)
-    hidden, kernel, bias = _vary_alike((hidden, kernel, bias), (hidden, kernel, bias))
+    hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias))
 
     def best(start, size):
         values, places = lax.top_k(_scores(hidden, kernel, bias, start, size), k)
@@ -228,24 +232,6 @@ def _label_weights(labels, num_labels, dtype):
 
 def _wide(dtype):
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
-def _vary_alike(tree, operands):
-    """Make every leaf vary over the mapped axes that any operand varies over, under `shard_map`.
-
-    A custom gradient must vary as its argument does; JAX then sums it over devices by itself, for
-    an argument that did not. Elsewhere nothing is done: under `vmap` it would repeat the kernel.
-    """
-    leaves = jax.tree.leaves(operands)
-    # Where a release of JAX calls this attribute otherwise, the mask is always taken: it is right.
-    varying = {getattr(jax.typeof(x), "manual_axis_type", None) for x in leaves}
-    if len(varying) == 1 and None not in varying:
-        return tree
-    mask = jnp.asarray(True)
-    for x in leaves:
-        if jnp.size(x):
-            mask = mask | jnp.ravel(x)[0].astype(bool)
-    return jax.tree.map(lambda x: jnp.where(mask, x, x), tree)
 
 
 def _check_layer(call, hidden, kernel, bias, chunk_size):

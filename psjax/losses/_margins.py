@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from psjax.losses._labels import int32_labels
+
 # Beyond the bound the exponential goes on as its tangent. Adam squares gradients: in float32 they
 # must stay below e^44, in float64 below e^354.
 _BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
@@ -16,8 +18,9 @@ _BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
 def exponential(z, bound: float | None = None):
     r"""$e^{\min(z, B)} (1 + \max(z - B, 0))$: $e^z$ up to $B$, its tangent beyond.
 
-    The tangent is taken margin by margin, so the loss stays partially separable, and value and
-    gradient stay finite in float32 for scores up to 1e16.
+    The tangent is taken margin by margin, so the loss stays partially separable. In float32 the
+    value is finite for margins up to 1e21; the first derivative, $e^B$ beyond the bound, and the
+    second, 0 there, are right at every margin, infinite ones included.
 
     Args:
       z: margins, any shape, floating.
@@ -26,7 +29,12 @@ def exponential(z, bound: float | None = None):
     """
     z = jnp.asarray(z)
     bound = _BOUNDS[jnp.result_type(z, jnp.float16).name] if bound is None else bound
-    return jnp.exp(jnp.minimum(z, bound)) * (1 + jnp.maximum(z - bound, 0))
+    # Each branch gets a zero, not a product with 0, where the other is taken: beyond the bound the
+    # factors of a product can be inf when the derivative is not. NaN belongs to the exponential.
+    beyond = z > bound
+    below = jnp.exp(jnp.where(beyond, bound, z))
+    slope = jnp.where(beyond, jnp.exp(bound), 1).astype(below.dtype)
+    return jnp.where(beyond, slope * (1 + (z - bound)), below)
 
 
 def squared_exponential(z, bound: float | None = None):
@@ -85,10 +93,11 @@ def psl_with_integer_labels(scores, labels, margin_fn: MarginFn = exponential):
       TypeError: labels that are not integers.
     """
     scores, labels = _check("psl_with_integer_labels", scores, labels)
-    correct = jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
+    other = ~jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
     own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
-    loss = jnp.sum(jnp.where(correct, 0, margin_fn(scores - own)), axis=-1)
-    return _nan_outside(labels, scores) * loss
+    # Twice: a masked value whose margin is not masked, inf - inf, is NaN in the gradient.
+    values = jnp.where(other, margin_fn(jnp.where(other, scores - own, 0)), 0)
+    return _nan_outside(labels) * jnp.sum(values, axis=-1)
 
 
 def nll_with_integer_labels(scores, labels):
@@ -98,7 +107,7 @@ def nll_with_integer_labels(scores, labels):
     """
     scores, labels = _check("nll_with_integer_labels", scores, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-    return _nan_outside(labels, scores) * loss
+    return _nan_outside(labels) * loss
 
 
 def one_vs_all_with_integer_labels(scores, labels):
@@ -110,7 +119,7 @@ def one_vs_all_with_integer_labels(scores, labels):
     """
     scores, labels = _check("one_vs_all_with_integer_labels", scores, labels)
     own = jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
-    return _nan_outside(labels, scores) * jnp.sum(one_score(scores, own), axis=-1)
+    return _nan_outside(labels) * jnp.sum(one_score(scores, own), axis=-1)
 
 
 def one_score(score, own):
@@ -143,7 +152,7 @@ def pair(scores, weight, margin_fn: MarginFn = exponential):
             f"{jnp.shape(weight)}; write scores [..., 2] and weight [...]."
         )
         raise ValueError(msg)
-    return _weighted(weight, margin_fn(scores[..., 1] - scores[..., 0]))
+    return _weighted(weight, margin_fn, scores[..., 1] - scores[..., 0])
 
 
 def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
@@ -172,12 +181,13 @@ def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
         raise ValueError(msg)
     own = jnp.diagonal(scores, axis1=0, axis2=2).T[..., None]  # [l, slots, 1]
     used = jnp.where(pairs[:, None, :] != 0, weight[..., None], 0)
-    return _weighted(used, margin_fn(scores - own))
+    return _weighted(used, margin_fn, scores - own)
 
 
-def _weighted(weight, values):
-    # An empty slot holds no image: whatever its scores are, even inf, must not become NaN.
-    return jnp.sum(jnp.where(weight == 0, 0, weight * values))
+def _weighted(weight, margin_fn, margins):
+    """An empty slot holds no image: whatever its scores are, it counts 0, and so in derivatives."""
+    used = weight != 0
+    return jnp.sum(jnp.where(used, weight, 0) * margin_fn(jnp.where(used, margins, 0)))
 
 
 def _check(call, scores, labels):
@@ -194,13 +204,12 @@ def _check(call, scores, labels):
     if scores.shape[-1] < 2:
         msg = f"{call}(scores, labels): {scores.shape[-1]} class; a margin needs two scores."
         raise ValueError(msg)
-    return scores, labels
+    return scores, int32_labels(labels, scores.shape[-1] - 1)
 
 
-def _nan_outside(labels, scores):
-    """1 for each label in `[0, C)`, NaN for others: as a factor it reaches the gradient too."""
-    last = min(scores.shape[-1] - 1, jnp.iinfo(labels.dtype).max)
-    return jnp.where((labels >= 0) & (labels <= last), 1.0, jnp.nan)
+def _nan_outside(labels):
+    """1, but NaN for a label out of range: as a factor it reaches the gradient too."""
+    return jnp.where(labels >= 0, 1.0, jnp.nan)
 
 
 def margin_function(name: str, bound: float | None = None) -> MarginFn:

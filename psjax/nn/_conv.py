@@ -76,8 +76,11 @@ def _patches(pool):
         height, width = (rows + gh - 1) * pool, (cols + gw - 1) * pool
         x = x[:, :height, :width]
         x = jnp.pad(x, [(0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)])
-        x = x.reshape(-1, rows + gh - 1, pool, cols + gw - 1, pool, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *x.shape[1:4:2], pool**2 * channels)
+        # One dimension at a time: of Explicit meshes, JAX takes no reshape that splits two.
+        batch, blocks = x.shape[0], (rows + gh - 1, cols + gw - 1)
+        x = x.reshape(batch, blocks[0], pool, width, channels)
+        x = x.reshape(batch, blocks[0], pool, blocks[1], pool, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *blocks, pool**2 * channels)
         parts = [x[:, i : i + rows, j : j + cols] for i in range(gh) for j in range(gw)]
         # The kernel is folded by one product with a constant and kept as [features, taps]: pads,
         # transposes, and a product with the patches transposed, cost an element half its time.

@@ -12,14 +12,19 @@ from psjax.nn._annotate import annotated
 class SubnetDense(nn.Module):
     """Dense layer whose inputs and outputs may be divided among subnets.
 
-    `[B, in] -> [B, features]`. The kernel is `[in, features]`, but `[features, in]` where only the
-    outputs are divided: rows of a kernel move between subnets faster than its columns. He-normal
-    kernel, zero bias.
+    `[B, in] -> [B, features]`. The parameters are those of `flax.linen.Dense`, `kernel`
+    `[in, features]` and `bias` `[features]`, with one exception: if only the outputs are divided,
+    the layer has `kernel_transposed` `[features, in]` instead of `kernel`, because rows move
+    between subnets several times faster than columns. To import weights into such a layer, pass
+    the transpose. He-normal kernel, zero bias.
 
     Attributes:
       features: number of outputs.
       in_axis, out_axis: names of the divided axes; None for what every subnet holds whole.
       use_bias: whether to add a bias; a normalisation that follows has its own shift.
+
+    Raises:
+      ValueError: a `kernel` where `kernel_transposed` must be.
     """
 
     features: int
@@ -29,19 +34,29 @@ class SubnetDense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        rows_first = self.in_axis is None and self.out_axis is not None
+        name, init = "kernel", nn.initializers.he_normal()
         names, shape = (self.in_axis, self.out_axis), (x.shape[-1], self.features)
-        init = nn.initializers.he_normal(in_axis=-2, out_axis=-1)
+        rows_first = self.in_axis is None and self.out_axis is not None
         if rows_first:
+            self._refuse_kernel()
+            name, init = "kernel_transposed", nn.initializers.he_normal(in_axis=-1, out_axis=-2)
             names, shape = names[::-1], shape[::-1]
-            init = nn.initializers.he_normal(in_axis=-1, out_axis=-2)
-        kernel = self.param("kernel", annotated(init, *names), shape)
+        kernel = self.param(name, annotated(init, *names), shape)
         y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (int(rows_first),)), ((), ())))
         if not self.use_bias:
             return y
         return y + self.param(
             "bias", annotated(nn.initializers.zeros, self.out_axis), (self.features,)
         )
+
+    def _refuse_kernel(self):
+        if self.has_variable("params", "kernel"):
+            msg = (
+                f"SubnetDense {'/'.join(self.path)}: the parameters have 'kernel', but only the "
+                f"outputs of this layer are divided ({self.out_axis!r}); pass its transpose "
+                "[features, in] as 'kernel_transposed'."
+            )
+            raise ValueError(msg)
 
 
 class SubnetNorm(nn.Module):

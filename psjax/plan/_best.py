@@ -1,13 +1,26 @@
 """The plan with the shortest predicted step."""
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 
-from psjax.plan._cost import Table, check_numbers, slots_of, table, workload
-from psjax.plan._plan import blocks, check_classes, cyclic, elements, pairs
+from psjax.plan._cost import (
+    Table,
+    check_numbers,
+    least_flops,
+    plan_row,
+    seconds_of,
+    slots_of,
+    table,
+    workload,
+)
+from psjax.plan._covers import difference_cover
+from psjax.plan._plan import Plan, blocks, check_classes, cyclic, elements, pairs
+from psjax.plan._store import Store
 
 
 def best(
@@ -63,7 +76,17 @@ def best(
     check_numbers("best", **numbers)
     slots = slots_of("best", slots, batch_size, num_classes)
     work = workload(model, num_classes, inputs)
-    plans = candidates(num_classes, num_workers)
+    store = Store(work.axes, work.like, num_workers)
+
+    def row_of(plan):
+        row = plan_row(work, plan, store, batch_size, slots, moments)
+        return row._replace(seconds=seconds_of(row, flops, bandwidth))
+
+    def least(size):  # a little less, for the rounding
+        return 0.999999 * least_flops(work, num_classes, num_workers, slots, size) / flops
+
+    kinds = candidates(num_classes, num_workers)
+    plans = [_fastest(kind, row_of, least, memory) for kind in kinds.values()]
     costs = table(work, plans, memory=memory, slots=slots, **numbers)
     rows = [row for row in costs.rows if row.plan is not None]
     if costs.best is None:
@@ -73,20 +96,59 @@ def best(
             f"fits; the least is {math.ceil(small.memory)} bytes a worker, of {small.name}."
         )
         raise ValueError(msg)
+    chosen = next(row for row in rows if row.plan is costs.best)
     fit = [row for row in rows if memory is None or row.memory <= memory]
-    chosen = next(row for row in fit if row.plan is costs.best)
-    kinds = {row.plan.kind: row for row in sorted(fit, key=lambda r: -r.seconds)}
-    shown = [row for row in kinds.values() if row is not chosen]
+    shown = [row for row in fit if row is not chosen]
     others = [row for row in costs.rows if row.plan is None]
     first = chosen._replace(name=f"{chosen.name} (chosen)")
     return dataclasses.replace(costs, rows=(first, *shown, *others))
 
 
-def candidates(C, W):
+def _fastest(kind, row_of, least, memory):
+    """The fastest plan of a kind that fits into the memory; where none does, the smallest.
+
+    Plans are made in the order of the least time that their tasks can take, until no other can be
+    faster than the best one.
+    """
+    if len(kind) == 1:
+        return kind[0].make()
+    times = [least(candidate.size) for candidate in kind]
+    best, best_plan = None, None
+    for i in sorted(range(len(kind)), key=lambda i: times[i]):
+        if best is not None and best[:2] < (False, times[i]):
+            break
+        plan = kind[i].make()
+        row = row_of(plan)
+        large = memory is not None and row.memory > memory
+        key = (large, row.memory if large else row.seconds, row.memory, i)
+        if best is None or key < best:
+            best, best_plan = key, plan
+    return best_plan
+
+
+class Candidate(NamedTuple):
+    """A plan that is not made yet.
+
+    Attributes:
+      make: returns the plan.
+      size: the most classes that its tasks may hold.
+    """
+
+    make: Callable[[], Plan]
+    size: int
+
+
+def candidates(C: int, W: int) -> dict[str, list[Candidate]]:
+    """The plans that `best` considers, by kind."""
     few = range(2, C)
     if C > 64:
         few = [n for n in few if C % n == 0 or W % n == 0 or n & (n - 1) == 0]
-    yield elements(C, W)
-    yield pairs(C, W)
-    yield from (blocks(C, W, s) for s in [*(2 * n for n in few if 2 * n < C), C])
-    yield from (cyclic(C, W, groups) for groups in [*few, C])
+    later = functools.partial
+    most = lambda groups: min(C, len(difference_cover(groups)) * -(-C // groups))
+    sizes = [*(2 * n for n in few if 2 * n < C), C]
+    return {
+        "elements": [Candidate(later(elements, C, W), 2)],
+        "pairs": [Candidate(later(pairs, C, W), 2)],
+        "blocks": [Candidate(later(blocks, C, W, size), size) for size in sizes],
+        "cyclic": [Candidate(later(cyclic, C, W, n), most(n)) for n in [*few, C]],
+    }

@@ -198,14 +198,14 @@ def table(
     )
     store = Store(work.axes, work.like, num_workers)
     slots = slots_of("table", slots, batch_size, store.num_classes)
-    rows = [_of_plan(work, plan, store, batch_size, slots, moments) for plan in plans]
+    rows = [plan_row(work, plan, store, batch_size, slots, moments) for plan in plans]
     rows.append(_data_parallel(work, store, batch_size, moments))
     rows.append(_score_exchange(work, store, batch_size, moments))
     subnets, note = _subnets(work, store, batch_size, moments, local_steps)
     rows += [subnets] if subnets is not None else []
-    time = lambda row: row.flops / flops + (row.down + row.up) / bandwidth
     note = f"plans: operations of {slots} slots for every label of a batch\n{note}"
-    return Table(tuple(row._replace(seconds=time(row)) for row in rows), note, memory)
+    timed = (row._replace(seconds=seconds_of(row, flops, bandwidth)) for row in rows)
+    return Table(tuple(timed), note, memory)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,20 +248,37 @@ def _operations(model, inputs):
 
 def _share(store, like):
     """Common weights that a worker keeps, what a leaf is padded with included."""
-    leaves = [like[i] for i in range(len(like)) if i not in store.class_dims]
+    leaves = [like[i] for i in range(len(like)) if i not in store.class_leaves]
     return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
 
 
-def _of_plan(work, plan, store, batch_size, slots, moments):
+def seconds_of(row: Prediction, flops: float, bandwidth: float) -> float:
+    """Predicted time of a step."""
+    return row.flops / flops + (row.down + row.up) / bandwidth
+
+
+def least_flops(work: Workload, num_classes: int, num_workers: int, slots: int, size: int) -> float:
+    """What the most loaded worker computes at least, by any plan whose tasks hold `size` classes.
+
+    A task has at most size - 1 pairs of a label, and every worker computes the same, padding
+    included: so together they evaluate each label's slots (C - 1) / (size - 1) times or more.
+    """
+    pairs = num_classes * (num_classes - 1)
+    return slots / num_workers * pairs * (work.common_flops / (size - 1) + work.class_flops)
+
+
+def plan_row(work, plan, store, batch_size, slots, moments) -> Prediction:
+    """The `Prediction` of a plan, without its seconds."""
     W, T, rows, s = plan.pairs.shape
     m, share = store.rows.shape[1], _share(store, jax.tree.leaves(work.like))
     kept = m * work.private + share
     held = plan.block_size * work.private + work.common
     moved = work.itemsize * (T * Routes(plan, store).rows_sent * work.private + (W - 1) * share)
-    parts = (plan.labels < plan.num_classes) / plan.shares[..., 1:]  # of a class's samples
+    labels = plan.labels
+    parts = (labels < plan.num_classes) / plan.shares[..., 1:]  # of a class's samples
     computed = T * rows * plan.slots(slots).shape[2]
     seen = np.zeros((W, plan.num_classes + 1))
-    np.maximum.at(seen, (np.arange(W)[:, None, None], plan.labels), parts)
+    np.maximum.at(seen, (np.arange(W)[:, None, None], labels), parts)
     holds = np.zeros((W, plan.num_classes + 1), bool)
     holds[np.arange(W)[:, None, None], plan.classes] = True
     name = {

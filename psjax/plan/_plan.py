@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psjax import data
-from psjax._select import select
+from psjax._select import ordered_pairs, selection_of, unordered_pairs
 from psjax._selection import Selection
 from psjax.plan._covers import difference_cover
 
@@ -61,12 +61,63 @@ class Plan:
     def labels(self) -> np.ndarray:
         """int32 `[W, T, l]`: the classes whose samples a task sees; C where it has none."""
         first = self.classes[:, :, : self.pairs.shape[2]]
+        if self.pairs.shape[2] == 1:  # `by_label` fills runs up with tasks that have no pair
+            return first
         return np.where(self.pairs.any(axis=3), first, self.num_classes).astype(np.int32)
 
     @property
     def num_tasks(self) -> int:
         """Tasks on disjoint samples counted once."""
         return int(np.sum(self.pairs.any(axis=(2, 3)) & (self.shares[..., 0] == 0)))
+
+    def by_label(self) -> "Plan":
+        """The same pairs on the same workers, each task divided into one task for each label.
+
+        A worker's tasks of one label follow one another, filled up to equally many for every label
+        with tasks that have no pair. They see the same samples, so that `psjax.value_and_grad` on
+        `selection` evaluates what is shared, a network's trunk, once for each label and worker and
+        not once for each label and task. The label comes first among a task's classes. For whole
+        parameters; `psjax.plan.value_and_grad` fetches a task's classes each turn, and would fetch
+        them more often.
+
+        Example:
+          >>> import psjax
+          >>> plan = psjax.plan.cyclic(7, 1, num_groups=7)
+          >>> plan.pairs.shape, plan.by_label().pairs.shape
+          ((1, 7, 3, 3), (1, 21, 1, 3))
+        """
+        W, T, _, s = self.pairs.shape
+        C = self.num_classes
+        w, t, a = np.nonzero(self.pairs.any(axis=3))
+        label = self.classes[w, t, a]
+        order = np.lexsort((t, label, w))
+        w, t, a, label = w[order], t[order], a[order], label[order]
+        run = w * C + label
+        first = np.concatenate([[True], run[1:] != run[:-1]])
+        starts = np.flatnonzero(first)
+        number = np.cumsum(first) - 1  # of the run, among all workers'
+        rank = np.arange(len(run)) - starts[number]  # in its run
+        worker = w[starts]
+        of_worker = np.arange(len(starts)) - np.searchsorted(worker, worker)  # which of its labels
+        most, labels = int(rank.max()) + 1, int(of_worker.max()) + 1
+        place = of_worker[number] * most + rank
+
+        turns = labels * most
+        classes = np.full((W, turns, s), C, np.int32)
+        pairs = np.zeros((W, turns, 1, s), bool)
+        shares = np.ones((W, turns, 2), np.int32) * [0, 1]
+        for copy in range(most):  # what fills a run up has its label
+            classes[worker, of_worker * most + copy, 0] = label[starts]
+            shares[worker, of_worker * most + copy] = self.shares[w[starts], t[starts]]
+        rows = np.argsort(
+            np.arange(s)[None] != a[:, None], axis=1, kind="stable"
+        )  # the label first
+        classes[w, place] = np.take_along_axis(self.classes[w, t], rows, axis=1)
+        pairs[w, place, 0] = np.take_along_axis(self.pairs[w, t, a], rows, axis=1)
+        shares[w, place] = self.shares[w, t]
+        return dataclasses.replace(
+            self, classes=classes, pairs=pairs, shares=shares.astype(np.int32)
+        )
 
     def slots(self, slots: int) -> np.ndarray:
         """The slots of a label that each task takes: int32 `[W, T, S]`, `slots` where it has none.
@@ -111,16 +162,13 @@ class Plan:
                 f"{self.num_tasks} tasks; pass slots=..., those of one label in a batch."
             )
             raise ValueError(msg)
-        rows = lambda x, end: [row[row < end] for row in x.reshape(-1, x.shape[2])]
-        indices = {"class": self.classes, "label": self.labels}
-        lists: dict[str, Any] = {
-            axis if name == "class" else name: rows(x, num) for name, x in indices.items()
-        }
-        lists["task"] = np.arange(len(lists["label"]))
-        sizes = {"label": num}
+        rows = lambda x, end: np.ma.masked_equal(x.reshape(-1, x.shape[2]), end)
+        index: dict[str, Any] = {axis: rows(self.classes, num), "label": rows(self.labels, num)}
+        sizes = {"label": num, "task": len(index["label"])}
+        index["task"] = np.arange(sizes["task"])
         if slots is not None:
-            lists["slot"], sizes["slot"] = rows(self.slots(slots), slots), slots
-        return select(axes, lists, like=like, sizes=sizes)
+            index["slot"], sizes["slot"] = rows(self.slots(slots), slots), slots
+        return selection_of("Plan.selection", axes, index, like, sizes)
 
     def batches(
         self,
@@ -142,7 +190,7 @@ class Plan:
           replicas: copies of all W workers with disjoint samples: the second axis of a mesh.
 
         Returns:
-          `psjax.data.Batches`: `indices` int32 and `weights` float32
+          `psjax.data.Batches`: `indices` int32 and `weights`
           `[steps, replicas * W, T, l, S]`, replica-major; `labels` `[steps, replicas * W, T, l]`.
 
         Raises:
@@ -183,7 +231,8 @@ def elements(num_classes: int, num_workers: int) -> Plan:
       ValueError: fewer than two classes or than one worker.
     """
     check_classes("elements", num_classes, num_workers)
-    return _plan("elements", num_workers, np.arange(num_classes**2).reshape(num_classes, -1))
+    tasks = ordered_pairs(num_classes)
+    return _dealt("elements", num_workers, num_classes, tasks, np.array([[False, True]]))
 
 
 def pairs(num_classes: int, num_workers: int) -> Plan:
@@ -192,7 +241,8 @@ def pairs(num_classes: int, num_workers: int) -> Plan:
     Args and errors as `elements`; there are C (C - 1) / 2 tasks.
     """
     check_classes("pairs", num_classes, num_workers)
-    return dataclasses.replace(blocks(num_classes, num_workers, 2), kind="pairs")
+    tasks = unordered_pairs(num_classes)
+    return _dealt("pairs", num_workers, num_classes, tasks, ~np.eye(2, dtype=bool))
 
 
 def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
@@ -217,10 +267,11 @@ def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
         )
         raise ValueError(msg)
     half = block_size // 2 if block_size < num_classes else num_classes
-    group = np.arange(num_classes) // half
+    group = np.arange(-(-num_classes // half))
     a, b = np.minimum(group[:, None], group), np.maximum(group[:, None], group)
     first = np.where(a < b, a, 0), np.where(a < b, b, np.maximum(b, 1))  # within a group: {0, g}
-    return _plan("blocks", num_workers, first[0] * num_classes + first[1])
+    sizes = np.minimum(half, num_classes - group * half)
+    return _plan("blocks", num_workers, first[0] * num_classes + first[1], sizes)
 
 
 def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
@@ -253,41 +304,90 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
     for a, b in itertools.permutations(base, 2):
         if (b - a) % num not in first:
             first[(b - a) % num], first[(a - b) % num] = a, b
-    group = np.repeat(np.arange(num), [len(x) for x in np.array_split(np.arange(num_classes), num)])
+    group, sizes = np.arange(num), np.full(num, num_classes // num)
+    sizes[: num_classes % num] += 1
     places = np.array([first[distance] for distance in range(num)])
     worker = (group[:, None] - places[(group - group[:, None]) % num]) % num
-    plan = _plan("cyclic", num_workers, worker)
+    plan = _plan("cyclic", num_workers, worker, sizes)
     return dataclasses.replace(plan, base=base, num_groups=num)
 
 
-def _plan(kind, num_workers, task_of: np.ndarray) -> Plan:
+def _plan(kind, num_workers, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
+    """The tasks of pairs of groups, dealt to the workers.
+
+    The classes stand in groups of `sizes`, in order. `task_of` is int `[G, G]`: which task has the
+    pairs of a label of one group and another class of the other; the tasks in their order.
+    """
+    C, G, W = int(sizes.sum()), len(sizes), num_workers
+    a, b = np.nonzero(~np.diag(sizes < 2))  # a class makes no pair with itself
+    used = np.zeros(task_of.max() + 1, bool)
+    used[task_of[a, b]] = True
+    task = (np.cumsum(used) - 1)[task_of[a, b]]
+    n, label, other = int(used.sum()), task * G + a, task * G + b
+
+    # The groups that a task holds, as task * 2G + group, those without samples G further.
+    labels = _distinct(label)
+    others = _distinct(other)
+    others = others[labels[np.minimum(np.searchsorted(labels, others), len(labels) - 1)] != others]
+    far = lambda key: key + key // G * G
+    held = np.sort(np.concatenate([far(labels), far(others) + G]))
+    owner, group = held // (2 * G), held % G
+    before = np.cumsum(sizes[group]) - sizes[group]
+    place = before - before[np.searchsorted(owner, owner)]  # of the group's first class
+    find = lambda key: place[np.searchsorted(held, key)]
+    label_place = find(far(label))
+    is_label = labels[np.minimum(np.searchsorted(labels, other), len(labels) - 1)] == other
+    other_place = find(far(other) + np.where(is_label, 0, G))
+
+    size = int((place + sizes[group]).max())
+    rows = int((place + sizes[group])[held % (2 * G) < G].max())
+    first = np.cumsum(sizes) - sizes
+    classes = np.full((n, size), C, np.int32)
+    (i,), at = _each(sizes[group])
+    classes[owner[at], place[at] + i] = first[group[at]] + i
+    mask = np.zeros((n, rows, size), bool)
+    (i, j), at = _each(sizes[a], sizes[b])
+    pair = (a[at] != b[at]) | (i != j)
+    mask[task[at], label_place[at] + i, other_place[at] + j] = pair
+    return _dealt(kind, W, C, classes, mask)
+
+
+def _dealt(kind, num_workers, num_classes, classes, mask):
     """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
 
-    `task_of` is int `[C, C]`: which task has the pair (k, j), the tasks in their order. The
-    diagonal is not looked at.
+    `classes` are those of every task, int `[n, s]`; `mask` its pairs, bool `[n, l, s]`, or `[l, s]`
+    where all tasks have the same.
     """
-    C, W = len(task_of), num_workers
-    k, j = np.nonzero(~np.eye(C, dtype=bool))
-    tasks, task = np.unique(task_of[k, j], return_inverse=True)
-    n, label, other = len(tasks), task * C + k, task * C + j
-
-    labels = np.unique(label)  # what a task holds as task * C + class, ascending
-    held = np.concatenate([labels, np.setdiff1d(other, labels)])  # classes with samples first
-    held = held[np.argsort(held // C, kind="stable")]
-    place = np.arange(len(held)) - np.searchsorted(held // C, held // C)
-    order = np.argsort(held)
-    place_of = lambda x: place[order[np.searchsorted(held, x, sorter=order)]]
-    rows, size = np.bincount(labels // C).max(), place.max() + 1
-    classes = np.full((n + 1, size), C, np.int32)  # the last one is no task
-    classes[held // C, place] = held % C
-    mask = np.zeros((n + 1, rows, size), bool)
-    mask[task, place_of(label), place_of(other)] = True
-
+    n, W = len(classes), num_workers
     parts = np.array_split(np.arange(max(n, W)) % n, W)
-    own = np.array([[*part, *[n] * (len(parts[0]) - len(part))] for part in parts])
+    own = np.full((W, len(parts[0])), n)
+    for w, part in enumerate(parts):
+        own[w, : len(part)] = part
+    real = own < n
+    own_classes = classes[np.minimum(own, n - 1)]
+    own_classes[~real] = num_classes
+    own_mask = mask[np.minimum(own, n - 1)] if mask.ndim == 3 else np.tile(mask, (*own.shape, 1, 1))
+    own_mask[~real] = False
     times = np.maximum(-((own - W) // n), 1)  # workers t, t + n, t + 2n, ... share the task t
     share = np.stack([np.broadcast_to(np.arange(W)[:, None] // n, own.shape), times], axis=-1)
-    return Plan(kind, C, classes[own], mask[own], share.astype(np.int32))
+    return Plan(kind, num_classes, own_classes.astype(np.int32), own_mask, share.astype(np.int32))
+
+
+def _distinct(keys):
+    keys = np.sort(keys)
+    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+
+
+def _each(*sizes):
+    """All indices of blocks of these sizes, and which block each belongs to."""
+    total = np.prod(sizes, axis=0)
+    at = np.repeat(np.arange(len(total)), total)
+    rest = np.arange(len(at)) - np.repeat(np.cumsum(total) - total, total)
+    found = []
+    for size in reversed(sizes):
+        found.append(rest % size[at])
+        rest = rest // size[at]
+    return tuple(reversed(found)), at
 
 
 def _describe(plan):

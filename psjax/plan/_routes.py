@@ -26,10 +26,12 @@ class Routes:
         d = (w - owner[c]) % W
         key = (d * T + t) * W + w  # what a worker gets of another in a turn, in the order of places
         order = np.argsort(key, kind="stable")
-        rank = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+        ends = np.flatnonzero(np.append(key[order][1:] != key[order][:-1], True)) + 1
+        counts = np.diff(ends, prepend=0)
+        rank = np.arange(len(key)) - np.repeat(ends - counts, counts)
         d, t, w, place, c = (x[order] for x in (d, t, w, place, c))
         widths = np.zeros(W, int)
-        np.maximum.at(widths, d, rank + 1)
+        np.maximum.at(widths, d[ends - 1], counts)
         # One all_to_all sends as many rows to everybody, and keeps as many at home.
         self.by_all_to_all = W > 2 and int(widths[1:].sum()) >= (W - 1) * int(widths.max())
         if self.by_all_to_all:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psjax._elements import vary
+from psjax._placement import vary
 from psjax.plan._store import Store
 
 
@@ -46,8 +46,8 @@ def score_exchange(
         leaves, treedef = jax.tree.flatten(shards)
         common = store.fetch_common(shards, axis_name)
         operands: list[Any] = list(common)
-        for i, d in store.class_dims.items():
-            operands[i] = jnp.moveaxis(leaves[i], 0, d)
+        for i in store.class_leaves:
+            operands[i] = store.of_classes(i, leaves[i], m)
         operands = vary(operands, (me, batch))
         own, vjp = jax.vjp(lambda xs: scores_fn(treedef.unflatten(xs), batch), operands)
         if own.ndim != 2 or own.shape[1] != m:
@@ -68,8 +68,8 @@ def score_exchange(
         out = store.return_common(
             [None if x is None else g for x, g in zip(common, grads)], axis_name
         )
-        for i, d in store.class_dims.items():
-            out[i] = jnp.moveaxis(grads[i], d, 0)
+        for i in store.class_leaves:
+            out[i] = store.by_class(i, grads[i], m)
         return jnp.where(me == 0, value, 0), treedef.unflatten(out)
 
     return fn

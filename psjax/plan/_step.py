@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psjax._elements import vary
+from psjax._placement import vary
 from psjax.plan._pack import pack, unpack
 from psjax.plan._routes import Routes
 from psjax.plan._store import Store
@@ -54,7 +54,7 @@ def value_and_grad(
         _check_call(plan, store, shards, batch, axis_name)
         me = jax.lax.axis_index(axis_name)
         leaves, treedef = jax.tree.flatten(shards)
-        places = store.class_dims
+        places = store.class_leaves
         shards_like = [leaves[i] for i in places]
         task_like = [
             jax.ShapeDtypeStruct((plan.block_size, *x.shape[1:]), x.dtype) for x in shards_like
@@ -69,12 +69,12 @@ def value_and_grad(
             tables, pairs, batch = xs
             held = [routes.fetch(tables, x, axis_name) for x in own]
             operands = list(common)
-            for (i, d), x in zip(places.items(), unpack(held, task_like)):
-                operands[i] = jnp.moveaxis(x, 0, d)
+            for i, x in zip(places, unpack(held, task_like)):
+                operands[i] = store.of_classes(i, x, plan.block_size)
             loss, grads = jax.value_and_grad(
                 lambda operands: element_fn(treedef.unflatten(operands), batch, pairs)
             )(operands)
-            back = pack([jnp.moveaxis(grads[i], d, 0) for i, d in places.items()])
+            back = pack([store.by_class(i, grads[i], plan.block_size) for i in places])
             totals = [routes.give_back(tables, g, x, axis_name) for g, x in zip(back, totals)]
             common_totals = [
                 None if total is None else total + g for total, g in zip(common_totals, grads)

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from psjax._leaf import gather_leaf
-from psjax._select import axis_sizes
-from psjax._selection import is_spec
+from psjax._notation import Layout, is_plain, names
+from psjax._select import axis_sizes, flat_specs
 from psjax.plan._pack import by_dtype
 
 ROW = P("row")
@@ -28,7 +28,7 @@ class Store:
     lives; those that need a norm run outside `shard_map`, on the sharded arrays.
 
     Args:
-      axes: tree of `PartitionSpec`s as in `psjax.select`.
+      axes: as in `psjax.select`; kept as a whole tree of `PartitionSpec`s.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
       num_workers: W.
       axis: name of the class axis.
@@ -43,19 +43,32 @@ class Store:
     axis: str = "class"
 
     def __post_init__(self):
-        specs, _, sizes = axis_sizes(self.axes, self.like)
+        specs, paths, sizes = axis_sizes("Store", self.axes, self.like)
         object.__setattr__(self, "axes", jax.tree.structure(self.like).unflatten(specs))
         if self.axis not in sizes:
             msg = f"Store(axis={self.axis!r}): no parameter has this axis; write one of {sizes}."
             raise ValueError(msg)
+        for path, spec in zip(paths, specs):
+            parts = [part for part in Layout(spec, len(spec), sizes).pieces]
+            if self.axis in names(spec) and any(list(p).count(self.axis) != 1 for p in parts):
+                msg = (
+                    f"Store(axis={self.axis!r}): {path} has axes {spec}; in a store every part of "
+                    "a leaf must have the axis once, or none of them."
+                )
+                raise ValueError(msg)
         if self.num_workers < 1:
             msg = f"Store(num_workers={self.num_workers}): write 1 worker or more."
             raise ValueError(msg)
 
     @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size of every named axis."""
+        return axis_sizes("Store", self.axes, self.like)[2]
+
+    @property
     def num_classes(self) -> int:
         """C."""
-        return axis_sizes(self.axes, self.like)[2][self.axis]
+        return self.sizes[self.axis]
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -79,14 +92,15 @@ class Store:
         def leaf(spec, x):
             if not jnp.ndim(x):
                 return x
-            d = self._class_dim(spec)
-            if d is None:
+            if self.axis not in names(spec):
                 x = x.reshape(-1)
                 pad = -x.size % self.num_workers
                 return jnp.pad(x, (0, pad))
-            return gather_leaf(jnp.moveaxis(jnp.asarray(x), d, 0), ROW, {"row": rows}, 0, {})
+            of_class = self._by_class(spec, jnp.asarray(x), self.num_classes)
+            return gather_leaf(of_class, ROW, {"row": rows}, 0, {})
 
-        return jax.tree.map(leaf, self.axes if axes is None else axes, tree, is_leaf=is_spec)
+        axes = self.axes if axes is None else self._full("Store.shard", axes, tree)
+        return jax.tree.map(leaf, axes, tree)
 
     def whole(self, tree: Any, like: Any = None, axes: Any = None) -> Any:
         """From the arrays of the store to the whole tree; the inverse of `shard`.
@@ -102,14 +116,13 @@ class Store:
         def leaf(spec, x, like):
             if not jnp.ndim(like):
                 return x
-            d = self._class_dim(spec)
-            if d is None:
+            if self.axis not in names(spec):
                 return jnp.asarray(x)[: int(np.prod(like.shape))].reshape(like.shape)
-            return jnp.moveaxis(jnp.asarray(x)[places], 0, d)
+            return self._of_classes(spec, jnp.asarray(x)[places], like.shape, self.num_classes)
 
-        axes = self.axes if axes is None else axes
         like = self.like if like is None else like
-        return jax.tree.map(leaf, axes, tree, like, is_leaf=is_spec)
+        axes = self.axes if axes is None else self._full("Store.whole", axes, like)
+        return jax.tree.map(leaf, axes, tree, like)
 
     def specs(self, tree: Any, axis_name: str) -> Any:
         """`PartitionSpec`s of a tree of the store's arrays, for `jax.shard_map` or `device_put`."""
@@ -181,22 +194,40 @@ class Store:
     def _common(self, shards):
         """Places among all leaves, and the shares, of leaves that are flat."""
         leaves = jax.tree.leaves(shards)
-        places = [i for i, x in enumerate(leaves) if i not in self.class_dims and x.ndim]
+        places = [i for i, x in enumerate(leaves) if i not in self.class_leaves and x.ndim]
         return places, [leaves[i] for i in places]
 
-    def _class_dim(self, spec):
-        return next((d for d, name in enumerate(spec or ()) if name == self.axis), None)
+    def _full(self, call, axes, tree):
+        return jax.tree.structure(tree).unflatten(flat_specs(call, axes, tree)[0])
+
+    def _by_class(self, spec, x, num):
+        if is_plain(spec):
+            return jnp.moveaxis(x, tuple(spec).index(self.axis), 0)
+        return Layout(spec, x.ndim, {**self.sizes, self.axis: num}).rows(x, self.axis)
+
+    def _of_classes(self, spec, rows, shape, num):
+        if is_plain(spec):
+            return jnp.moveaxis(rows, 0, tuple(spec).index(self.axis))
+        layout = Layout(spec, len(shape), {**self.sizes, self.axis: num})
+        return layout.of_rows(rows, self.axis, shape)
 
     @functools.cached_property
     def leaf_specs(self):
-        return axis_sizes(self.axes, self.like)[0]
+        return axis_sizes("Store", self.axes, self.like)[0]
 
     @functools.cached_property
     def _flat_like(self):
         return jax.tree.leaves(self.like)
 
     @functools.cached_property
-    def class_dims(self) -> dict[int, int]:
-        """Which leaf, counted flat, has the class axis, and where."""
-        dims = {i: self._class_dim(spec) for i, spec in enumerate(self.leaf_specs)}
-        return {i: d for i, d in dims.items() if d is not None}
+    def class_leaves(self) -> tuple[int, ...]:
+        """Which leaves, counted flat, have the class axis."""
+        return tuple(i for i, spec in enumerate(self.leaf_specs) if self.axis in names(spec))
+
+    def by_class(self, i: int, x, num: int):
+        """Leaf i of a model with `num` classes, class by class: `[num, ...]`."""
+        return self._by_class(self.leaf_specs[i], x, num)
+
+    def of_classes(self, i: int, rows, num: int):
+        """The inverse of `by_class`."""
+        return self._of_classes(self.leaf_specs[i], rows, self._flat_like[i].shape, num)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psjax._masks import kept
-from psjax._select import axis_sizes, replicas, select
+from psjax._select import axis_sizes, replicas, selection_of
 from psjax._selection import check_like
 from psjax.structure._overlap import num_weights
 
@@ -51,7 +51,7 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
         )
         raise ValueError(msg)
     drop = lambda s: s if keep is None else s.drop(keep)
-    see = lambda rows: num_weights(drop(select(axes, {axis: rows}, like=like)), like)
+    see = lambda rows: num_weights(drop(selection_of("count", axes, {axis: rows}, like)), like)
     num_classes = 2 if keep is None else size
     scores = see(np.arange(num_classes)[:, None])
     a, b = np.argsort(-scores, kind="stable")[:2]
@@ -75,10 +75,9 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
     Raises:
       ValueError: as `count`.
     """
-    _check_axis("dependence", axes, params, axis)
-    selection = select(axes, {axis: [[0]]}, like=params)
-    num_classes = selection.sizes[axis]
-    selection = select(axes, {axis: np.arange(num_classes)[:, None]}, like=params)
+    num_classes = _check_axis("dependence", axes, params, axis)
+    rows = np.arange(num_classes)[:, None]
+    selection = selection_of("dependence", axes, {axis: rows}, params)
     dropped = selection if keep is None else selection.drop(keep)
     check_like("dependence", dropped, params)
     own = jax.tree.map(
@@ -96,7 +95,7 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
 
 
 def _check_axis(call, axes, like, axis):
-    sizes = axis_sizes(axes, like)[2]
+    sizes = axis_sizes(call, axes, like)[2]
     if axis not in sizes:
         msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."
         raise ValueError(msg)

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,6 +34,87 @@ def test_each_sample_comes_once_with_its_weight(kind, batch_size):
         assert own == set(order[step * batch_size : (step + 1) * batch_size])
 
 
+def _samples(labels, size, order):
+    """The samples of each step, by label, in the epoch's order."""
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        yield [[i for i in batch if labels[i] == label] for label in range(max(labels) + 1)]
+
+
+def _by_loops(labels, size, order, tile=None):
+    """Indices, divisors and labels, sample by sample: a row for each label, or for each tile."""
+    steps = []
+    for own in _samples(labels, size, order):
+        rows = list(enumerate(own))
+        if tile is not None:
+            rows = [(k, x[i : i + tile]) for k, x in rows for i in range(0, len(x), tile)]
+        steps.append(rows)
+    rows = max(len(step) for step in steps)
+    width = tile or max(len(x) for step in steps for _, x in step)
+    indices = np.full((len(steps), rows, width), len(labels), np.int32)
+    names = np.full((len(steps), rows), max(labels) + 1, np.int32)
+    for s, step in enumerate(steps):
+        for r, (k, own) in enumerate(step):
+            names[s, r] = k
+            for i, x in enumerate(own):
+                indices[s, r, i] = x
+    sizes = np.array([len(order[i : i + size]) for i in range(0, len(order), size)])
+    weights = np.where(indices < len(labels), 1 / sizes[:, None, None], 0)
+    return indices, weights.astype(np.float32), names
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_batches_by_label_and_tiles_are_those_of_plain_loops(seed):
+    """Bit for bit; labels that do not occur, orders that leave samples out or repeat them."""
+    rng = np.random.default_rng(seed)
+    num_samples, num_classes = int(rng.integers(1, 150)), int(rng.integers(1, 30))
+    labels = rng.integers(0, num_classes, num_samples)
+    labels[0] = num_classes - 1
+    order = rng.integers(0, num_samples, int(rng.integers(1, 2 * num_samples + 1)))
+    size, tile = int(rng.integers(1, len(order) + 1)), int(rng.integers(1, 6))
+    rows = _by_loops(labels, size, order)
+    got = data.batches_by_label(labels, num_classes, size, order)
+    tiles = data.tiles_by_label(labels, num_classes, size, tile, order)
+    for actual, expected in ((got, rows), (tiles, _by_loops(labels, size, order, tile))):
+        for a, b in zip(actual, expected, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    assert data.most_of_a_label(labels, num_classes, size, order) == rows[0].shape[2]
+
+
+def test_a_thousand_classes_cost_no_loop_over_them():
+    """A batch has 100 samples of 1000 labels: per label and step there is nothing to do."""
+    labels = np.random.default_rng(0).integers(0, 1000, 60_000)
+    make = {
+        "rows": lambda: data.batches_by_label(labels, 1000, 100),
+        "tiles": lambda: data.tiles_by_label(labels, 1000, 100, 4),
+    }
+    for fn in make.values():
+        calls = []
+        sys.setprofile(lambda _frame, event, _arg, calls=calls: calls.append(event))
+        try:
+            fn()
+        finally:
+            sys.setprofile(None)
+        assert len(calls) < 1000
+
+
+@pytest.mark.parametrize("kind", ["flat", "label", "tile"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_weights_of_a_batch_sum_to_one_in_the_precision_of_jax(kind, wide):
+    make = {
+        "flat": lambda: data.batches(LABELS, 70),
+        "label": lambda: data.batches_by_label(LABELS, 7, 70),
+        "tile": lambda: data.tiles_by_label(LABELS, 7, 70, 3),
+    }
+    with jax.enable_x64(wide):
+        weights = make[kind]().weights
+    assert isinstance(weights, np.ndarray)
+    assert weights.dtype == (np.float64 if wide else np.float32)
+    sums = weights.reshape(4, -1).sum(1)
+    np.testing.assert_allclose(sums, 1, rtol=1e-15 if wide else 1e-6)
+
+
 def test_flat_batches_hold_the_samples_labels():
     batches = data.batches(LABELS, 50)
     assert batches.labels.shape == batches.indices.shape
@@ -46,6 +129,12 @@ def test_take_gives_zeros_for_empty_slots_and_scales():
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, [[[2, 2.5], [0, 0]], [[0, 0.5], [0, 0]]])
     assert data.take(x, np.array([1])).dtype == np.uint8
+
+
+def test_take_scales_in_float64_under_x64(x64):
+    with jax.numpy_dtype_promotion("strict"):
+        got = data.take(np.arange(256, dtype=np.uint8), np.arange(256), 1 / 255)
+    np.testing.assert_allclose(got, np.arange(256) / 255, rtol=1e-15)
 
 
 def test_rows_hold_their_label_and_slots_are_the_largest_count():

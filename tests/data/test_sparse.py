@@ -153,6 +153,35 @@ def test_each_damage_is_named_with_its_line(old, new, match, block, tmp_path, mo
         data.read_xc(write(tmp_path, SMALL.replace(old, new)))
 
 
+@pytest.mark.parametrize(
+    "digits", [str(2**31), str(2**32 + 7), str(2**63), "1" + "0" * 5000], ids=lambda d: d[:20]
+)
+@pytest.mark.parametrize(("what", "columns"), [("feature", 10**18 - 1), ("label", 2**40)])
+def test_an_id_that_does_not_fit_is_named_with_its_line(digits, what, columns, tmp_path):
+    labels, features = (columns, 5) if what == "label" else (4, columns)
+    line = f"{digits} 1:1" if what == "label" else f"1 2:7 {digits}:1"
+    path = write(tmp_path, f"2 {features} {labels}\n 1:1\n{line}\n".encode())
+    shown = digits if len(digits) < 40 else "1000"
+    with pytest.raises(ValueError, match=rf"read_xc\('.*small.txt'\): line 3: {what} {shown}.* is"):
+        data.read_xc(path)
+
+
+def test_the_largest_id_that_fits_is_read(tmp_path):
+    path = write(tmp_path, b"1 2147483648 2147483648\n2147483647,0 2147483647:1 3:2\n")
+    got = data.read_xc(path)
+    assert got.indices.tolist() == [2**31 - 1, 3]
+    assert got.label_indices.tolist() == [2**31 - 1, 0]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_header_that_no_file_can_have_is_named(place, tmp_path):
+    header = ["1", "5", "4"]
+    header[place] = "9" * 5000
+    path = write(tmp_path, " ".join(header).encode() + b"\n 1:1\n")
+    with pytest.raises(ValueError, match="line 1 is .* must have 18 digits or fewer"):
+        data.read_xc(path)
+
+
 def test_a_column_of_a_split_file_is_the_points_in_its_order(tmp_path):
     whole = data.read_xc(write(tmp_path, SMALL))
     split = write(tmp_path, b"3 1\n1 2\n", "split.txt")
@@ -177,6 +206,7 @@ def test_a_column_of_a_split_file_is_the_points_in_its_order(tmp_path):
         (b"1\n0\n", None, r"line 2: '0' is not an integer in \[1, 3\]"),
         (b"1\n4\n", None, r"line 2: '4' is not an integer in \[1, 3\]"),
         (b"1\n1.0\n", None, "line 2: '1.0' is not an integer"),
+        (b"1\n" + b"9" * 5000, None, "line 2: '9999.* is not an integer"),
         (b"2\n1\n2\n", None, "line 3: point 2 is in line 1 too"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from psjax import data
-from psjax.data import _speech
+from psjax.data import _recordings, _speech
 
 SMALL = data.LogMel(num_mels=8, duration_ms=100, window_ms=16, hop_ms=24)
 RNG = np.random.default_rng(0)
@@ -218,6 +218,32 @@ def test_a_damaged_cache_is_computed_again(damage, tmp_path):
     assert file.read_bytes() == good
 
 
+def test_recordings_replaced_by_others_of_equal_size_are_computed_again(tmp_path):
+    """Also where the new file has the old one's time."""
+    load = digits(tmp_path)
+    first = load()
+    (file,) = tmp_path.rglob("*.array_record*")
+    size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    other = tmp_path / "other"
+    shard = [recording(i % 10, f"{i % 10}_ann_{i}.wav") for i in range(20)]
+    prepare(other, "spoken_digit", 8000, {"train": [shard]}, 10)
+    next(other.rglob("*.array_record*")).replace(file)
+    assert file.stat().st_size == size
+    os.utime(file, ns=times)
+    second = load()
+    train = [r for r in shard if int(r[2].split("_")[2][:-4]) >= 5]
+    np.testing.assert_allclose(second.features, features_of(train), atol=1e-4)
+    assert np.abs(second.features - first.features).max() > 1
+
+
+def test_another_sample_rate_in_the_metadata_is_computed_again(tmp_path):
+    load = digits(tmp_path)
+    first = load()
+    (file,) = tmp_path.rglob("features.json")
+    file.write_text(file.read_text().replace("8000", "4000"))
+    assert np.abs(load().features - first.features).max() > 1
+
+
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     load = digits(tmp_path)
 
@@ -245,7 +271,7 @@ def write_wav(file, samples, rate=16000, channels=1):
 def archive(tmp_path):
     """Three recordings of three speakers for each of the 35 words; and one of half the length."""
     names = []
-    for word in _speech.WORDS:
+    for word in data.WORDS:
         (tmp_path / word).mkdir()
         for speaker in ("a1", "b2", "c4"):
             names.append(f"{word}/{speaker}_nohash_0.wav")
@@ -260,15 +286,15 @@ def archive(tmp_path):
 
 def test_the_archives_lists_make_three_splits_of_35_words(archive):
     folder, names = archive
-    assert len(_speech.WORDS) == 35
-    assert list(_speech.WORDS) == sorted(set(_speech.WORDS))
+    assert len(data.WORDS) == 35
+    assert list(data.WORDS) == sorted(set(data.WORDS))
     where = {"data_dir": str(folder), "cache_dir": str(folder / "cache"), "settings": SMALL}
     wanted = {"test": names[1::3], "validation": names[2::30]}
     wanted["train"] = [n for n in names if n not in {*wanted["test"], *wanted["validation"]}]
     for split, own in wanted.items():
         got = data.load_speech("speech_commands", split, labels="words", **where)
         assert got.num_classes == 35
-        assert [_speech.WORDS[y] for y in got.labels] == [n.split("/")[0] for n in own]
+        assert [data.WORDS[y] for y in got.labels] == [n.split("/")[0] for n in own]
     with wave.open(str(folder / wanted["test"][-1]), "rb") as stream:  # the short one
         samples = np.frombuffer(stream.readframes(1600), np.int16)
     got = data.load_speech("speech_commands", "test", labels="words", **where)
@@ -289,8 +315,43 @@ def test_the_hash_split_keeps_speakers_together(archive):
         got = data.load_speech("speech_commands", split, labels="words", split_by="hash", **where)
         share = sum(v == (split == "test") for v in in_test.values())
         np.testing.assert_array_equal(got.labels, np.repeat(np.arange(35), share))
-    shares = [_speech._in_a_fifth(f"yes/{i:08x}_nohash_1.wav") for i in range(2000)]
+    shares = [_recordings._in_a_fifth(f"yes/{i:08x}_nohash_1.wav") for i in range(2000)]
     assert 0.17 < np.mean(shares) < 0.23
+
+
+def test_a_waveform_replaced_by_one_of_equal_size_is_computed_again(archive):
+    """Also where the new file has the old one's time."""
+    folder, names = archive
+    load = lambda: data.load_speech(
+        "speech_commands",
+        "test",
+        labels="words",
+        data_dir=str(folder),
+        cache_dir=str(folder / "cache"),
+        settings=SMALL,
+    )
+    first, file = load(), folder / names[1::3][7]
+    size, times = file.stat().st_size, (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    new = RNG.integers(-9000, 9000, 1600)
+    write_wav(file, new)
+    assert file.stat().st_size == size
+    os.utime(file, ns=times)
+    second = load()
+    np.testing.assert_allclose(second.features[7], data.log_mel(new, 16000, SMALL), atol=1e-4)
+    others = np.arange(len(first.labels)) != 7
+    np.testing.assert_array_equal(second.features[others], first.features[others])
+
+
+@pytest.mark.parametrize("left", [1, 2, 1000, 3198, 3199])
+def test_a_waveform_cut_inside_its_data_is_an_error(archive, left):
+    folder, names = archive
+    file = folder / names[0]
+    file.write_bytes(file.read_bytes()[: 44 + left])
+    said = "is cut off: it has" if left % 2 == 0 else f"{left} bytes"
+    with pytest.raises(ValueError, match=f"{names[0]} .*{said}"):
+        data.load_speech(
+            "speech_commands", labels="words", data_dir=str(folder), cache_dir=str(folder)
+        )
 
 
 def test_what_is_wrong_with_the_archive_is_named(archive):
@@ -318,7 +379,33 @@ def test_a_set_that_is_not_prepared_says_how_to(tmp_path):
             data.load_speech(name, data_dir=str(tmp_path), cache_dir=str(tmp_path))
     prepare(tmp_path, "spoken_digit", 8000, {"train": [[recording(0, "0_a_1.wav")]]}, 10)
     next(tmp_path.rglob("*.array_record*")).unlink()
-    with pytest.raises(FileNotFoundError, match="not prepared"):
+    with pytest.raises(FileNotFoundError, match="00000-of-00001 is missing. Copy it again"):
+        data.load_speech(data_dir=str(tmp_path), cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "shard"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "{}", "a folder"])
+def test_a_damaged_file_is_named(name, damage, tmp_path):
+    shard = [recording(0, "0_a_7.wav"), recording(1, "1_a_8.wav")]
+    prepare(tmp_path, "spoken_digit", 8000, {"train": [shard]}, 10)
+    (file,) = tmp_path.rglob("*.array_record*" if name == "shard" else name)
+    whole = file.read_bytes()
+    if damage == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        cut = whole[: len(whole) // 2]
+        file.write_bytes({"cut": cut, "empty": b"", "{}": b"{}"}[damage])
+    with pytest.raises(ValueError, match=r"cannot be read \(.*prepare the set again") as caught:
+        data.load_speech(data_dir=str(tmp_path), cache_dir=str(tmp_path))
+    named = file if name == "shard" else file.with_name("dataset_info.json")
+    assert str(named) in str(caught.value) or str(file.parent) in str(caught.value)
+
+
+def test_a_recording_without_samples_is_an_error(tmp_path):
+    shard = [recording(0, "0_a_7.wav"), ([], 1, "1_a_8.wav")]
+    prepare(tmp_path, "spoken_digit", 8000, {"train": [shard]}, 10)
+    with pytest.raises(ValueError, match="record 1, counted from 0, has no samples"):
         data.load_speech(data_dir=str(tmp_path), cache_dir=str(tmp_path))
 
 

@@ -124,7 +124,7 @@ def test_many_processes_train_what_one_process_with_as_many_devices_trains(runs,
 def test_the_one_process_has_moved_its_parameters(runs):
     """Else the theorem above says nothing."""
     for method, model, path in (
-        ("ist", "mlp", ("SubnetDense_0", "kernel")),
+        ("ist", "mlp", ("SubnetDense_0", "kernel_transposed")),
         ("cyclic", "psnet", ("Conv_0", "kernel")),
     ):
         _, params, _ = runs(method, 1)
@@ -314,6 +314,101 @@ def test_other_data_another_plan_or_version_are_refused_by_name(compared):
         assert re.search('data: .*process 1 has data "', output)
         assert re.search('plan: .*process 1 has plan.method "local-sgd", the others "ist"', output)
         assert re.search("version: .*process 1 has version.source", output)
+
+
+STRANGE = r"""
+import pathlib, socket, sys, time
+from jax._src import distributed
+from experiments.hosts import _watch, cluster
+address, processes, process = sys.argv[2], int(sys.argv[4]), int(sys.argv[6])
+cluster.initialize(address, processes, process, timeout=120)
+port = int(address.rpartition(":")[2])
+if process == 0:
+    listening = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        for line in pathlib.Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                listening.add(local.rpartition(":")[0])
+    print("listening:", sorted(listening))
+    for other in ("127.0.0.1", "127.0.0.2", "::1"):
+        try:
+            socket.create_connection((other, port), timeout=5).close()
+            print(f"reached at {other}.")
+        except OSError:
+            print(f"not reached at {other}.")
+with _watch.Watch(deadline=60 if process else 10, start=60) as watch:
+    client = distributed.global_state.client
+    watch.at(0, "batch")
+    if process == 0:
+        for key, value in {
+            "9": b"[0, 1, 1]",
+            "-1": b"[0, 1, 1]",
+            "x": b"[0, 1, 1]",
+            "note/1": b"{",
+            "note/0": b'{"by": 7, "process": 1, "why": "no"}',
+            "error/one": b"no",
+            "else/1": b"no",
+            "error/1": b"\xff\xfe",
+        }.items():
+            client.key_value_set_bytes(f"psjax/live/{key}", value, allow_overwrite=True)
+        for value in (b"", b"\xff", b"[]", b"[0, 1]", b"[0, 77, 1]", b'["0", 1, 1]', b"null"):
+            client.key_value_set_bytes("psjax/live/1", value, allow_overwrite=True)
+            time.sleep(0.1)
+        until = time.monotonic() + 7  # process 1 itself writes there too
+        while "psjax/live/1" not in watch.odd and time.monotonic() < until:
+            client.key_value_set_bytes("psjax/live/1", value, allow_overwrite=True)
+            time.sleep(0.05)
+        watch.at(1, "step")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def strange():
+    """Two processes, in whose store something else writes; process 1 does not go on."""
+    return start(2, module=("-c", STRANGE))
+
+
+def test_the_coordinator_of_one_host_listens_on_loopback_alone(strange):
+    output = strange[0][1]
+    loopback = "(0000000000000000FFFF0000)?0100007F"  # 127.0.0.1, which IPv6 writes longer
+    assert re.search(rf"listening: \['{loopback}'\]", output), output
+    assert "\nreached at 127.0.0.1." in output
+    assert "not reached at 127.0.0.2." in output
+    assert "not reached at ::1." in output
+
+
+def test_what_else_writes_to_the_store_is_named_and_the_deadline_still_works(strange):
+    (code, output), (other, _) = strange
+    assert (code, other) == (launch.MISSING, 1)
+    for key in ("9", "-1", "x", "note/1", "note/0", "error/one", "else/1", "error/1", "1"):
+        assert output.count(f"'psjax/live/{key}' is b") == 1, key
+    assert re.search("process 1 is late: it is still in 'batch' of round 0", output)
+
+
+def test_a_coordinator_at_an_address_of_another_host_is_named():
+    with pytest.raises(cluster.ClusterError, match="listen on port 1234 of 192.0.2.1: .*BIND"):
+        cluster.initialize("192.0.2.1:1234", 2, 0)
+
+
+def test_where_the_coordinator_listens_can_be_another_address(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "127.0.0.2:1234")
+    joined = mock.Mock()
+    monkeypatch.setattr("jax.distributed.initialize", joined)
+    cluster.initialize("192.0.2.1:1234", 2, 0)
+    assert joined.call_args.kwargs["coordinator_bind_address"] == "127.0.0.2:1234"
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS")
+    cluster.initialize("localhost:1234", 2, 0)
+    assert joined.call_args.kwargs["coordinator_bind_address"] == "localhost:1234"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"a": 1}', "[" * 10000])
+def test_what_no_process_says_at_the_start_is_named(monkeypatch, text):
+    client = mock.Mock(blocking_key_value_get=mock.Mock(return_value=text))
+    monkeypatch.setattr(cluster.distributed.global_state, "client", client)
+    with pytest.raises(cluster.ClusterError, match="process 0 says .*something else writes there"):
+        cluster.agree({"a": 1})
 
 
 def test_a_port_in_use_is_named():

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from experiments import _run
-from experiments._checkpoint import Checkpoints, uninterrupted
+from experiments._checkpoint import Checkpoints
+from experiments._config import read_config
+from experiments._signals import uninterrupted
 from experiments.ist import train as ist_train
 from experiments.psl import run, train, training
 
@@ -184,7 +186,7 @@ def test_a_folder_that_an_interrupted_start_left_empty_is_started_in(tmp_path, l
     for name in left:
         (tmp_path / name).write_text("{")
     _run.open_folder(SMALL, tmp_path, resume=False)
-    assert _run.saved_config(tmp_path, training.Config()) == SMALL
+    assert read_config(tmp_path / "config.json", training.Config) == SMALL
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -272,6 +274,14 @@ def test_the_margin_is_the_last_that_is_known(tmp_path, loss, margins, sound, wo
         run._check_finite(metrics, np.array(sound, bool), *args)
 
 
+def _only_one_line_of_error(output):
+    assert "Traceback" not in output, output
+    assert "ERROR" not in output, output
+    lines = output.replace("\r", "\n").splitlines()
+    assert sum("could not be" in line for line in lines) == 1, output
+    assert lines[-1].startswith("error: "), output
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
@@ -284,6 +294,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(trained, tmp_path):
     assert code != 0
     assert "checkpoint of epoch 7 could not be saved" in output, output
     assert "last good one is that of epoch 6" in output
+    _only_one_line_of_error(output)
     rows = run.train(
         dataclasses.replace(SMALL, epochs=8), folder, resume=True, report=lambda line: None
     )

@@ -109,6 +109,37 @@ def test_counts_of_every_entry_s_steps_travel_with_the_weights():
     assert set(np.unique(counts["between"])) == {0, STEPS, 2 * STEPS, 3 * STEPS}
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["muon", "partition"])
+def test_constants_and_states_of_some_leaves_travel(name):
+    optimizer = {
+        "muon": optax.contrib.muon(0.05),
+        "partition": optax.partition(
+            {1: optax.adam(0.05), 2: optax.sgd(0.1, momentum=0.9)},
+            lambda params: jax.tree.map(jnp.ndim, params),
+        ),
+    }[name]
+    three_rounds(2, 8, 4, optimizer)
+
+
+def test_a_shared_weight_in_float16_is_averaged_in_float32():
+    """The sum over four workers of 30000 is past float16; the classes' common shift is no loss."""
+    sizes, optimizer = {"h1": 16, "h2": 16}, optax.sgd(0.0)
+    params = init(16, 16, jnp.float16)
+    params["bias"] = jnp.full(CLASSES, 30000.0, jnp.float16)
+    round, shardings = sharded_round(4, sizes, optimizer, params)
+    batches = jax.tree.map(lambda x: x[0], make_batches(4, jnp.float16))
+    state = optimizer.init(params)
+    new, _, metrics = round(*jax.device_put((params, state), shardings), 0, batches)
+    assert metrics.finite.all()
+    np.testing.assert_array_equal(new["bias"], params["bias"])
+
+
+def test_an_update_without_an_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"exchange\(update=.*pass psjax.local_update"):
+        psjax.ist.exchange(lambda *args: args, "w")
+
+
 @pytest.mark.parametrize(("n", "moments"), [(2, 0), (4, 0), (8, 0), (2, 2), (4, 1), (8, 2)])
 def test_a_round_sends_and_computes_what_the_formula_says(n, moments):
     """Exactly, for widths that n * n divides; and a worker holds its share of the weights alone."""

@@ -12,7 +12,6 @@ import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
 
 import psjax
 from experiments._checkpoint import Checkpoints
@@ -124,6 +123,12 @@ def test_the_same_seed_and_round_give_the_same_subnets_and_others_give_others():
     different = [draw(0, 3), draw(0, 4), draw(1, 3), draw(3, 1), draw(3, 0)]
     assert not any(same(a, b) for a, b in itertools.combinations(different, 2))
     assert draw._cache_size() == 1
+
+
+@pytest.mark.parametrize("number", [-1, np.int64(-1), 2**32])
+def test_a_round_has_a_number_from_0_on(number):
+    with pytest.raises(ValueError, match=rf"round_number={number}\): it must be from 0"):
+        membership(0, number)
 
 
 def test_seed_and_round_may_be_numbers_traced_or_mapped():
@@ -291,8 +296,9 @@ def by_hand(net, params, a):
         return norm.get("scale", 1) * (z - mean) / np.sqrt(var + 1e-5) + norm.get("bias", 0)
 
     for i in range(len(net.hidden)):
-        kernel = params[f"SubnetDense_{i}"]["kernel"]
-        a = np.maximum(normalized(a @ (kernel.T if i == 0 else kernel), i), 0)
+        layer = params[f"SubnetDense_{i}"]
+        kernel = layer["kernel_transposed"].T if i == 0 else layer["kernel"]
+        a = np.maximum(normalized(a @ kernel, i), 0)
     last = params[f"SubnetDense_{len(net.hidden)}"]
     z = a @ last["kernel"] + last.get("bias", 0)
     return found, normalized(z, len(net.hidden)) if net.normalize_output else z
@@ -563,133 +569,6 @@ def test_no_selection_has_no_gradient_bias():
     params, _, _, batch = linear_network(1)
     with pytest.raises(ValueError, match="no selection; give one for every draw"):
         psjax.ist.gradient_bias(squared_loss, squared_loss, params, [], batch)
-
-
-REDUCING = {
-    "mean": lambda x: x - x.mean(-1, keepdims=True),
-    "softmax": nn.softmax,
-    "L2": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
-    "L1": lambda x: x / (1e-3 + jnp.abs(x).sum(-1, keepdims=True)),
-    "largest": lambda x: x / (1e-3 + jnp.abs(x).max(-1, keepdims=True)),
-    "maximum": lambda x: nn.relu(x) / (1 + nn.relu(x).max(-1, keepdims=True)),
-    "winner": lambda x: jnp.where(x == x.max(-1, keepdims=True), x, 0),
-    "winner of relu": lambda x: (y := nn.relu(x)) * (y == y.max(-1, keepdims=True)),
-    "cumulative": lambda x: jnp.cumsum(x, axis=-1),
-}
-
-
-def check(net, n, *x, train=True, biases=1):
-    """Of a model with normal weights: normalised by the batch if `train`, else by statistics."""
-    variables = jax.eval_shape(net.init, jax.random.key(0), *x)
-    axes, shapes = nn.get_partition_spec(variables), nn.unbox(variables)
-    if train:
-        axes, shapes = ({"params": tree["params"]} for tree in (axes, shapes))
-    variables = perturbed(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
-    scale = lambda path, x: jnp.asarray(biases * x if "bias" in keystr(path) else np.abs(x))
-    weight = lambda path, x: jnp.asarray(x) if x.ndim > 1 else scale(path, x)
-    variables = jax.tree_util.tree_map_with_path(weight, variables)
-    selection = psjax.ist.membership(0, 0, axes, net.sizes, n)
-    apply = lambda net: jax.jit(lambda variables, *x: net.apply(variables, *x, train=train))
-    psjax.ist.check_subnets(apply(net), apply(net.subnet(n)), variables, selection, *x)
-
-
-ALONE = {"normalize": False, "normalize_output": True}
-PARTS = {  # models, and whether they are normalised by the batch
-    "one layer": (psjax.models.MLP(3, (12,)), True),
-    "no layer is normalised": (psjax.models.MLP(3, (12, 11), normalize=False), True),
-    "the output is, too": (psjax.models.MLP(3, (12, 11), normalize_output=True), True),
-    "the output alone is": (psjax.models.MLP(3, (12, 11), **ALONE), True),
-    "by given statistics": (psjax.models.MLP(3, (12, 11), normalize_output=True), False),
-    "no scale, no shift": (psjax.models.MLP(3, (12, 11), use_scale=False, use_bias=False), True),
-    "convolutions": (psjax.models.VGG11(3, (4, 0), (12,), implementation="native"), True),
-    "sparse": (psjax.models.SparseMLP(4, 9, (11,)), True),
-}
-
-
-@pytest.mark.parametrize("biases", [1, 0])
-@pytest.mark.parametrize("name", PARTS)
-def test_subnets_of_the_models_are_parts_of_them(name, biases):
-    """12 or 11 neurons among 3; with biases and shifts, and with zeros as at the start; float32."""
-    net, train = PARTS[name]
-    ids = np.random.default_rng(0).integers(0, 9, (4, 2))
-    image = normal(5, 4, 4, 2).astype(np.float32)
-    x = (ids, image[0, 0]) if name == "sparse" else (image,)
-    check(net, 3, *x, train=train, biases=biases)
-
-
-softmax = functools.partial(jax.nn.softmax, axis=-1)
-standardised = lambda x, axis: (
-    (x - x.mean(axis, keepdims=True)) / (x.std(axis, keepdims=True) + 1e-3)
-)
-LAYERS = {
-    "layer normalisation": lambda x: standardised(x, -1),
-    "softmax": softmax,
-    "mean": lambda x: x - x.mean(-1, keepdims=True),
-    "L2": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
-    "L1": lambda x: x / (1e-3 + jnp.abs(x).sum(-1, keepdims=True)),
-    "largest": lambda x: x / (1e-3 + jnp.abs(x).max(-1, keepdims=True)),
-    "maximum": lambda x: nn.relu(x) / (1 + nn.relu(x).max(-1, keepdims=True)),
-    "winner takes all": lambda x: jnp.where(x == x.max(-1, keepdims=True), x, 0),
-    "cumulative sum": lambda x: jnp.cumsum(x, axis=-1),
-}
-OUTPUTS = {
-    "as they are": lambda x: x,
-    "by the batch": lambda x: standardised(x, 0),
-    "softmax": softmax,
-}
-
-
-def check_layer(layer, after, output, skip=0):
-    """Two hidden layers, `layer` after one of them; `output` of the scores."""
-    axes = {"a": P(None, "h1"), "b": P("h1", "h2"), "c": P("h2", None), "bias": P("h1"), "d": P()}
-    axes["skip"] = P("h1", None)
-    shapes = {"a": (7, 4), "b": (4, 6), "c": (6, 3), "bias": (4,), "d": (3,), "skip": (4, 3)}
-    params = {name: jnp.asarray(normal(*shape)) for name, shape in shapes.items()}
-
-    def fn(params, x):
-        x = jnp.tanh(x @ params["a"] + params["bias"])
-        x = layer(x) if after == 1 else x
-        scores = skip * x @ params["skip"] + params["d"]
-        x = jnp.tanh(x @ params["b"])
-        x = layer(x) if after == 2 else x
-        return output(scores + x @ params["c"])
-
-    shares = {"h1": [[0, 2], [1, 3]], "h2": [[0, 1, 4], [2, 3, 5]]}
-    selection = psjax.select(axes, shares, like=params)
-    psjax.ist.check_subnets(fn, fn, params, selection, jnp.asarray(normal(5, 7)))
-
-
-@pytest.mark.parametrize("output", ["as they are", "by the batch"])
-@pytest.mark.parametrize("after", [1, 2])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_that_reduces_over_a_divided_axis_is_found_and_the_axis_named(
-    x64, layer, after, output
-):
-    with pytest.raises(ValueError, match=r"an axis that is divided, one of \['h1', 'h2'\]"):
-        check_layer(LAYERS[layer], after, OUTPUTS[output])
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_a_layer_that_reduces_over_nothing_passes(x64, output):
-    check_layer(jnp.sin, 1, OUTPUTS[output])
-
-
-def test_neurons_may_reach_scores_that_are_their_sum_through_several_leaves(x64):
-    check_layer(jnp.sin, 1, lambda x: x, skip=1)
-    with pytest.raises(ValueError, match="an axis that is divided"):
-        check_layer(LAYERS["maximum"], 1, lambda x: x, skip=1)
-    with pytest.raises(ValueError, match="no sum over the subnets.*before they are normalised"):
-        check_layer(jnp.sin, 1, softmax, skip=1)
-
-
-def test_elements_that_share_rows_are_parts_of_the_network_though_they_meet_in_it(x64):
-    """In the network the one row in common sees what the elements see of the layer before."""
-    fn = lambda w, x: jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"]
-    axes = {"a": P(None, "h1"), "b": P("h1", "h2"), "c": P("h2", None)}
-    shapes = {"a": (7, 4), "b": (4, 6), "c": (6, 3)}
-    params = {name: jnp.asarray(normal(*shape)) for name, shape in shapes.items()}
-    selection = psjax.select(axes, dict.fromkeys(["h1", "h2"], [[0, 1], [1, 2]]), like=params)
-    psjax.ist.check_subnets(fn, fn, params, selection, jnp.asarray(normal(5, 7)))
 
 
 # ----------------------------------------------------------------------------- Adam's own counting

@@ -174,6 +174,22 @@ def test_shard_map_over_subnets(x64):
         _close([x[s] for x in got], want)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_a_mesh_with_one_axis_mapped_and_one_left_to_jax(x64, kind):
+    """Samples split over both, the layer replicated: in `shard_map` it must vary as they do."""
+    hidden, kernel, bias, labels = _case(batch=8)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (kind,) * 2, devices=jax.devices()[:4])
+    body = lambda *x: losses.many_label_cross_entropy(*x, chunk_size=5)
+    with jax.set_mesh(mesh):
+        over = jax.NamedSharding(mesh, P(("x", "y")))
+        split = jax.shard_map(
+            body, in_specs=(P("x"), P(), P(), P("x")), out_specs=P("x"), axis_names={"x"}
+        )
+        samples = [jax.device_put(x, over) for x in (hidden, labels)]
+        got = jax.jit(split)(samples[0], kernel, bias, samples[1])
+    _close(jax.device_get(got), _by_loops(hidden, kernel, bias, labels))
+
+
 def _temporary_bytes(fn, *shapes):
     return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
@@ -243,6 +259,28 @@ def test_labels_out_of_range_give_nan_never_a_number():
     gradient = jax.jit(jax.grad(lambda h: loss(h).sum()))(hidden)
     assert np.array_equal(jnp.isnan(loss(hidden)), [True, True, True, False])
     assert np.array_equal(jnp.isnan(gradient).all(axis=1), [True, True, True, False])
+
+
+def test_a_label_is_the_same_number_in_every_type(x64):
+    """Also with more labels than the type can hold."""
+    labels = np.array([[0, 44], [255, 3]], np.uint8)
+    rng = np.random.default_rng(0)
+    hidden, kernel = jnp.asarray(rng.normal(size=(2, 3))), jnp.asarray(rng.normal(size=(3, 300)))
+
+    @jax.jit
+    def run(labels):
+        loss = lambda *x: losses.many_label_cross_entropy(*x, None, labels, chunk_size=70).sum()
+        return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+
+    got, want = run(labels), run(labels.astype(np.int32))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.isfinite(got[0])
+
+
+def test_a_label_that_int32_would_wrap_into_range_gives_nan(x64):
+    labels = jnp.array([[1, 8], [2**32 + 1, 8], [2**32 + 8, 1]])
+    loss = lambda h: losses.many_label_cross_entropy(h, jnp.ones((2, 8)), None, labels)
+    np.testing.assert_array_equal(np.isnan(jax.jit(loss)(jnp.ones((3, 2)))), [False, True, True])
 
 
 @named_chunks

@@ -122,6 +122,57 @@ def test_value_and_squared_gradient_are_finite_in_float32(name, size):
         assert jnp.isfinite(jnp.square(grad)).all()
 
 
+EXPONENTIALS = {
+    "exponential": (losses.exponential, 1, {"float32": 40.0, "float64": 300.0}),
+    "squared": (losses.squared_exponential, 2, {"float32": 40.0, "float64": 300.0}),
+    "bounded": (losses.bounded_exponential, 1, {"float32": 4.0, "float64": 4.0}),
+}
+EVERY_WAY = {
+    "reverse": (jax.grad, lambda fn: jax.grad(jax.grad(fn))),
+    "forward": (jax.jacfwd, lambda fn: jax.jacfwd(jax.jacfwd(fn))),
+    "mixed": (jax.jacrev, jax.hessian),
+}
+
+
+@pytest.mark.parametrize("name", EXPONENTIALS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_derivatives_of_the_exponentials_are_right_at_every_margin(x64, name, dtype, way):
+    """The tangent's slope is e^B and its curvature 0, also where its value is no float any more."""
+    fn, factor, bounds = EXPONENTIALS[name]
+    bound = bounds[dtype]
+    tiny, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    z = [-np.inf, -most, -1e22, -700, -1, -tiny, 0, 1, bound / factor, bound + 1, 1e6, 1e16, 1e22]
+    z = jnp.array([*z, most / 3, most, np.inf], dtype)
+    first, second = (jax.jit(jax.vmap(d(fn)))(z) for d in EVERY_WAY[way])
+    below = np.asarray(z) <= bound / factor
+    power = np.exp(factor * np.clip(np.asarray(z, np.float64), -1e4, bound / factor))
+    tolerance = {"rtol": 1e-5 if dtype == "float32" else 1e-13, "atol": tiny}
+    np.testing.assert_allclose(first, factor * power, **tolerance)
+    np.testing.assert_allclose(second, np.where(below, factor**2 * power, 0), **tolerance)
+    assert first.dtype == second.dtype == dtype
+
+
+@named_margins
+def test_derivatives_of_a_loss_are_finite_wherever_its_scores_are(name):
+    """In float32 the value may be inf; a margin above e^80 is one of the scores' tangents."""
+    margin_fn, _ = MARGINS[name]
+    scores = jnp.array([[1e22, 0.0, -1e22], [3e38, -3e38, 0.0], [-1e22, 1.0, np.inf]], jnp.float32)
+    labels = jnp.array([1, 1, 2])
+    loss = lambda s, y: losses.psl_with_integer_labels(s, y, margin_fn)
+    derivatives = jax.jit(jax.vmap(lambda s, y: (jax.grad(loss)(s, y), jax.hessian(loss)(s, y))))
+    grad, hessian = derivatives(scores, labels)
+    assert not jnp.isnan(grad).any()
+    assert jnp.isfinite(grad).all() or name == "squared-hinge"  # which is 2 (1 + z), twice 6e38
+    assert jnp.isfinite(hessian).all()
+    assert not grad[2].any()  # the label's score is infinitely larger
+
+
+def test_a_nan_margin_stays_nan_in_value_and_gradient():
+    for fn, _, _ in EXPONENTIALS.values():
+        assert np.isnan(jax.value_and_grad(fn)(jnp.nan)).all()
+
+
 def test_a_low_bound_bounds_the_gradient():
     z = jnp.linspace(-5, 100, 50)
     slope = jax.vmap(jax.grad(losses.bounded_exponential))(z)
@@ -132,11 +183,7 @@ def test_a_low_bound_bounds_the_gradient():
 @pytest.mark.parametrize("name", [*MARGINS, "nll", "one-vs-all"])
 def test_labels_out_of_range_give_nan_never_a_number(name, dtype):
     """In the value and in every entry of the gradient, of that sample alone."""
-    if name in MARGINS:
-        loss = functools.partial(losses.psl_with_integer_labels, margin_fn=MARGINS[name][0])
-    else:
-        nll, all_ = losses.nll_with_integer_labels, losses.one_vs_all_with_integer_labels
-        loss = nll if name == "nll" else all_
+    loss = _loss_of_labels(name)
     labels = jnp.array([-1, 4, 0, -100, 100, 3], dtype)
     outside = np.array([True, True, False, True, True, False])
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
@@ -150,10 +197,73 @@ def test_labels_out_of_range_give_nan_never_a_number(name, dtype):
     assert np.isfinite(grad[~outside]).all()
 
 
-def test_labels_of_a_type_too_small_for_the_last_class_are_in_range():
-    labels = jnp.array([0, 255], jnp.uint8)
-    got = losses.nll_with_integer_labels(jnp.zeros((2, 300)), labels)
-    np.testing.assert_allclose(got, np.log(300), rtol=1e-6)
+def _loss_of_labels(name):
+    if name in MARGINS:
+        return functools.partial(losses.psl_with_integer_labels, margin_fn=MARGINS[name][0])
+    return {
+        "nll": losses.nll_with_integer_labels,
+        "one-vs-all": losses.one_vs_all_with_integer_labels,
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("name", ["psl", "nll", "one-vs-all"])
+def test_a_label_is_the_same_number_in_every_type(x64, name, dtype):
+    """Also with more classes than the type can hold: class 256 is not 0 in uint8."""
+    labels = np.array([0, 44, 127, 3], dtype)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300)))
+
+    @jax.jit
+    def run(labels):
+        loss = lambda s: _loss_of_labels(name)(s, labels)
+        return loss(scores), jax.grad(lambda s: loss(s).sum())(scores)
+
+    for got, want in zip(run(labels), run(labels.astype(np.int32)), strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32])
+@pytest.mark.parametrize("name", ["psl", "nll", "one-vs-all"])
+def test_a_label_that_int32_would_wrap_into_range_is_outside(x64, name, dtype):
+    outside = 2**32 + 1 if dtype != np.uint32 else 2**32 - 1
+    labels = jnp.asarray(np.array([1, outside], dtype))
+    got = jax.jit(lambda s: _loss_of_labels(name)(s, labels))(jnp.zeros((2, 4)))
+    np.testing.assert_array_equal(np.isnan(got), [False, True])
+
+
+@named_margins
+@pytest.mark.parametrize("form", ["pair", "block", "unused pairs of a block"])
+def test_what_has_no_weight_has_no_part_in_any_derivative(x64, form, name):
+    """Value, gradient and Hessian are those of the samples and pairs with a weight, else 0."""
+    margin_fn, _ = MARGINS[name]
+    rng = np.random.default_rng(0)
+    if form == "pair":
+        scores, weight = rng.normal(size=(3, 2)), np.array([0.5, 0, 0.25])
+        unused = np.repeat(weight[:, None] == 0, 2, 1)
+        loss = lambda s, w: losses.pair(s, w, margin_fn)
+    else:
+        scores, weight, pairs = rng.normal(size=(2, 2, 3)), np.full((2, 2), 0.25), 1 - np.eye(2, 3)
+        if form == "block":
+            weight[0, 1] = weight[1, 0] = 0
+            unused = np.repeat(weight[..., None] == 0, 3, 2)
+        else:
+            pairs[:, 2] = 0
+            unused = np.zeros(scores.shape, bool)
+            unused[..., 2] = True
+        loss = lambda s, w: losses.block(s, w, jnp.asarray(pairs), margin_fn)
+    derivatives = (loss, jax.grad(loss), jax.grad(loss, 1), jax.hessian(loss))
+    run = jax.jit(lambda s, w: [fn(s, w) for fn in derivatives])
+    want = run(jnp.where(unused, -0.3, scores), weight)
+    assert all(np.isfinite(x).all() for x in want)
+    assert not want[1][unused].any()
+    assert not want[2][weight == 0].any()
+    assert not want[3][unused].any()
+    assert want[3][~unused].any()
+    for filler in (np.nan, np.inf, -np.inf, 1e30):
+        got = run(jnp.where(unused, filler, scores), weight)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input_is_named():

@@ -79,18 +79,19 @@ def test_the_axis_of_the_neurons_is_named_in_parameters_and_statistics():
 @pytest.mark.parametrize("in_axis", [None, "a"])
 @pytest.mark.parametrize("out_axis", [None, "b"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_subnet_dense_is_flaxs_dense_with_rows_first_where_only_outputs_are_divided(
+def test_subnet_dense_is_flaxs_dense_with_the_transposed_kernel_where_only_outputs_are_divided(
     x64, in_axis, out_axis, use_bias
 ):
+    """Under its own name, so that a square kernel of another network is never taken transposed."""
     layer = psjax.nn.SubnetDense(5, in_axis, out_axis, use_bias)
     x = jnp.asarray(normal(7, 4))
     variables, axes = unboxed(layer, x)
     plain = dict(variables["params"])
     rows_first = in_axis is None and out_axis is not None
-    if rows_first:
-        plain["kernel"] = plain["kernel"].T
+    name = "kernel_transposed" if rows_first else "kernel"
+    plain["kernel"] = plain.pop(name).T if rows_first else plain[name]
     expected_axes = (out_axis, in_axis) if rows_first else (in_axis, out_axis)
-    assert axes["params"]["kernel"] == P(*expected_axes)
+    assert axes["params"][name] == P(*expected_axes)
     assert axes["params"].get("bias") == (P(out_axis) if use_bias else None)
     close(layer.apply(variables, x), nn.Dense(5, use_bias).apply({"params": plain}, x))
 
@@ -100,9 +101,20 @@ def test_subnet_dense_begins_he_normal_in_both_layouts(axes):
     """The variance of a kernel is 2 / inputs."""
     inputs, outputs = 100, 400
     layer = psjax.nn.SubnetDense(outputs, *axes)
-    kernel = nn.unbox(layer.init(jax.random.key(0), jnp.ones((1, inputs))))["params"]["kernel"]
+    params = nn.unbox(layer.init(jax.random.key(0), jnp.ones((1, inputs))))["params"]
+    kernel = params["kernel" if axes[0] else "kernel_transposed"]
     error = np.sqrt(2 / kernel.size)  # of a variance of so many normal numbers, relative
     assert abs(kernel.var() * inputs / 2 - 1) < 5 * error
+
+
+def test_a_kernel_where_its_transpose_must_be_is_refused():
+    net, x = psjax.models.MLP(3, (4,)), jnp.ones((2, 4))
+    params = nn.unbox(net.init(jax.random.key(0), x))["params"]
+    first = params["SubnetDense_0"]
+    match = r"SubnetDense_0: .* 'kernel', .* \('hidden_0'\); pass its transpose .*_transposed'"
+    for own in ({"kernel": first["kernel_transposed"]}, {"kernel": jnp.ones((4, 4)), **first}):
+        with pytest.raises(ValueError, match=match):
+            net.apply({"params": {**params, "SubnetDense_0": own}}, x, train=True)
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -131,7 +143,7 @@ def test_the_layers_of_an_mlp():
     inputs, first, second, scores = 4 * 2, 12, 11, 3
     norm = lambda width: {"scale": (width,), "bias": (width,)}
     assert params == {
-        "SubnetDense_0": {"kernel": (first, inputs)},
+        "SubnetDense_0": {"kernel_transposed": (first, inputs)},
         "SubnetNorm_0": norm(first),
         "SubnetDense_1": {"kernel": (first, second)},
         "SubnetNorm_1": norm(second),
@@ -142,7 +154,7 @@ def test_the_layers_of_an_mlp():
     assert net.subnet(1) == net
     plain = nn.unbox(shapes(net.clone(normalize=False, normalize_output=True), args))["params"]
     assert {layer: set(leaves) for layer, leaves in plain.items()} == {
-        "SubnetDense_0": {"kernel", "bias"},
+        "SubnetDense_0": {"kernel_transposed", "bias"},
         "SubnetDense_1": {"kernel", "bias"},
         "SubnetDense_2": {"kernel"},
     }

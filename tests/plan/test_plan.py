@@ -1,5 +1,6 @@
 """Plans: every ordered pair once, on every sample once; and the whole gradient."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import psjax
 from psjax import plan as plans
 from psjax.plan._best import candidates
+from psjax.plan._cost import least_flops
 from tests import separable_model as model
 
 CASES = [
@@ -221,25 +223,65 @@ def test_what_moves_is_never_more_than_one_row_for_each_distance_and_rank(num_wo
             assert row.down == row.up <= 4 * row.plan.num_turns * most[1:].sum()
 
 
-@pytest.mark.parametrize(("num_classes", "num_workers"), [(5, 4), (63, 14)])
+def all_plans(C, W):
+    """Every plan of every kind, made one after the other."""
+    few = range(2, C)
+    yield plans.elements(C, W)
+    yield plans.pairs(C, W)
+    yield from (plans.blocks(C, W, s) for s in [*(2 * n for n in few if 2 * n < C), C])
+    yield from (plans.cyclic(C, W, groups) for groups in [*few, C])
+
+
+def same_plan(a, b):
+    return a.kind == b.kind and all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("classes", "pairs", "shares")
+    )
+
+
+@pytest.mark.parametrize(("num_classes", "num_workers"), [(2, 3), (5, 4), (63, 14), (64, 8)])
 def test_the_best_plan_is_the_fastest_of_all_blocks_and_all_numbers_of_groups(
     num_classes, num_workers
 ):
-    """A single task of all classes and fewer groups than workers among them."""
+    """As if all were made and compared: at any speed, and of those that fit into any memory."""
     C, W = num_classes, num_workers
-    net, speed = psjax.models.psnet("mnist"), {**SPEED, "bandwidth": 1.25e9}
-    every = [plans.elements(C, W), *(plans.blocks(C, W, s) for s in [*range(2, C, 2), C])]
-    every += [plans.cyclic(C, W, groups) for groups in range(1, C + 1)]
-    costs = plans.table(plans.workload(net, C, MNIST), every, num_workers=W, **speed)
-    fastest = min(row.seconds for row in costs.rows if row.plan is not None)
-    found = plans.best(net, C, W, inputs=MNIST, **speed)
-    assert found.rows[0].plan is found.best
-    assert found.rows[0].seconds == fastest
+    net, every = psjax.models.psnet("mnist"), list(all_plans(C, W))
+    work = plans.workload(net, C, MNIST)
+    for bandwidth, flops in [(1.25e9, 1e11), (1e5, 1e12), (1e12, 1e8)]:
+        speed = {**SPEED, "bandwidth": bandwidth, "flops": flops, "num_workers": W}
+        costs = plans.table(work, every, **speed)
+        sizes = sorted({row.memory for row in costs.rows if row.plan is not None})
+        for memory in (None, sizes[0], sizes[len(sizes) // 2]):
+            expected = dataclasses.replace(costs, memory=memory).best
+            found = best_of(work, C, memory=memory, **speed)
+            assert found.rows[0].plan is found.best
+            assert same_plan(found.best, expected)
+            assert found.rows[0].seconds <= min(row.seconds for row in found.rows if row.plan)
+
+
+def best_of(work, num_classes, **options):
+    """`best` of a model whose cost is known already: only its candidates are compared anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psjax.plan._best.workload", lambda *args: work)
+        return plans.best(work.model, num_classes, inputs=work.inputs, **options)
+
+
+@pytest.mark.parametrize(("num_classes", "num_workers"), [(4, 3), (10, 8), (17, 5), (40, 64)])
+def test_no_plan_computes_less_than_the_bound_that_leaves_it_out(num_classes, num_workers):
+    C, W, slots = num_classes, num_workers, 12
+    work = by_hand(C, common_flops=7.0)
+    kinds = candidates(C, W)
+    made = [(c.size, c.make()) for kind in kinds.values() for c in kind]
+    speed = {**SPEED, "batch_size": 10, "num_workers": W, "slots": slots}
+    rows = plans.table(work, [plan for _, plan in made], **speed).rows
+    for (size, plan), row in zip(made, rows):
+        assert plan.block_size <= size
+        assert row.flops >= (1 - 1e-12) * least_flops(work, C, W, slots, size)
 
 
 def test_of_many_classes_a_few_plans_are_considered():
-    assert len(list(candidates(64, 8))) == 2 + 31 + 63
-    few = list(candidates(200, 6))
+    assert sum(map(len, candidates(64, 8).values())) == 2 + 31 + 63
+    few = [candidate.make() for kind in candidates(200, 6).values() for candidate in kind]
     assert len(few) < 40
     groups = {plan.num_groups for plan in few if plan.kind == "cyclic"}
     assert {2, 3, 4, 5, 6, 8, 25, 128, 200} <= groups

@@ -1,0 +1,237 @@
+"""What many classes and large layers cost: on the host before a training, and in a step.
+
+Each figure is a ratio of two medians of programs that take turns, or seconds of a call on the host,
+the least of three.
+
+    taskset -c 0 python -m experiments.benchmarks.scale
+    taskset -c 0 python -m experiments.benchmarks.scale --classes 200 --repeats 3
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import psjax
+from experiments.benchmarks import _timing
+
+
+@dataclasses.dataclass
+class Args:
+    """Time what grows with the number of classes, and with the width of a layer."""
+
+    classes: int = 1000
+    """Classes of the figures on the host; the goals are set for 1000."""
+    hidden: int = 4096
+    """Neurons of the hidden layer whose subnets are gathered and scattered."""
+    repeats: int = 9
+    """Rounds of the programs that take turns; the figures are medians over them."""
+    out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "scale.csv"
+    """Where the table goes, as CSV."""
+
+    def __post_init__(self):
+        for name in ("classes", "hidden", "repeats"):
+            if getattr(self, name) < (8 if name == "classes" else 4 if name == "hidden" else 1):
+                msg = f"--{name} {getattr(self, name)}: too small for these figures."
+                raise ValueError(msg)
+
+
+# -------------------------------------------------------------------------------------- on the host
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The least of three."""
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def on_host(C: int) -> Iterator[_timing.Ratio]:
+    """Index sets, batches and plans of C classes: seconds."""
+    params = {"trunk": jnp.zeros(4), "own": jnp.zeros((C, 2))}
+    axes = {"trunk": P(), "own": P("class")}
+
+    def select():
+        pairs = psjax.ordered_pairs(C)
+        return psjax.select(axes, {"class": pairs, "label": pairs[:, 0]}, like=params)
+
+    labels = np.random.default_rng(0).integers(0, C, 60_000).astype(np.int32)
+    net = psjax.models.PSNet(C, (4,), 1, (4,), (3, 2), (2, 1))
+    best = lambda: psjax.plan.best(
+        net,
+        C,
+        8,
+        inputs=jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
+        batch_size=C,
+        bandwidth=125e6,
+        flops=1e11,
+    )
+    calls = {
+        f"ordered_pairs and select, C = {C}": (0.6, select),
+        f"batches_by_label, C = {C}, 60 000 samples": (
+            0.1,
+            lambda: psjax.data.batches_by_label(labels, C, C),
+        ),
+        f"plan.best, C = {C}, W = 8": (3.0, best),
+    }
+    for name, (goal, call) in calls.items():
+        yield _timing.Ratio.between(f"{name}: seconds", goal, seconds(call), 1.0, "s")
+
+
+def program_text(C: int) -> _timing.Ratio:
+    """The program of C classes by elements against that of 20: it must not hold index sets."""
+
+    def size(C):
+        params = {"trunk": jnp.zeros(4), "own": jnp.zeros((C, 2))}
+        pairs = psjax.ordered_pairs(C)
+        indices = {"class": pairs, "label": pairs[:, 0]}
+        axes = {"trunk": P(), "own": P("class")}
+        selection = psjax.select(axes, indices, like=params)
+        h = lambda w, x: jnp.sum(jnp.square(w["own"] @ x[0, :2])) + jnp.sum(w["trunk"] * x)
+        fn = psjax.value_and_grad(h, in_axes=P("label"), chunk_size=C)
+        batch = jax.ShapeDtypeStruct((C, 3, 4), jnp.float32)
+        return len(jax.jit(fn).lower(params, selection, batch).as_text()) / 1024
+
+    name = f"text of a program by elements, C = {C} / 20"
+    return _timing.Ratio.between(name, 1.1, size(C), size(20), "KiB")
+
+
+# ---------------------------------------------------------------------------------------- in a step
+
+
+def hundred_classes(repeats: int) -> Iterator[_timing.Ratio]:
+    """9900 elements of a small PSNet, 200 balanced samples, against the fused loss."""
+    C, L, shape = 100, 200, (8, 8, 1)
+    net = psjax.models.PSNet(C, (20,), 4, (16,), (3, 2), (2, 1))
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+    params, axes = nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    two, pairs = net.clone(num_classes=2), psjax.ordered_pairs(C)
+    selection = psjax.select(axes, {"class": pairs, "label": pairs[:, 0]}, like=params)
+    images = np.random.default_rng(0).random((C, L // C, *shape), np.float32)
+    batch = {"image": jnp.asarray(images), "weight": jnp.full((C, L // C), 1.0 / L)}
+
+    def h(w, batch):
+        return psjax.losses.pair(two.apply({"params": w}, batch["image"]), batch["weight"])
+
+    def fused(params, batch):
+        x, y = batch["image"].reshape(L, *shape), jnp.repeat(jnp.arange(C), L // C)
+        scores = lambda p: jnp.asarray(net.apply({"params": p}, x))
+        loss = lambda p: jnp.mean(psjax.losses.psl_with_integer_labels(scores(p), y))
+        return jax.value_and_grad(loss)(params)
+
+    elements = jax.jit(psjax.value_and_grad(h, in_axes=P("label")))
+    selection = jax.tree.map(jnp.asarray, selection)
+    whole = jax.jit(fused)
+    calls = {
+        "fused": lambda: jax.block_until_ready(whole(params, batch)),
+        "elements": lambda: jax.block_until_ready(elements(params, selection, batch)),
+    }
+    found = _timing.take_turns(calls, repeats)
+    name = "9900 elements of a small PSNet / fused"
+    yield _timing.Ratio.of(name, 10.0, found["elements"], found["fused"])
+
+
+def large_layers(hidden: int, repeats: int) -> Iterator[_timing.Ratio]:
+    """Means of overlapping sets against one pass over the weights; a round against its steps."""
+    w = {"weight": jnp.ones((hidden, hidden))}
+    rng = np.random.default_rng(0)
+    rows = [np.sort(rng.permutation(hidden)[: hidden // 2]) for _ in range(4)]
+    selection = psjax.select({"weight": P("hidden")}, {"hidden": rows}, like=w)
+    selection = jax.tree.map(jnp.asarray, selection)
+    stacked = jax.block_until_ready(jax.jit(selection.gather)(w))
+    mean = jax.jit(lambda selection, stacked, w: selection.scatter_mean(stacked, w))
+    once = jax.jit(lambda w: jax.tree.map(lambda x: 2 * x + 1, w))
+    calls: dict[str, Callable[[], Any]] = {
+        "mean": lambda: jax.block_until_ready(mean(selection, stacked, w)),
+        "pass": lambda: jax.block_until_ready(once(w)),
+    }
+    found = _timing.take_turns(calls, repeats)
+    name = f"scatter_mean of 4 overlapping halves, [{hidden}, {hidden}] / one pass"
+    yield _timing.Ratio.of(name, 2.0, found["mean"], found["pass"])
+    yield from _round(hidden, repeats)
+
+
+def _round(hidden, repeats):
+    n, J, B = 4, 10, 128
+    net = psjax.models.MLP(35, (hidden,), normalize=False)
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 1024)))
+    params, axes = nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    small, optimizer = net.subnet(n), optax.adam(1e-3)
+    x, y = jnp.ones((n, J, B, 1024)), jnp.zeros((n, J, B), jnp.int32)
+
+    def loss_fn(w, batch):
+        scores = jnp.asarray(small.apply({"params": w}, batch[0], train=True))
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch[1]).mean()
+
+    draw = lambda: psjax.ist.membership(0, 0, axes, net.sizes, n)
+    selection = jax.jit(draw)()
+    trees = (params, optimizer.init(params))
+    specs = jax.tree.leaves(
+        (axes, psjax.ist.state_axes(optimizer, axes, params)), is_leaf=lambda s: isinstance(s, P)
+    )
+    held = selection.of(specs, trees)
+
+    def back_and_forth(trees, selection):
+        """What a round does besides its steps: gather, scatter."""
+        seen = jax.lax.optimization_barrier(selection.gather(trees))
+        return selection.scatter_mean(seen, trees), ()
+
+    def steps(state, batches):
+        def step(state, batch):
+            params, opt_state = state
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        one = lambda args: jax.lax.scan(step, *args)
+        return jax.lax.map(one, (state, batches))
+
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    stacked = jax.jit(held.gather)(trees)
+    calls = {
+        "exchange": _timing.Program(
+            jax.jit(back_and_forth, donate_argnums=0), copy(trees), (held,)
+        ),
+        "steps": _timing.Program(jax.jit(steps, donate_argnums=0), copy(stacked), ((x, y),)),
+    }
+    found = _timing.take_turns(calls, repeats)
+    name = f"gather and scatter / {J} local steps of Adam, hidden {hidden}, n = {n}, donated"
+    yield _timing.Ratio.of(name, 0.15, found["exchange"], found["steps"])
+
+
+def main(args: Args) -> None:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"jax {jax.__version__}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
+    print(_timing.HEADER)
+    rows = []
+    parts = [
+        on_host(args.classes),
+        iter([program_text(args.classes)]),
+        hundred_classes(args.repeats),
+        large_layers(args.hidden, args.repeats),
+    ]
+    for part in tqdm(parts, desc="parts", disable=None):
+        for row in part:
+            rows.append(row)
+            tqdm.write(str(row))
+            _timing.write(args.out, rows)
+    print(f"\nWritten to {args.out}.")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Args, description=__doc__))

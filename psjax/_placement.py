@@ -1,0 +1,62 @@
+"""Where values lie: the mapped axes of `shard_map` they vary over, and meshes of explicit axes."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def varying(tree) -> frozenset[str]:
+    """The mapped axes of `shard_map(check_vma=True)` that any leaf varies over."""
+    found = frozenset()
+    for x in jax.tree.leaves(tree):
+        found |= getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())
+    return found
+
+
+def vary(tree, over):
+    """Make every leaf vary over the mapped axes that any leaf of `over` varies over.
+
+    Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
+    over devices by JAX; the contract is this device's sum. Shared leaves must therefore vary before
+    they are differentiated, and a loop's carry from its start. A `where` with a varying mask does
+    it, and XLA removes it. Elsewhere nothing is done.
+    """
+    axes, mask, covered = varying((tree, over)), jnp.asarray(True), frozenset()
+    for x in jax.tree.leaves(over):
+        if jnp.size(x) and not varying(x) <= covered:
+            covered |= varying(x)
+            x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            mask = mask | jnp.ravel(x)[0].astype(bool)
+    return jax.tree.map(lambda x: x if axes <= varying(x) else jnp.where(mask, x, x), tree)
+
+
+def whole(tree):
+    """Every leaf on every device, where a mesh of explicit axes holds it in shards.
+
+    An index into a sharded dimension JAX refuses to divide by itself.
+    """
+
+    def leaf(x):
+        where = _sharding(x)
+        return x if where is None else jax.reshard(x, NamedSharding(where.mesh, P()))
+
+    return jax.tree.map(leaf, tree)
+
+
+def placed(tree, like):
+    """The leaves of a tree laid out as those of another one, which `whole` may have gathered."""
+
+    def leaf(x, like):
+        where = _sharding(like)
+        return x if where is None else jax.reshard(x, where)
+
+    return jax.tree.map(leaf, tree, like)
+
+
+def _sharding(x):
+    """The sharding of a value in shards over a mesh of explicit axes, else None."""
+    if not isinstance(x, jax.Array):
+        return None
+    where = jax.typeof(x).sharding
+    return None if all(entry is None for entry in where.spec) else where

@@ -1,0 +1,129 @@
+"""Mistakes of a round of training that raise no error by themselves, seen while it is traced."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend.core import Literal
+
+from psjax._placement import varying
+from psjax._state import extra_arguments
+
+# Not the same with a zero more, whatever the values are.
+_ORDERED = {
+    "argmax",
+    "argmin",
+    "cummax",
+    "cummin",
+    "cumprod",
+    "cumsum",
+    "reduce_min",
+    "reduce_prod",
+    "sort",
+    "top_k",
+}
+
+
+def check_axis_name(call: str, axis_name: str | None, params: Any, own: Any) -> None:
+    """Raise if devices train from one start on data of their own and nobody averages.
+
+    `jax.shard_map` shows which values differ between devices where `check_vma` is True; `jax.pmap`
+    and `check_vma=False` do not.
+    """
+    missing = sorted(varying(own) - varying(params) - {axis_name})
+    if missing:
+        msg = (
+            f"{call}(axis_name={axis_name!r}): the selection or the batches differ along the "
+            f"mapped axis {missing[0]!r} and the parameters do not, so that every device would "
+            f"keep a result of its own. Pass axis_name={missing[0]!r} to average over it, or "
+            f"jax.lax.pcast(params, {missing[0]!r}, to='varying') if each device trains alone."
+        )
+        raise ValueError(msg)
+
+
+def check_low_precision(call: str, optimizer: Any, params: Any) -> None:
+    """Raise if float16 turns a step along zero into NaN: an epsilon such as 1e-8 is 0 there."""
+    if not any(jnp.result_type(x) == jnp.float16 for x in jax.tree.leaves(params)):
+        return
+    if _finite(optimizer, params, lambda dtype: jnp.float32) and not _finite(
+        optimizer, params, lambda dtype: dtype
+    ):
+        msg = (
+            f"{call}(optimizer=...): a gradient of zero gives NaN, because a constant of the "
+            "optimizer is 0 in float16 (numbers below 6e-8 are, such as eps=1e-8 of optax.adam). "
+            "Pass a larger one, eps=1e-4, or keep the parameters in float32 and cast them to "
+            "float16 in loss_fn."
+        )
+        raise ValueError(msg)
+
+
+def _finite(optimizer, params, cast):
+    """Whether an update of small parameters along a gradient of zero is finite."""
+    with jax.ensure_compile_time_eval():
+        small = lambda x: jnp.ones((2,) * jnp.ndim(x), cast(jnp.result_type(x)))
+        ones = jax.tree.map(small, params)
+        zeros = jax.tree.map(jnp.zeros_like, ones)
+        zero = lambda p: 0 * jnp.float32(sum(jnp.sum(x) for x in jax.tree.leaves(p)))
+        options = extra_arguments(jnp.zeros(()), zeros, zero)
+        updates, _ = optimizer.update(zeros, optimizer.init(ones), ones, **options)
+        return all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(updates))
+
+
+def check_padding(call: str, optimizer: Any, with_padding: Any, without: Any) -> None:
+    """Raise if an update counts the entries of a leaf, of which padding adds some.
+
+    A mean divides by their number, which is a constant of the traced program: programs for two
+    sizes are compared. Sums, such as norms, do not count zeros and pass; so does what counts them
+    without a constant, `sum(exp(x))`.
+
+    Args:
+      call: the name of the public function.
+      optimizer: an `optax.GradientTransformation` with extra arguments.
+      with_padding: shapes of the parameters that an element sees.
+      without: the same with another number of rows on every axis that has padding.
+    """
+    one, other = (_constants(optimizer, tree) for tree in (with_padding, without))
+    ordered = [name for name, _ in one if name in _ORDERED]
+    if ordered or one != other:
+        what = f"has a {ordered[0]}" if ordered else "depends on the number of entries of a leaf"
+        msg = (
+            f"{call}(optimizer=...): the shares are uneven, and an update of this optimizer {what}:"
+            " zeros in padded slots would count, as in the mean of optax.centralize or "
+            "optax.clip_by_block_rms. Pass even shares, or an optimizer that takes sums or treats "
+            "each entry by itself (optax.clip_by_global_norm; optax.adafactor with "
+            "clipping_threshold=None, multiply_by_parameter_scale=False, factored=False)."
+        )
+        raise ValueError(msg)
+
+
+def _constants(optimizer, params):
+    """The primitives of an update, each with its constants."""
+    update = optax.with_extra_args_support(optimizer).update
+
+    def fn(grads, params, state, value):
+        size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
+        options = extra_arguments(value, grads, lambda p: value * size(p))
+        return update(grads, state, params, **options)
+
+    state = jax.eval_shape(optimizer.init, params)
+    value = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    found = []
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            values = [np.asarray(x.val).tolist() for x in eqn.invars if isinstance(x, Literal)]
+            found.append((eqn.primitive.name, repr(values)))  # as text: NaN equals itself
+            for param in jax.tree.leaves(dict(eqn.params), is_leaf=_is_program):
+                if _is_program(param):
+                    walk(getattr(param, "jaxpr", param))
+
+    program = jax.make_jaxpr(fn)(params, params, state, value)
+    walk(program.jaxpr)
+    scalars = [np.asarray(x).tolist() for x in program.consts if not np.ndim(x)]
+    return [*found, ("constants", repr(scalars))]
+
+
+def _is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
