@@ -454,7 +454,7 @@ def test_nothing_of_invalid_elements_reaches_a_result_in_any_order(valid, bad):
 @functools.cache
 def programs():
     in_axes = (0, P("label"))
-    fs = {c: psjax.partially_separable(poles, in_axes, c) for c in (1, 4, None)}
+    fs = {c: psjax.partially_separable(poles, in_axes, c) for c in (1, 4)}
     run = lambda f: jax.jit(lambda w, *args: orders(lambda w: f(w, *args))(w))
     return {chunk_size: run(f) for chunk_size, f in fs.items()}
 
@@ -493,7 +493,7 @@ def test_what_padding_invalid_elements_and_dropped_slots_hold_is_never_scattered
     assert gathered.tolist() == [[10, 0, 12], [12, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, None])
+@pytest.mark.parametrize("chunk_size", [1, 2])
 def test_a_derivative_at_a_slot_of_padding_stays_there(chunk_size):
     """The slope of the root at the 0 of padding is Inf, and its second derivative NaN."""
     rows, like = [[0, 1, 2], [1], [3, 0]], {"x": np.zeros(N), "c": np.float64(0)}
@@ -505,14 +505,11 @@ def test_a_derivative_at_a_slot_of_padding_stays_there(chunk_size):
     assert_close(orders(lambda w: f(w, selection))(w), orders(whole)(w))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("chunk_size", [1, None])
-def test_nothing_of_a_dropped_weight_reaches_a_result_in_any_order(chunk_size, bad):
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_nothing_of_a_dropped_weight_reaches_a_result_in_any_order(chunk_size):
     rows = np.array([[0, 1], [1, 2], [4, 3]])
     keep = {"x": np.arange(N) != 1, "k": np.array([[True], [False]]), "c": None}
     params = clean()[0]
-    w = {"x": np.where(keep["x"], params["x"], bad), "k": params["k"].copy(), "c": params["c"]}
-    w["k"][1] = bad
 
     def smooth(u):
         inner = jnp.sum(jnp.sin(u["x"])) + jnp.sum(u["k"] ** 2) * u["c"][0]
@@ -526,13 +523,17 @@ def test_nothing_of_a_dropped_weight_reaches_a_result_in_any_order(chunk_size, b
         seen = [{"x": w["x"][r], "k": w["k"][:, r], "c": w["c"]} for r in rows]
         return sum(map(smooth, seen))
 
-    arrays = jax.tree.map(jnp.asarray, w)
-    got = orders(lambda w: f(w, selection))(arrays)
-    assert_close(got, orders(whole)(jax.tree.map(jnp.asarray, params)), 1e-11)
-    value, grads = jax.jit(psjax.value_and_grad(smooth, chunk_size=chunk_size))(w, selection)
-    assert_close((value, grads), got[:2])
-    assert not np.any(got[1]["x"][1])
-    assert not np.any(got[1]["k"][1])
+    expected = orders(whole)(jax.tree.map(jnp.asarray, params))
+    ours = orders(lambda w: f(w, selection))
+    explicit = jax.jit(psjax.value_and_grad(smooth, chunk_size=chunk_size))
+    for bad in (np.nan, np.inf):
+        w = {"x": np.where(keep["x"], params["x"], bad), "k": params["k"].copy(), "c": params["c"]}
+        w["k"][1] = bad
+        got = ours(jax.tree.map(jnp.asarray, w))
+        assert_close(got, expected, 1e-11)
+        assert_close(explicit(w, selection), expected[:2])
+        assert not np.any(np.asarray(got[1]["x"])[1])
+        assert not np.any(np.asarray(got[1]["k"])[1])
 
 
 # --------------------------------------------------------------------------- complex parameters
@@ -549,7 +550,7 @@ def modulus(u):
     return jnp.real(inner) ** 2 + jnp.imag(inner * u["s"]) + jnp.abs(u["z"][1]) ** 4
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("chunk_size", [1, 3])
 def test_derivatives_with_respect_to_complex_parameters_are_those_of_the_plain_sum(chunk_size):
     w = {"z": jnp.asarray(Z), "s": jnp.asarray(SHARED)}
     selection = psjax.select({"z": P("i"), "s": P()}, {"i": PAIRS}, like=w)

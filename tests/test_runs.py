@@ -192,7 +192,7 @@ PARAMETER_RUNS = {  # how many elements have the same rows of the parameters, of
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("chunk_size", [1, 4])
 @pytest.mark.parametrize("kind", PARAMETER_RUNS)
 def test_rows_of_parameters_may_come_in_runs_too(kind, chunk_size):
     """Shared by a run, seen again by another one, in a run whose first element is not valid."""
@@ -202,9 +202,8 @@ def test_rows_of_parameters_may_come_in_runs_too(kind, chunk_size):
     indices = {"class": pairs, "label": 7 * (np.arange(12) // label) % 5, "pair": np.arange(12)}
     selection = psjax.select(AXES, indices, like=w, sizes={"label": 5, "pair": 20})
     selection.valid[[0, 7]] = False
-    expected = plain(selection, w, args)
-    for got in everything(chunk_size)(w, selection, *args):
-        assert_close(got, expected)
+    fn = jax.jit(psjax.value_and_grad(element, IN_AXES, chunk_size))
+    assert_close(fn(w, selection, *args), plain(selection, w, args))
 
 
 @pytest.mark.parametrize("n", range(1, 17))
@@ -218,7 +217,7 @@ def test_the_sum_over_workers_is_the_whole(n):
     assert share._cache_size() == 1
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("chunk_size", [1, 4])
 def test_dropped_weights_are_zero_in_every_element(chunk_size):
     w, args, selection = like(5), arguments(5), select(5)
     keep = {
@@ -237,7 +236,7 @@ def test_dropped_weights_are_zero_in_every_element(chunk_size):
     assert_close(part, (value, masked(jax.tree.map(np.asarray, grads))))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 4, None])
+@pytest.mark.parametrize("chunk_size", [1, 6])
 def test_derivatives_of_every_order_are_those_of_the_plain_sum(chunk_size):
     """With respect to the parameters, and to the other arguments."""
     w, (sample, own, a), selection = like(4), arguments(4), select(4)
@@ -289,7 +288,7 @@ def reference(theirs, w, sample, own, a):
 # -------------------------------------------------------------------- other arguments and results
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 8, None])
+@pytest.mark.parametrize("chunk_size", [1, 3, 8])
 def test_rows_of_in_axes_0_go_with_their_elements(chunk_size):
     w, (sample, own, a), selection = like(5), arguments(5), select(5)
     axes, indices = AXES, {n: selection.indices[n] for n in ("class", "label")}
@@ -302,7 +301,7 @@ def test_rows_of_in_axes_0_go_with_their_elements(chunk_size):
     assert_close(got, plain(selection, w, (sample, own, a)))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 4, 7, None])
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, None])
 def test_what_elements_return_beside_their_value_is_theirs(chunk_size):
     """Of an element, of its run, of all, of none; zero where an element is not valid."""
     w, (sample, own, a), selection = like(5), arguments(5), select(5)
@@ -345,7 +344,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 6, None])
+@pytest.mark.parametrize("chunk_size", [1, 4])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_an_element_function_may_use_as_little_as_it_likes(function, chunk_size):
     w, (sample, own, _), selection = like(5), arguments(5), select(5)
@@ -369,7 +368,7 @@ def test_an_element_function_may_use_as_little_as_it_likes(function, chunk_size)
     assert_close(jax.jit(fn)(w, selection, sample["x"], own), (value, grads))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("chunk_size", [1, 4])
 def test_replicas_share_everything(chunk_size):
     w, (sample, own, a) = like(5), arguments(5)
     w["rows"], w["deep"] = w["rows"][:2], w["deep"][:, :2]
@@ -384,7 +383,7 @@ def test_replicas_share_everything(chunk_size):
     assert_close(fn(w, selection, one, own[:6], a), expected)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, None])
+@pytest.mark.parametrize("chunk_size", [1, 3])
 def test_a_random_partition_shares_what_is_not_divided(chunk_size):
     """Uneven shares; the samples of all are the same."""
     w, x = {"trunk": normal(D, H), "rows": normal(7, H, seed=1)}, normal(S, D, seed=2)
@@ -404,8 +403,11 @@ def test_a_random_partition_shares_what_is_not_divided(chunk_size):
 # ---------------------------------------------------------------------------------- many devices
 
 
-@pytest.mark.parametrize("how", ["shard", "pmap", "own pmap", "shard_map", "no vma"])
-@pytest.mark.parametrize("num_classes", [5, 10])
+@pytest.mark.parametrize(
+    ("how", "num_classes"),
+    [(how, 5) for how in ("shard", "pmap", "own pmap", "shard_map", "no vma")]
+    + [("shard", 10), ("own pmap", 10)],
+)
 def test_eight_devices_are_one(how, num_classes):
     """20 elements in runs of 4: three each; 90 in runs of 9."""
     w, args, selection = like(num_classes), arguments(num_classes), select(num_classes)
