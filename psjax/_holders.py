@@ -44,7 +44,7 @@ class Holders(NamedTuple):
         The axes of a leaf that are not selected have size 1.
         """
         if self.alone(spec):
-            return held_entries(jnp.ndim(x), spec, self.owners, self.sizes).astype(jnp.int32)
+            return held_entries(jnp.shape(x), spec, self.owners, self.sizes).astype(jnp.int32)
         dims = [*(spec or ()), *[None] * (jnp.ndim(x) - len(spec or ()))]
         shape = [n if selected(P(d), self.indices) else 1 for n, d in zip(jnp.shape(x), dims)]
         ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1, self.sizes)

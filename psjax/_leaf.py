@@ -58,12 +58,12 @@ def merge_leaf(y, spec, indices, owners, places, sizes):
     return layout.join([_merge(x, piece, owners, places) for x, piece in parts])
 
 
-def held_entries(ndim, spec, owners, sizes):
+def held_entries(shape, spec, owners, sizes):
     """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
     if is_plain(spec):
-        return _held(ndim, spec, owners)
-    layout = Layout(spec, ndim, sizes)
-    ones = layout.cut(jnp.ones((1,) * ndim, bool))
+        return _held(len(shape), spec, owners)
+    layout = Layout(spec, len(shape), sizes)
+    ones = layout.cut(jnp.ones(shape, bool))
     held = (_held(len(piece), piece, owners) for piece in layout.pieces)
     return layout.join([jnp.broadcast_to(h, x.shape) for h, x in zip(held, ones)])
 

@@ -32,7 +32,8 @@ def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
     found = []
     for term in str(entry).split("+"):
         factors = [x.strip() for x in term.split("*")]
-        if not all(factors) or any(x.isdigit() and int(x) < 1 for x in factors):
+        number = lambda x: x[0] in "-.0123456789"
+        if not all(factors) or any(number(x) and (not x.isdigit() or int(x) < 1) for x in factors):
             msg = f"{entry!r} is no dimension; pass 'a', '9*a', 'a+b' or 'a*b+2*c'."
             raise ValueError(msg)
         found.append(tuple(int(x) if x.isdigit() else x for x in factors))
@@ -47,7 +48,7 @@ def names(spec) -> tuple[str, ...]:
 
 def is_plain(spec) -> bool:
     """Whether every dimension is one axis or none."""
-    return all(len(terms(entry)) < 2 and len(sum(terms(entry), ())) < 2 for entry in spec or ())
+    return all(entry is None or terms(entry) == ((entry,),) for entry in spec or ())
 
 
 def size_of(entry: str, sizes: Mapping[str, int]) -> int | None:

@@ -74,7 +74,7 @@ def selection_of(
     specialize: bool = True,
 ) -> Selection:
     """What `select` returns; `call` is the function that the user called, for messages."""
-    specs, paths, found = axis_sizes(call, axes, like)
+    specs, paths, found = axis_sizes(call, axes, like, sizes)
     in_params = sorted(found)
     arrays = {name: _index_array(call, name, index) for name, index in indices.items()}
     _check_lengths(call, arrays)
@@ -261,9 +261,12 @@ def _check_spec(call, path, spec):
 
 
 def axis_sizes(
-    call: str, axes: Any, like: Any
+    call: str, axes: Any, like: Any, given: Mapping[str, Any] | None = None
 ) -> tuple[tuple[P, ...], tuple[str, ...], dict[str, int]]:
-    """Flat specs and paths of the parameters, and the size of every named axis."""
+    """Flat specs and paths of the parameters, and the size of every named axis.
+
+    `given` are sizes that the user knows, for axes that stand only in products and sums.
+    """
     specs, paths = flat_specs(call, axes, like)
     shapes = [_shape(call, path, x) for path, x in zip(paths, jax.tree.leaves(like))]
     sizes, where = {}, {}
@@ -281,6 +284,10 @@ def axis_sizes(
                 )
                 raise ValueError(msg)
             where.setdefault(name, path)
+    used = {name for spec in specs for name in names(spec)} - set(sizes)
+    for name in sorted(used & set(given or {})):
+        check_count(f"{call}(sizes=...)", name, (given or {})[name])
+        sizes[name] = int((given or {})[name])
     _solve(call, paths, shapes, specs, sizes)
     return specs, paths, sizes
 

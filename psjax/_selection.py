@@ -212,9 +212,9 @@ class Selection:
 
     def __getitem__(self, rows) -> "Selection":
         """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
-        if self.valid.ndim > 1:
-            return jax.tree.map(lambda x: x[rows], self)
         host = isinstance(rows, np.ndarray | np.integer | int | slice | list)
+        if self.valid.ndim > 1:
+            return jax.tree.map(lambda x: (x if host else jnp.asarray(x))[rows], self)
         rows = np.asarray(rows) if isinstance(rows, list) else rows
         take = lambda x: np.asarray(x)[rows] if host and on_host(x) else jnp.asarray(x)[rows]
         indices = {name: take(index) for name, index in self.indices.items()}

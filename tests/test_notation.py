@@ -509,9 +509,9 @@ def test_parameters_of_another_size_are_refused(method):
     [("2*h*whole", (24,), 12), ("h+whole", (7,), 5), ("whole*h+3", (15,), 9)],
 )
 def test_an_axis_that_is_not_divided_stays_whole_in_a_product(entry, shape, seen):
-    """`random_partition` has no parameters to learn its size from."""
-    selection = psjax.random_partition(KEY, {"a": P(entry)}, {"h": 4}, num_elements=2)
+    """`random_partition` learns its size from the parameters."""
     w = {"a": normal(shape, 80)}
+    selection = psjax.random_partition(KEY, {"a": P(entry)}, {"h": 4}, num_elements=2, like=w)
     y = selection.gather(w)
     assert y["a"].shape == (2, seen)
     assert_close(selection.scatter_mean(y, w), w, 1e-15)
@@ -519,6 +519,7 @@ def test_an_axis_that_is_not_divided_stays_whole_in_a_product(entry, shape, seen
 
 
 def test_a_partition_refuses_parameters_that_its_sizes_do_not_fit():
-    selection = psjax.random_partition(KEY, {"a": P("2*h*whole")}, {"h": 4}, num_elements=2)
+    axes, w = {"a": P("2*h*whole")}, leaves(a=(24,))
+    selection = psjax.random_partition(KEY, axes, {"h": 4}, num_elements=2, like=w)
     with pytest.raises(ValueError, match=r"gather\(.*\['a'\].*\(23,\)"):
         selection.gather(leaves(a=(23,)))
