@@ -57,8 +57,9 @@ def shard(
         where = _mesh_of_call(mesh, (params, selection, args))
         args = _split_args("shard", args, rows, n, selection.num_elements)
         operands = (params, selection.split(n), *args)
-        specs = (P(), P(axes), *(P(axes) if row else P() for row in rows))
-        operands = [_laid_out(x, spec, where) for x, spec in zip(operands, specs)]
+        spread = (False, True, *rows)
+        operands = [_laid_out(x, axes if s else (), where) for x, s in zip(operands, spread)]
+        specs = tuple(P(axes) if s else P() for s in spread)
         return jax.shard_map(body, mesh=where, in_specs=specs, out_specs=P())(*operands)
 
     return sharded
@@ -94,13 +95,13 @@ def _mesh_of_call(mesh, operands):
     return context
 
 
-def _laid_out(tree, spec, mesh):
-    """The arrays as `jax.shard_map` wants them along axes that are Explicit."""
+def _laid_out(tree, axes, mesh):
+    """Rows over some axes: where these are Explicit, `jax.shard_map` leaves it to its caller."""
     types = dict(zip(mesh.axis_names, mesh.axis_types))
     if AxisType.Explicit not in types.values():
         return tree
-    entries = (tuple(a for a in axes if types[a] == AxisType.Explicit) for axes in spec)
-    where = NamedSharding(mesh, P(*entries))
+    explicit = tuple(axis for axis in axes if types[axis] == AxisType.Explicit)
+    where = NamedSharding(mesh, P(explicit) if explicit else P())
     return jax.tree.map(lambda x: jax.reshard(x, where), tree)
 
 

@@ -1,6 +1,8 @@
 """Many devices compute what one does: `shard`, `pmap`, and a user's own step."""
 
+import contextlib
 import functools
+import math
 
 import flax
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
@@ -109,10 +111,71 @@ def test_arguments_mapped_with_0_have_a_row_for_each_element(execute):
         getattr(psjax, execute)(fn, where, (0, None))(w, selection, {"b": np.ones(10)})
 
 
-def test_shard_wants_a_mesh_of_one_axis():
+MESHES = {
+    "one device": ((1,), ("workers",), None),
+    "eight devices": ((8,), ("workers",), None),
+    "one of two axes": ((2, 4), ("workers", "model"), "workers"),
+    "both axes": ((2, 4), ("workers", "model"), ("model", "workers")),
+}
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["no context", "set_mesh"])
+@pytest.mark.parametrize("types", ["Auto", "Explicit", "mixed"])
+@pytest.mark.parametrize("kind", MESHES)
+def test_shard_takes_any_mesh_and_parameters_and_batches_laid_out_over_it(kind, types, context):
+    """A whole step on sharded weights and batches is that of one device."""
+    shape, names, axis_name = MESHES[kind]
+    each = [AxisType.Auto if types == "Auto" else AxisType.Explicit] * len(names)
+    if types == "mixed":
+        each[0] = AxisType.Auto
+    where = jax.make_mesh(
+        shape, names, axis_types=tuple(each), devices=jax.devices()[: math.prod(shape)]
+    )
+    w = {"own": jnp.arange(24.0).reshape(8, 3), "shared": jnp.ones(8)}
+    batch, pairs = jnp.arange(16.0).reshape(8, 2), psjax.ordered_pairs(8)[:11]
+    own = jnp.arange(11.0)
+    like = jax.tree.map(np.asarray, w)
+    axes = {"own": P("i"), "shared": P()}
+    indices = {"i": pairs, "label": pairs[:, 0]}
+    selection = psjax.select(axes, indices, like=like, sizes={"label": 8})
+
+    def h(u, x, weight):
+        return weight * jnp.sum(jnp.sin(u["own"]) * x[0]) + jnp.sum(u["shared"] ** 2) * x[1]
+
+    in_axes = (P("label"), 0)
+    fn = psjax.value_and_grad(h, in_axes=in_axes)
+    expected = jax.jit(fn)(w, selection, batch, own)
+
+    def step(spread, w, selection, *args):
+        value, grads = spread(w, selection, *args)
+        return value, grads, jax.tree.map(jnp.subtract, w, grads)
+
+    with jax.set_mesh(where) if context else contextlib.nullcontext():
+        over = NamedSharding(where, P(names[-1]))
+        sharded = jax.tree.map(lambda x: jax.device_put(x, over), (w, batch))
+        spread = psjax.shard(fn, where, in_axes, axis_name=axis_name)
+        for params, x in ((w, batch), sharded):
+            run = jax.jit(functools.partial(step, spread))
+            value, grads, new = run(params, selection, x, own)
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+            jax.tree.map(close, (value, grads), expected)
+            jax.tree.map(close, new, jax.tree.map(jnp.subtract, like, expected[1]))
+
+
+def test_shard_wants_axes_of_its_mesh_and_the_mesh_of_the_context():
     two = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
-    with pytest.raises(ValueError, match=r"the mesh has axes \('a', 'b'\); write a mesh of one"):
-        psjax.shard(psjax.value_and_grad(element), two)
+    fn = psjax.value_and_grad(element)
+    for name in (None, "c", ("a", "c"), ()):
+        with pytest.raises(
+            ValueError, match=r"^shard\(fn, mesh, axis_name=.*axes \('a', 'b'\); pas"
+        ):
+            psjax.shard(fn, two, axis_name=name)
+    w = jnp.ones(3)
+    with (
+        jax.set_mesh(two),
+        pytest.raises(ValueError, match=r"mesh is {'workers': 8}, .* {'a': 2, "),
+    ):
+        psjax.shard(fn, mesh())(w, psjax.replicas(w, 2))
 
 
 # ------------------------------------------------------------- a training step of a Flax network

@@ -11,7 +11,7 @@ from flax import linen as nn
 from psjax.plan._cost import (
     Table,
     check_numbers,
-    least_flops,
+    least_of,
     plan_row,
     seconds_of,
     slots_of,
@@ -83,7 +83,8 @@ def best(
         return row._replace(seconds=seconds_of(row, flops, bandwidth))
 
     def least(size):  # a little less, for the rounding
-        return 0.999999 * least_flops(work, num_classes, num_workers, slots, size) / flops
+        computed, received = least_of(work, num_classes, num_workers, slots, size)
+        return 0.999999 * (computed / flops + 2 * received / bandwidth)
 
     kinds = candidates(num_classes, num_workers)
     plans = [_fastest(kind, row_of, least, memory) for kind in kinds.values()]

@@ -257,14 +257,20 @@ def seconds_of(row: Prediction, flops: float, bandwidth: float) -> float:
     return row.flops / flops + (row.down + row.up) / bandwidth
 
 
-def least_flops(work: Workload, num_classes: int, num_workers: int, slots: int, size: int) -> float:
-    """What the most loaded worker computes at least, by any plan whose tasks hold `size` classes.
+def least_of(work: Workload, num_classes: int, num_workers: int, slots: int, size: int):
+    """Operations, and bytes received, of the most loaded worker by any plan of tasks of `size`.
 
     A task has at most size - 1 pairs of a label, and every worker computes the same, padding
-    included: so together they evaluate each label's slots (C - 1) / (size - 1) times or more.
+    included: together they evaluate each label's slots (C - 1) / (size - 1) times or more. A task
+    that receives f classes has at most f (2 size - 2) pairs with one of them, and each pair of
+    classes that live apart is such a pair.
     """
-    pairs = num_classes * (num_classes - 1)
-    return slots / num_workers * pairs * (work.common_flops / (size - 1) + work.class_flops)
+    C, W = num_classes, num_workers
+    each = slots / W * C * (C - 1) / (size - 1)
+    flops = each * (work.common_flops + size * work.class_flops)
+    m = -(-C // W)
+    received = max(C * (C - 1) - W * m * (m - 1), 0) / (2 * size - 2) / W
+    return flops, work.itemsize * work.private * received
 
 
 def plan_row(work, plan, store, batch_size, slots, moments) -> Prediction:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import psjax
 from psjax import plan as plans
 from psjax.plan._best import candidates
-from psjax.plan._cost import least_flops
+from psjax.plan._cost import least_of
 from tests import separable_model as model
 
 CASES = [
@@ -267,7 +267,7 @@ def best_of(work, num_classes, **options):
 
 
 @pytest.mark.parametrize(("num_classes", "num_workers"), [(4, 3), (10, 8), (17, 5), (40, 64)])
-def test_no_plan_computes_less_than_the_bound_that_leaves_it_out(num_classes, num_workers):
+def test_no_plan_computes_or_moves_less_than_the_bound_that_leaves_it_out(num_classes, num_workers):
     C, W, slots = num_classes, num_workers, 12
     work = by_hand(C, common_flops=7.0)
     kinds = candidates(C, W)
@@ -276,7 +276,9 @@ def test_no_plan_computes_less_than_the_bound_that_leaves_it_out(num_classes, nu
     rows = plans.table(work, [plan for _, plan in made], **speed).rows
     for (size, plan), row in zip(made, rows):
         assert plan.block_size <= size
-        assert row.flops >= (1 - 1e-12) * least_flops(work, C, W, slots, size)
+        computed, received = least_of(work, C, W, slots, size)
+        assert row.flops >= (1 - 1e-12) * computed
+        assert row.down >= (1 - 1e-12) * received
 
 
 def test_of_many_classes_a_few_plans_are_considered():
