@@ -97,14 +97,14 @@ def _gather(x, spec, indices, lead):
     else:  # one mask an axis: filling by a mask of all axes at once takes 5 times as long
         y = y.at[mesh].get(mode="clip")
         for index, size in zip(mesh, (x.shape[d] for d in dims)):
-            real = (index < size).reshape(*index.shape, *[1] * (y.ndim - index.ndim))
+            real = (index < size).reshape((*index.shape, *[1] * (y.ndim - index.ndim)))
             y = jnp.where(real, y, jnp.zeros((), y.dtype))
     return jnp.moveaxis(y, range(lead, lead + len(home)), home)
 
 
 def _scatter(total, y, spec, indices, valid, distinct):
     lead = valid.ndim
-    y = jnp.where(valid.reshape(*valid.shape, *[1] * (y.ndim - lead)), y, 0).astype(total.dtype)
+    y = jnp.where(valid.reshape((*valid.shape, *[1] * (y.ndim - lead))), y, 0).astype(total.dtype)
     dims, mesh, home = _layout(spec, indices, lead)
     if not dims:
         return total + jnp.sum(y, axis=tuple(range(lead)), dtype=total.dtype)

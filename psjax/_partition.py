@@ -74,7 +74,7 @@ def partition_of(
     if like is None:
         (specs, paths), known = flat_specs(call, axes), {}
     else:
-        specs, paths, known = axis_sizes(call, axes, like)
+        specs, paths, known = axis_sizes(call, axes, like, sizes)
     _check_sizes(call, count, specs, sizes, known)
     found = _all_sizes(call, specs, paths, sizes, known)
     indices = {}

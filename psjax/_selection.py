@@ -482,7 +482,7 @@ def _map(fn, specs, *trees):
 
 
 def along(valid, y):
-    return valid.reshape(*valid.shape, *(1,) * (y.ndim - valid.ndim))
+    return valid.reshape((*valid.shape, *(1,) * (y.ndim - valid.ndim)))
 
 
 def repeat(x: Any, n: int):
