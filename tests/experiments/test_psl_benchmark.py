@@ -72,7 +72,7 @@ def test_a_ratio_is_of_medians_and_its_quartiles_round_by_round(turns, tmp_path)
 def bench():
     """The network with weights 0, which take no compilation."""
 
-    def init(net):
+    def init(net, _):
         variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), nn.unbox(variables)["params"])
         return params, nn.get_partition_spec(variables)["params"]
@@ -86,7 +86,9 @@ def products(jaxpr) -> int:
     """Operations of the matrix products of a program without convolutions, two a product."""
     total = 0
     for eqn in jaxpr.eqns:
-        inner = sum(products(getattr(j, "jaxpr", j)) for j in jaxprs_in_params(eqn.params))
+        parts = [products(getattr(j, "jaxpr", j)) for j in jaxprs_in_params(eqn.params)]
+        platforms = eqn.primitive.name == "cond"  # of which a program has one
+        inner = max(parts) if platforms else sum(parts)
         total += inner * eqn.params.get("length", 1)  # of a scan
         assert eqn.primitive.name not in ("conv_general_dilated", "while")
         if eqn.primitive.name == "dot_general":
@@ -114,7 +116,8 @@ def test_operations_are_those_of_the_program_that_is_timed(bench, monkeypatch, c
             batch["label"] = jax.ShapeDtypeStruct(rows, jnp.int32)
         return products(jax.make_jaxpr(fn)(bench.params, selection, batch).jaxpr)
 
-    assert cost(2) - cost(1) == psl.C * psl.flops(compute)
+    # With so many samples both are evaluated in as many chunks, each of which folds a kernel.
+    assert cost(21) - cost(20) == psl.C * psl.flops(compute)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -153,15 +156,16 @@ def test_the_table_divides_seconds_of_a_step(bench, monkeypatch):
     assert {table.steps[name] for name in ("fused", "nll", "elements", "scalar")} == {2}
     assert table.steps["passes"] == 1
     a_step = {"fused": 2.0, "nll": 1.0, "elements": 8.0, "pairs": 12.0, "blocks": 5.0}
-    a_step |= {"scalar": 6.0, "passes": 80.0, "native passes": 160.0}
+    a_step |= {"one": 6.0, "scalar": 6.0, "passes": 80.0, "native passes": 160.0}
     seconds = {name: table.steps[name] * np.full(3, s) for name, s in a_step.items()}
     monkeypatch.setattr(_timing, "take_turns", lambda calls, repeats: seconds)
     rows = {row.figure: row for row in table.measure(3)}
     expected = {
         "fused PSL / fused NLL": (2, 1.05),
-        "90 elements (3.0x products) / fused": (4, 6.0),
-        "45 merged pairs (3.0x products) / fused": (6, 5.0),
-        "10 cyclic blocks of 4 classes (2.0x products) / fused": (2.5, 2.6),
+        "90 elements (1.7x products) / fused": (4, 2.0),
+        "45 merged pairs (1.7x products) / fused": (6, 2.0),
+        "10 cyclic blocks of 4 classes (1.5x products) / fused": (2.5, 1.7),
+        "90 elements at once, chunk_size 90 / fused": (3, 2.5),
         "90 elements / 90 whole reverse passes": (0.1, 0.1),
         "90 elements / 90 whole reverse passes, lax conv": (0.05, None),
         "scalar form / explicit form": (0.75, 1.1),
