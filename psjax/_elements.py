@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
 from psjax._notation import names, size_of
+from psjax._select import nearest
 from psjax._selection import Selection
 
 ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
@@ -92,9 +93,14 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
             _check_argument(call, seen, next(rest), f"argument {i}{keystr(path)}", jnp.shape(x))
     unused = sorted(set(selection.indices) - {name for spec in specs for name in names(spec)})
     if unused:
+        known = [name for spec in selection.specs for name in names(spec)]
+        near = nearest(unused[0], known)
+        hint = f" (nearest: {near!r})" if near else ""
         msg = (
             f"{call}: the selection has indices of {unused}, which neither a parameter nor "
-            f"in_axes={in_axes} names; every element would see the whole."
+            f"in_axes={in_axes} names; every element would see the whole. Name it in "
+            f"in_axes=P({unused[0]!r}), or, if a dimension of the parameters was meant, name that "
+            f"dimension in axes{hint}."
         )
         raise ValueError(msg)
     more = len(specs) - len(selection.specs)

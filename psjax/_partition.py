@@ -122,7 +122,7 @@ def _check_sizes(call, count, specs, sizes, known):
                 f"{call}(sizes=...): no parameter has an axis {name!r}; "
                 + (f"the nearest is {near!r}; " if near else "")
                 + f"the named ones are {sorted(named)}. Annotate the parameters "
-                "(flax.linen.with_partitioning)."
+                "(flax.linen.with_logical_partitioning)."
             )
             raise ValueError(msg)
         if num_elements > size:

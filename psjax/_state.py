@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
-from psjax._select import axis_sizes
+from psjax._select import flat_specs
 
 _MIXED = "mixed"  # a dimension of the state that is made of several, such as a flattened one
 
@@ -49,7 +49,7 @@ def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
       ValueError: a state that is reduced over a named axis.
     """
     state = jax.eval_shape(optimizer.init, like)
-    specs = axis_sizes("state_axes", axes, like)[0]
+    specs = flat_specs("state_axes", axes, like)[0]
     found = state_routes(
         "state_axes", optimizer, like, state, specs, divided=lambda name: name is not None
     )

@@ -82,7 +82,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
             "exchange", local.optimizer, selection, params, opt_state, local.mutable, like
         )
         specs = [route.spec for route in routes]
-        homes: Any = [_home(spec, selection.sizes) for spec in specs]
+        homes: Any = [_home(spec, selection.indices) for spec in specs]
         part = _part(selection, me, n)
         divided = selection.indices
         split = [i for i, home in enumerate(homes) if home is not None]
@@ -188,9 +188,9 @@ def _check(selection, n):
 
 def _check_shards(params, selection, n):
     for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), selection.specs):
-        home = _home(spec, selection.sizes)
+        home = _home(spec, selection.indices)
         for d, name in enumerate(spec or ()):
-            if name in selection.sizes:
+            if name in selection.indices:
                 want = selection.sizes[name] // (n if d == home else 1)
                 if x.shape[d] != want:
                     msg = (
