@@ -15,9 +15,10 @@ from jax.tree_util import keystr
 from psjax._holders import holders_of
 from psjax._leaf import gather_leaf, selected
 from psjax._masks import both, broadcasts, kept, masks_of
-from psjax._notation import names, size_of
+from psjax._notation import size_of
 from psjax._placement import placed, whole
 from psjax._runs import cut, cut_each, length_of, on_host, part_of_run
+from psjax._seen import over, see
 from psjax._sums import mean_of, narrowed, wide_zeros
 
 is_spec = lambda x: isinstance(x, P) or x is None
@@ -124,7 +125,7 @@ class Selection:
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
         self.check("Selection.scatter_add(stacked, like)", like)
-        total = self._sum(wide_zeros(like), whole(stacked), jnp.asarray(self.valid))
+        total = self.add_to(wide_zeros(like), whole(stacked), jnp.asarray(self.valid))
         return placed(narrowed(self.masked(total), like), like)
 
     def scatter_mean(self, stacked, params, where=None, axis_name=None):
@@ -149,7 +150,7 @@ class Selection:
         valid = valid if where is None else valid & where
 
         def sums(stacked, like):
-            total = self.masked(self._sum(wide_zeros(like), stacked, valid))
+            total = self.masked(self.add_to(wide_zeros(like), stacked, valid))
             return total if axis_name is None else jax.lax.psum(total, axis_name)
 
         counts = self._counts(params, valid, axis_name)
@@ -259,78 +260,7 @@ class Selection:
         What elements share is not repeated: the map passes it whole to every element of a run, or
         to all.
         """
-        return self.over(fn, self.see(leaves))
-
-    def see(self, leaves):
-        """What the elements see of the leaves, what they share once.
-
-        Returns:
-          A list: a leaf with no selected axis as it is, `[...]`; a leaf whose selected axes are all
-          of `run_axes`, one row per run, `[E / run_length, ...]`; any other, `[E, ...]`. Of one
-          element, `[...]`.
-        """
-        lead = self.valid.ndim
-        heads = self._heads() if lead else self
-        own = lambda spec: heads if self._in_run(spec) else self
-        return [
-            gather_leaf(jnp.asarray(x), spec, own(spec).indices, lead, self.sizes)
-            for x, spec in zip(leaves, self.specs, strict=True)
-        ]
-
-    def over(self, fn, seen):
-        """`fn(*leaves)` of every element, from what `see` returned: `[E, ...]`."""
-        if not self.valid.ndim:
-            return fn(*seen)
-        E, r = self.num_elements, self.run_length
-        shared = [not selected(spec, self.indices) for spec in self.specs]
-        if all(shared):  # replicas of one whole
-            return jax.tree.map(lambda y: jnp.broadcast_to(y, (E, *y.shape)), fn(*seen))
-        if r == 1 or not self.run_axes:
-            return jax.vmap(fn, in_axes=tuple(None if s else 0 for s in shared))(*seen)
-        in_run = [self._in_run(spec) for spec in self.specs]
-        own = [not (s or i) for s, i in zip(shared, in_run)]
-        inner = lambda *seen: jax.vmap(fn, in_axes=tuple(0 if o else None for o in own))(*seen)
-        if not any(own):
-            inner = lambda *seen: jax.tree.map(
-                lambda y: jnp.broadcast_to(y, (r, *y.shape)), fn(*seen)
-            )
-        rows = [y.reshape(E // r, r, *y.shape[1:]) if o else y for y, o in zip(seen, own)]
-        if r == E:
-            return inner(*[y if s else y[0] for y, s in zip(rows, shared)])
-        out = jax.vmap(inner, in_axes=tuple(None if s else 0 for s in shared))(*rows)
-        return jax.tree.map(lambda y: y.reshape(E, *y.shape[2:]), out)
-
-    def give_back(self, totals, seen):
-        """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
-        if not self.valid.ndim:
-            return self._sum(totals, seen, jnp.asarray(self.valid))
-        heads, out = self._heads(), []
-        holders = self._holders(jnp.asarray(self.valid))
-        of_runs = heads._holders(jnp.asarray(heads.valid))
-        for total, y, spec in zip(totals, seen, self.specs, strict=True):
-            if not selected(spec, self.indices):
-                out.append(total + y.astype(total.dtype))
-            else:
-                out.append((of_runs if self._in_run(spec) else holders).add(total, y, spec))
-        return out
-
-    def settled(self) -> "Selection":
-        """The same, in which elements that are not valid see what a valid one sees.
-
-        Their values are masked, but a NaN among them would get past a mask in derivatives. An
-        element takes the place of the first valid one of its run, a run without any that of the
-        first run that has one.
-        """
-        if on_host(self.valid) and np.all(self.valid):
-            return self
-        r, q = self.run_length, self.num_elements // self.run_length
-        valid = jnp.asarray(self.valid).reshape(q, r)
-        found, first = jnp.any(valid, axis=1), jnp.argmax(valid, axis=1)
-        run = jnp.where(found, jnp.arange(q), jnp.argmax(found))
-        place = jnp.where(valid, jnp.arange(r)[None], first[:, None])[run]
-        rows = (run[:, None] * r + place).reshape(-1)
-        indices = {name: jnp.asarray(index)[rows] for name, index in self.indices.items()}
-        return dataclasses.replace(self, indices=indices)
+        return over(self, fn, see(self, leaves))
 
     def drop(self, keep) -> "Selection":
         """The same elements, none of which sees the weights that `keep` drops: dropout.
@@ -422,33 +352,19 @@ class Selection:
 
     # ------------------------------------------------------------------------------------- parts
 
-    def _in_run(self, spec):
-        """Whether the elements of a run see the same rows of such a leaf."""
-        own = [name for name in names(spec) if name in self.indices]
-        return bool(own) and set(own) <= set(self.run_axes)
-
-    def _heads(self):
-        """The first element of every run, valid where any of its run is."""
-        r = self.run_length
-        if r == 1:
-            return self
-        indices = {name: self.indices[name][::r] for name in self.run_axes}
-        valid = jnp.asarray(self.valid).reshape(-1, r).any(axis=1)
-        return dataclasses.replace(
-            self, indices=indices, valid=valid, disjoint=(), run_length=1, run_axes=()
-        )
-
-    def _holders(self, valid, axis_name=None):
+    def holders(self, valid, axis_name=None):
+        """Who holds each entry, of the elements that are `valid`; over devices with `axis_name`."""
         known = (self.sizes, self.disjoint, self.distinct)
         return holders_of(self.indices, valid, *known, axis_name)
 
-    def _sum(self, zeros, stacked, valid):
-        holders = self._holders(valid)
-        return _map(lambda spec, zero, y: holders.add(zero, y, spec), self.specs, zeros, stacked)
+    def add_to(self, totals, stacked, valid):
+        """Add what the elements that are `valid` hold to `totals`, without masks."""
+        holders = self.holders(valid)
+        return _map(lambda spec, total, y: holders.add(total, y, spec), self.specs, totals, stacked)
 
     def _counts(self, params, valid, axis_name=None):
         """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
-        mine, everywhere = self._holders(valid), self._holders(valid, axis_name)
+        mine, everywhere = self.holders(valid), self.holders(valid, axis_name)
 
         def leaf(spec, keep, x):
             if keep is None and mine.alone(spec):

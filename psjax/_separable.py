@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from psjax._chunk import chunk_sizes
 from psjax._elements import check_chunk_size, over_chunks, view
 from psjax._placement import placed, vary, whole
+from psjax._seen import give_back, over, see, settled
 from psjax._selection import along
 from psjax._sums import narrowed, wide, wide_zeros
 
@@ -124,7 +125,7 @@ def element_value_and_grad(
                 grads = [jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(kept, grads)]
             return carry, (jnp.where(part.valid, values, jnp.zeros_like(values)), grads)
 
-        _, (values, grads) = over_chunks(seen.settled(), sizes, body, None, leaves)
+        _, (values, grads) = over_chunks(settled(seen), sizes, body, None, leaves)
         return values, treedef.unflatten(grads)
 
     return fn
@@ -195,17 +196,17 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
     zeros = jnp.zeros((), wide(dtype)), wide_zeros(moved)
     init = vary(zeros, (seen, leaves))
     leaves = vary(leaves, (seen, leaves))
-    seen = seen.settled()
+    seen = settled(seen)
 
     def body(carry, part, leaves):
         value, totals = carry
-        of_part = part.see(leaves)
+        of_part = see(part, leaves)
 
         def total(*own):
             full = list(of_part)
             for i, x in zip(argnums, own):
                 full[i] = x
-            values, aux = part.over(element, full)
+            values, aux = over(part, element, full)
             values = jnp.where(part.valid, values, jnp.zeros_like(values))
             return jnp.sum(values, dtype=wide(dtype)), aux
 
@@ -217,7 +218,7 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
         else:
             (more, aux), grads = total(), ()
         clean = lambda y: jnp.where(along(part.valid, y), y, jnp.zeros_like(y))
-        totals = part.only(argnums).give_back(totals, list(grads))
+        totals = give_back(part.only(argnums), totals, list(grads))
         return (value + more, totals), jax.tree.map(clean, aux)
 
     (value, totals), aux = over_chunks(seen, sizes, body, init, leaves)
@@ -237,7 +238,7 @@ def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
         out = element_fn(*treedef.unflatten(leaves))
         return out if has_aux else (out, ())
 
-    one = jax.eval_shape(lambda xs: seen[0].see(xs), leaves)
+    one = jax.eval_shape(lambda xs: see(seen[0], xs), leaves)
     program, out = jax.make_jaxpr(element, return_shape=True)(*one)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         msg = f"{call}(has_aux=True): element_fn must return (value, aux), got {out}."
