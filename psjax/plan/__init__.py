@@ -13,6 +13,9 @@ pairs among them; one that has several tasks takes them in turn, in the memory o
 
 Where there are more workers than tasks, some do the same task on disjoint samples.
 
+`Plan.by_label` divides every task by its labels: on whole parameters, where nothing is fetched, the
+tasks of a worker then share a label's trunk.
+
 `value_and_grad` runs a plan with the weights in shards (`Store`); `table` says what each plan
 costs, beside data parallelism, score exchange and independent subnets; `best` chooses.
 """
