@@ -138,11 +138,19 @@ MESHES = {
     "eight, Auto": (8, AxisType.Auto),
     "eight, Explicit": (8, AxisType.Explicit),
 }
-LAYOUTS = ["of the host", "replicated", "sharded"]
-every_mesh = pytest.mark.parametrize("mesh", MESHES)
 every_place = pytest.mark.parametrize(
     ("mesh", "layout"),
-    [(m, x) for m in MESHES for x in LAYOUTS if not ("one" in m and x == "replicated")],
+    [
+        ("none", "of the host"),
+        ("none", "sharded"),
+        ("one, Auto", "sharded"),
+        ("one, Explicit", "sharded"),
+        ("eight, Auto", "replicated"),
+        ("eight, Auto", "sharded"),
+        ("eight, Explicit", "of the host"),
+        ("eight, Explicit", "replicated"),
+        ("eight, Explicit", "sharded"),
+    ],
 )
 
 
@@ -185,15 +193,10 @@ def test_gradients_in_the_user_s_jit(function, layout, mesh):
     assert_close(got, expected(function))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "layout"),
-    [("none", "sharded"), ("one, Explicit", "of the host")]
-    + [("eight, Auto", "sharded"), ("eight, Explicit", "sharded")],
-)
+@pytest.mark.parametrize("mesh", ["one, Explicit", "eight, Auto", "eight, Explicit"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_outside_jit(function, layout, mesh):
-    w, batch = put(W, LAID_OUT, mesh, layout), put(BATCH, batch_specs(BATCH), mesh, layout)
-    w, batch = jax.tree.map(jnp.asarray, (w, batch))
+def test_gradients_outside_jit(function, mesh):
+    w, batch = put(W, LAID_OUT, mesh, "sharded"), put(BATCH, batch_specs(BATCH), mesh, "sharded")
     with setting(mesh):
         got = FUNCTIONS[function](pairs(), w, batch)
     assert_close(got, expected(function))
@@ -208,7 +211,7 @@ def test_a_round_of_a_membership_in_the_user_s_jit(layout, mesh):
     assert_close(got, plain_round())
 
 
-@every_mesh
+@pytest.mark.parametrize("mesh", ["eight, Auto", "eight, Explicit"])
 def test_a_round_of_a_membership_outside_jit(mesh):
     w = put(NET, HIDDEN_LAID_OUT, mesh, "sharded")
     batches = put(BATCHES, batch_specs(BATCHES), mesh, "sharded")
@@ -260,17 +263,17 @@ def test_what_a_selection_does_of_sharded_parameters(mesh):
     stacked = jax.tree.map(np.asarray, selection.gather(W))
     run = lambda s, w, y: (s.gather(w), s.scatter_add(y, w), s.scatter_mean(y, w), s.counts(w))
     with setting(mesh):
-        got, eager = jax.jit(run)(selection, w, stacked), run(selection, w, stacked)
-    right = run(selection, W, stacked)
-    assert_close(got, right)
-    assert_close(eager, right)
+        got = jax.jit(run)(selection, w, stacked)
+    assert_close(got, run(selection, W, stacked))
 
 
 # -------------------------------------------------------------------------- models of the library
 
 
-@every_mesh
-@pytest.mark.parametrize("name", ["d", "class"])
+@pytest.mark.parametrize(
+    ("mesh", "name"),
+    [("one, Explicit", "d"), ("eight, Auto", "class"), ("eight, Explicit", "class")],
+)
 def test_the_library_s_own_networks_train_under_any_mesh(name, mesh):
     net = psjax.models.PSNet(3, (2,), 1, (2,), kernel_sizes=(3, 2), pools=(2, 1))
     images = normal(3, 2, 8, 8, 1, seed=9)

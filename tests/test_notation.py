@@ -91,27 +91,14 @@ def make(kind, leaves=tuple(AXES)):
     axes, like = {n: AXES[n] for n in leaves}, {n: LIKE[n] for n in leaves}
     if kind in PARTITIONS:
         sizes, n, stratified = PARTITIONS[kind]
-        if len(sizes) < len(SIZES):  # see the test of axes that are not divided
-            axes = numbered(axes, sizes)
-        return psjax.random_partition(KEY, axes, sizes, num_elements=n, stratified=stratified)
+        return psjax.random_partition(
+            KEY, axes, sizes, num_elements=n, stratified=stratified, like=like
+        )
     if kind == "an element that is not valid":
         selection = psjax.select(axes, INDICES["overlap"], like=like)
         selection.valid[1] = False
         return selection
     return psjax.select(axes, INDICES[kind], like=like)
-
-
-def numbered(axes, known):
-    """The axes with numbers in the place of those that are not divided."""
-    word = lambda x: x if x.isdigit() or x in known else str(SIZES[x])
-    term = lambda t: "*".join(map(word, t.split("*")))
-
-    def one(entry):
-        if entry is None or (entry in SIZES and entry not in known):
-            return None
-        return "+".join(map(term, entry.split("+")))
-
-    return {name: P(*map(one, spec)) for name, spec in axes.items()}
 
 
 KINDS = [*INDICES, *PARTITIONS, "an element that is not valid"]
@@ -509,17 +496,30 @@ def test_parameters_of_another_size_are_refused(method):
     [("2*h*whole", (24,), 12), ("h+whole", (7,), 5), ("whole*h+3", (15,), 9)],
 )
 def test_an_axis_that_is_not_divided_stays_whole_in_a_product(entry, shape, seen):
-    """`random_partition` learns its size from the parameters."""
-    w = {"a": normal(shape, 80)}
-    selection = psjax.random_partition(KEY, {"a": P(entry)}, {"h": 4}, num_elements=2, like=w)
+    """Its size is that of the parameters, which `random_partition` needs for this."""
+    w, axes = {"a": normal(shape, 80)}, {"a": P(entry)}
+    selection = psjax.random_partition(KEY, axes, {"h": 4}, num_elements=2, like=w)
     y = selection.gather(w)
     assert y["a"].shape == (2, seen)
     assert_close(selection.scatter_mean(y, w), w, 1e-15)
     assert int(selection.counts(w)["a"].sum()) == 2 * seen
+    with pytest.raises(
+        ValueError, match=r"\['a'\] has axes .* size of 'whole' is not known; .*like="
+    ):
+        psjax.random_partition(KEY, axes, {"h": 4}, num_elements=2)
 
 
 def test_a_partition_refuses_parameters_that_its_sizes_do_not_fit():
-    axes, w = {"a": P("2*h*whole")}, leaves(a=(24,))
-    selection = psjax.random_partition(KEY, axes, {"h": 4}, num_elements=2, like=w)
+    selection = psjax.random_partition(KEY, {"a": P("2*h*3")}, {"h": 4}, num_elements=2)
     with pytest.raises(ValueError, match=r"gather\(.*\['a'\].*\(23,\)"):
         selection.gather(leaves(a=(23,)))
+
+
+def test_one_weight_of_two_axes_is_an_element():
+    """An element that sees a scalar: both axes are dropped."""
+    w = np.arange(4.0).reshape(2, 2) + 1
+    selection = psjax.select(P("i", "j"), {"i": [0, 1, 1], "j": [1, 0, 0]}, like=w)
+    for chunk_size in (1, 2):
+        value, grads = psjax.value_and_grad(lambda u: u**2, chunk_size=chunk_size)(w, selection)
+        assert value == 4 + 9 + 9
+        assert grads.tolist() == [[0, 4], [12, 0]]
