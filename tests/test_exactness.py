@@ -198,7 +198,7 @@ def test_means_of_extreme_integers_do_not_wrap_and_round_down(dtype):
     rows = [[0, 1, 2] if e < 1 else [1, 2] if e < 7 else [2] for e in range(E)]
     selection = psjax.select(P("i"), {"i": rows}, like=np.zeros(4, dtype))
     rng = np.random.default_rng(0)
-    mixed = np.where(rng.random((E, 3)) < 0.5, info.max, info.min).astype(dtype)
+    mixed = rng.choice(np.array([info.min, info.max], dtype), (E, 3))
     odd = rng.integers(info.min, info.max, (E, 3), dtype, endpoint=True)
     w = np.array([1, 2, 3, info.max], dtype)
     mean = jax.jit(lambda y: selection.scatter_mean(y, w))
