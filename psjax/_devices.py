@@ -129,7 +129,11 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
                 body, axis_name="psjax", in_axes=axes, out_axes=None, devices=devices
             )
         by_device = _split_args("pmap", args, rows, len(devices), selection.num_elements)
-        return compiled[rows](params, selection.split(len(devices)), *by_device)
+        operands = params, selection.split(len(devices)), *by_device
+        if jax.sharding.get_abstract_mesh().empty:
+            return compiled[rows](*operands)
+        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):  # pmap has its own mesh
+            return compiled[rows](*operands)
 
     return pmapped
 

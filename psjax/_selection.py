@@ -142,8 +142,8 @@ class Selection:
           A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit
           (except that -0 and, on the CPU, subnormal numbers come back as 0). Sums are taken in
           float32 where the parameters are narrower, and rounded once. A mean of integers is rounded
-          down, and of bools it is whether all holders have True; sums of 32-bit integers are exact
-          for up to 32767 holders of an entry.
+          down, and of bools it is whether all holders have True; sums of integers are exact for
+          up to 32767 holders of an entry.
         """
         self.check("Selection.scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)

@@ -48,8 +48,9 @@ def value_and_grad(
 
     Returns:
       A function `(params, selection, *args) -> (value, grads)`: a scalar and a tree like `params`;
-      `((value, aux), grads)` with `has_aux`. Sums are taken in float32 where dtypes are narrower,
-      and rounded once.
+      `((value, aux), grads)` with `has_aux`. Chunks are summed in float32 where dtypes are
+      narrower, and rounded once; within a chunk, gradients of what its elements share are summed as
+      in any JAX program of that dtype.
       They are the sums over **this device's** elements: inside `pmap` or `shard_map`,
       `jax.lax.psum` them, as in any data-parallel step.
 

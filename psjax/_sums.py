@@ -30,27 +30,27 @@ def narrowed(total, like):
 def mean_of(sums, stacked, params, counts):
     """The mean over the holders of each entry; an entry without any keeps its bits.
 
-    A mean of integers is rounded down, and of bools it is whether all are True. Sums of 32-bit
-    integers are taken in two halves, so that they do not overflow: up to 32767 holders.
+    A mean of integers is rounded down, and of bools it is whether all are True. Sums of integers of
+    32 and 64 bits are taken in two halves, so that they do not overflow: up to 32767 holders.
 
     Args:
-      sums: `(stacked, like) -> total`, sums over the holders, of dtypes `wide` or, of 32-bit
-        integers, their own.
+      sums: `(stacked, like) -> total`, sums over the holders, of dtypes `wide`.
       stacked: what the elements hold.
       params: the parameters before.
       counts: holders of each entry, broadcasting to it.
     """
     params = jax.tree.map(jnp.asarray, params)
-    halves = [_in_halves(x.dtype) for x in jax.tree.leaves(params)]
-    low_of = lambda x: x & 0xFFFF if _in_halves(x.dtype) else x
-    high_of = lambda x: x >> 16 if _in_halves(x.dtype) else x
+    half = lambda x: _half(x.dtype)
+    halves = [half(x) for x in jax.tree.leaves(params)]
+    low_of = lambda x: x & ((1 << half(x)) - 1) if half(x) else x
+    high_of = lambda x: x >> half(x) if half(x) else x
     low = sums(jax.tree.map(low_of, stacked), params)
     high = sums(jax.tree.map(high_of, stacked), params) if any(halves) else low
 
     def mean(w, low, high, count):
         holders = jnp.maximum(count, 1).astype(low.dtype)
-        if _in_halves(w.dtype):
-            new = ((high // holders) << 16) + (((high % holders) << 16) + low) // holders
+        if bits := half(w):
+            new = ((high // holders) << bits) + (((high % holders) << bits) + low) // holders
         else:
             exact = jnp.issubdtype(low.dtype, jnp.integer)
             new = low // holders if exact else low / holders
@@ -59,5 +59,6 @@ def mean_of(sums, stacked, params, counts):
     return jax.tree.map(mean, params, low, high, counts)
 
 
-def _in_halves(dtype):
-    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits == 32
+def _half(dtype):
+    """Bits of a half of integers that are summed in two halves; 0 of other dtypes."""
+    return {4: 16, 8: 32}.get(dtype.itemsize, 0) if jnp.issubdtype(dtype, jnp.integer) else 0
