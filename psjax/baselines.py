@@ -124,7 +124,10 @@ def data_parallel(
 
         def mean(params, batch):
             fn = lambda wide, batch: wide_loss(wide, batch, params)
-            sum_and_grad = value_and_grad(fn, in_axes=in_axes, chunk_size=chunk_size)
+            # Together, gradients of what workers share are added in the dtype that fn computes in.
+            narrow = any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params))
+            size = 1 if narrow and chunk_size is None else chunk_size
+            sum_and_grad = value_and_grad(fn, in_axes=in_axes, chunk_size=size)
             loss, grads = sum_and_grad(jax.tree.map(_wide, params), selection, batch)
             if axis_name is not None:
                 loss, grads = jax.lax.psum((loss, grads), axis_name)

@@ -127,7 +127,7 @@ def test_the_same_seed_and_round_give_the_same_subnets_and_others_give_others():
 
 @pytest.mark.parametrize("number", [-1, np.int64(-1), 2**32])
 def test_a_round_has_a_number_from_0_on(number):
-    with pytest.raises(ValueError, match=rf"round_number={number}\): it must be from 0"):
+    with pytest.raises(ValueError, match=rf"round_number={number}\): pass an integer from 0"):
         membership(0, number)
 
 
