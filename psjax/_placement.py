@@ -27,7 +27,7 @@ def vary(tree, over):
         if jnp.size(x) and not varying(x) <= covered:
             covered |= varying(x)
             x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-            mask = mask | jnp.ravel(x)[0].astype(bool)
+            mask = mask | jnp.any(x)  # XLA removes it with the `where`
     return jax.tree.map(lambda x: x if axes <= varying(x) else jnp.where(mask, x, x), tree)
 
 
