@@ -5,6 +5,8 @@ import os
 
 import jax
 
+from psjax._programs import programs_in
+
 # Operations of a step of a loop on a CPU. With fewer, starting the step takes longer than the work.
 # The products of runs share an operand and grow with the number of elements; others do not, and
 # many small products together are slower than one after the other.
@@ -34,7 +36,7 @@ def work(jaxpr) -> tuple[int, int]:
     """Operations of the products of a program, and bytes of all arrays that it makes."""
     flops = temporaries = 0
     for eqn in jaxpr.eqns:
-        inner = [work(j) for j in _inside(eqn)]
+        inner = [work(j) for j in programs_in(eqn)]
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         if eqn.primitive.name == "cond":
             inner = [tuple(max(x) for x in zip(*inner))]
@@ -44,16 +46,6 @@ def work(jaxpr) -> tuple[int, int]:
             temporaries += sum(_bytes(v.aval) for v in eqn.outvars)
         flops += _product(eqn)
     return flops, temporaries
-
-
-def _inside(eqn):
-    found = []
-    for value in eqn.params.values():
-        for x in value if isinstance(value, tuple | list) else (value,):
-            x = getattr(x, "jaxpr", x)
-            if hasattr(x, "eqns"):
-                found.append(x)
-    return found
 
 
 def _product(eqn):

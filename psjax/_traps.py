@@ -9,6 +9,7 @@ import optax
 from jax.extend.core import Literal
 
 from psjax._placement import varying
+from psjax._programs import programs_in
 from psjax._state import extra_arguments
 
 # Not the same with a zero more, whatever the values are.
@@ -115,15 +116,10 @@ def _constants(optimizer, params):
         for eqn in jaxpr.eqns:
             values = [np.asarray(x.val).tolist() for x in eqn.invars if isinstance(x, Literal)]
             found.append((eqn.primitive.name, repr(values)))  # as text: NaN equals itself
-            for param in jax.tree.leaves(dict(eqn.params), is_leaf=_is_program):
-                if _is_program(param):
-                    walk(getattr(param, "jaxpr", param))
+            for inner in programs_in(eqn):
+                walk(inner)
 
     program = jax.make_jaxpr(fn)(params, params, state, value)
     walk(program.jaxpr)
     scalars = [np.asarray(x).tolist() for x in program.consts if not np.ndim(x)]
     return [*found, ("constants", repr(scalars))]
-
-
-def _is_program(x):
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
