@@ -28,7 +28,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments.benchmarks import _timing
+from experiments.benchmarks import _timing, _torch
 from experiments.psl import training
 
 C = 10  # classes
@@ -189,9 +189,9 @@ class Program(_timing.Program):
 class Bench:
     """The network, and programs that train it from the same weights."""
 
-    def __init__(self, loss: str, preset: str = "mnist"):
-        self.loss, self.preset = loss, preset
-        config = training.Config(dataset=preset, compute="fused")
+    def __init__(self, loss: str, preset: str = "mnist", model: str = "psnet"):
+        self.loss, self.preset, self.model = loss, preset, model
+        config = training.Config(dataset=preset, model=model, compute="fused")
         self.net = training.make_model(config, C)
         self.params, self.axes = init(self.net, preset)
         self.margin_fn = psjax.losses.margin_function(loss)
@@ -201,6 +201,7 @@ class Bench:
         tile = TILE if compute == "tiles" else None
         config = training.Config(
             dataset=self.preset,
+            model=self.model,
             loss=loss,
             compute="elements" if compute == "tiles" else compute,
             block_size=BLOCK,
@@ -219,6 +220,11 @@ class Bench:
             selection = jax.tree.map(jnp.asarray, selection)
         jitted = make_steps(loss_and_grad or fn, self.optimizer)
         return Program(jitted, state, (rows, data, selection), steps)
+
+    def in_torch(self, dataset, batch_size: int, steps: int):
+        """The fused step in eager PyTorch, as a call of so many."""
+        batches = np.asarray(index_batches("fused", dataset, batch_size).indices)
+        return _torch.program(self.model, dataset, batches, steps, self.loss)
 
     def element(self, net=None):
         """Element (k, j): two scores, the samples labelled k."""
@@ -266,60 +272,6 @@ class Bench:
         return call
 
 
-# -------------------------------------------------------------------------------------------- torch
-
-
-def torch_program(dataset, batch_size: int, steps: int, loss: str) -> Callable[[], None]:
-    """The same PSNet's step in eager PyTorch: same layers, loss and optimizer, its own threads."""
-    import torch  # pyright: ignore[reportMissingImports]
-    from torch import nn  # pyright: ignore[reportMissingImports]
-    from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
-
-    def xavier(*shape):
-        bound = (6 / sum(shape[1:])) ** 0.5
-        return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
-
-    class PSNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.fan_out = nn.Conv2d(1, 40, 5), nn.Conv2d(40, 30, 5)
-            sizes = ((48, 24), (24, 15), (15, 1))
-            self.kernels = nn.ParameterList(xavier(C, *size) for size in sizes)
-            self.biases = nn.ParameterList(torch.zeros(C, 1, size[1]) for size in sizes)
-
-        def forward(self, x):
-            x = torch.sigmoid(F.avg_pool2d(self.trunk(x), 2))
-            x = torch.sigmoid(F.avg_pool2d(self.fan_out(x), 2))
-            x = x.reshape(len(x), C, -1).transpose(0, 1)  # [group, batch, features]
-            for i, (kernel, bias) in enumerate(zip(self.kernels, self.biases)):
-                x = torch.baddbmm(bias, torch.sigmoid(x) if i else x, kernel)
-            return x[..., 0].T
-
-    torch.manual_seed(0)
-    net = PSNet()
-    if (count := sum(p.numel() for p in net.parameters())) != 46740:
-        msg = f"torch_program: {count} weights instead of 46740."
-        raise AssertionError(msg)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    images = torch.from_numpy(dataset.images.transpose(0, 3, 1, 2).copy())
-    labels = torch.from_numpy(dataset.labels.astype(np.int64))
-    batches = index_batches("fused", dataset, batch_size).indices
-    rows = torch.from_numpy(batches[np.arange(steps) % (len(batches) - 1)].astype(np.int64))
-    slope = 2 if loss == "psl-squared" else 1
-
-    def call():
-        for index in rows:
-            x, y = images[index].float() * dataset.scale, labels[index][:, None]
-            optimizer.zero_grad()
-            scores = net(x)
-            terms = torch.exp(slope * (scores - scores.gather(1, y)))
-            value = (terms.sum(1) - 1).mean()  # without j = y, whose term is 1
-            value.backward()
-            optimizer.step()
-
-    return call
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
@@ -352,7 +304,7 @@ def table_of(bench: Bench, dataset, data, batch_size: int, with_torch: bool) -> 
         calls[name], steps[name] = bench.whole_passes(dataset, batch_size, implementation), 1
     if with_torch:
         steps["torch"] = steps["fused"] // 2
-        calls["torch"] = torch_program(dataset, batch_size, steps["torch"], bench.loss)
+        calls["torch"] = bench.in_torch(dataset, batch_size, steps["torch"])
 
     def split_name(name):
         if not real:
@@ -402,6 +354,20 @@ def cifar_table(bench: Bench, dataset) -> Table:
         return [_timing.Ratio.of(name, 1.3, seconds["elements"], seconds["fused"])]
 
     return Table(dict(programs), steps, rows)
+
+
+def lenet_table(bench: Bench, dataset, batch_size: int) -> Table:
+    """The fused step of the MNIST LeNet, 44426 weights, against PyTorch's."""
+    fused = bench.program("fused", dataset, training.on_device(dataset), batch_size)
+    steps = {"fused": fused.steps, "torch": fused.steps // 2}
+    calls: dict[str, Callable[[], None]] = {"fused": fused}
+    calls["torch"] = bench.in_torch(dataset, batch_size, steps["torch"])
+
+    def rows(seconds):
+        name = f"LeNet: fused PSL / PyTorch eager, batch {batch_size}"
+        return [_timing.Ratio.of(name, 0.35, seconds["fused"], seconds["torch"])]
+
+    return Table(calls, steps, rows)
 
 
 def memory(bench: Bench):
@@ -473,6 +439,9 @@ def main(args: Args) -> None:
         tables.append(table_of(bench, dataset, training.on_device(dataset), size, with_torch))
     cifar = Bench(args.loss, "cifar10")
     tables.append(cifar_table(cifar, balanced(100, "cifar10")))
+    if with_torch:
+        lenet = Bench(args.loss, model="lenet")
+        tables += [lenet_table(lenet, balanced(size), size) for size in args.batch_sizes]
     try:
         mnist = psjax.data.load("mnist", "train", args.data)
     except (FileNotFoundError, ImportError) as error:

@@ -75,6 +75,10 @@ class Config:
             ("workers", 1),
         ):
             _run.check_least(name, getattr(self, name), least)
+        _run.check_positive("learning_rate", self.learning_rate)
+        if not 0 <= self.seed < 2**31:
+            msg = f"--seed {self.seed}: write a number between 0 and {2**31 - 1}."
+            raise ValueError(msg)
 
     @property
     def steps(self) -> int:

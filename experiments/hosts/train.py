@@ -21,6 +21,7 @@ code 75 (try again) within --deadline; the same command with --resume goes on. A
 by itself ends with 78 (it would again), and so do all where they do not train the same.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -40,6 +41,7 @@ import experiments
 import psjax
 from experiments import _run
 from experiments._checkpoint import Checkpoints
+from experiments._signals import interruption
 from experiments.hosts import _fault, _watch, cluster, methods, problem
 from experiments.hosts.problem import Config
 
@@ -130,18 +132,24 @@ def train(
 
     Raises:
       NotFiniteError: a worker became NaN or Inf; the last good checkpoint stays.
+      BlockingIOError: another process trains in the folder.
       OSError: a checkpoint cannot be written.
     """
-    first = cluster.process_id() == 0
     config, mesh = _devices(config)
     task = problem.load(config, args.data_dir)
     method = methods.make(task, mesh)
     cluster.agree(made(task, method), args.start_deadline, "made")
-    if first:
-        _run.open_folder(config, folder, args.resume is not None, _free)
-    cluster.barrier("psjax/open", args.start_deadline)
-    _check_shared(folder)
+    with contextlib.ExitStack() as held:
+        if cluster.process_id() == 0:
+            resume = args.resume is not None
+            held.enter_context(_run.hold_folder(config, folder, resume, _free))
+        cluster.barrier("psjax/open", args.start_deadline)
+        _check_shared(folder)
+        return _train(config, folder, watch, args, task, method, mesh, report)
 
+
+def _train(config, folder, watch, args, task, method, mesh, report):
+    first = cluster.process_id() == 0
     state = method.init(task.params())
     report(_share(state, mesh))
     checkpoints = Checkpoints(
@@ -168,6 +176,7 @@ def train(
     )
     with bar:
         for number in range(start, config.rounds):
+            interruption.check()
             began = time.perf_counter()
             watch.at(number, "batch")
             _fault.at("compute", number, args.deadline, folder)

@@ -39,9 +39,10 @@ def best(
 ) -> Table:
     """The plan with the shortest predicted step that fits into the memory.
 
-    Considered are single elements, merged pairs, blocks of every even size, a single task of all
-    classes, and cyclic plans of every number of groups; of more than 64 classes only the powers of
-    two and the divisors of C and W, as numbers of groups and as sizes of half a block.
+    Considered are single elements, all elements of a label as one task, merged pairs, blocks of
+    every even size, a single task of all classes, and cyclic plans of every number of groups; of
+    more than 64 classes only the powers of two and the divisors of C and W, as numbers of groups
+    and as sizes of half a block.
 
     Args:
       model: as in `workload`.
@@ -149,6 +150,7 @@ def candidates(C: int, W: int) -> dict[str, list[Candidate]]:
     sizes = [*(2 * n for n in few if 2 * n < C), C]
     return {
         "elements": [Candidate(later(elements, C, W), 2)],
+        "labels": [Candidate(lambda: elements(C, W).merge_by_label(), C)],
         "pairs": [Candidate(later(pairs, C, W), 2)],
         "blocks": [Candidate(later(blocks, C, W, size), size) for size in sizes],
         "cyclic": [Candidate(later(cyclic, C, W, n), most(n)) for n in [*few, C]],

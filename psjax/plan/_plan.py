@@ -77,8 +77,8 @@ class Plan:
         with tasks that have no pair. They see the same samples, so that `psjax.value_and_grad` on
         `selection` evaluates what is shared, a network's trunk, once for each label and worker and
         not once for each label and task. The label comes first among a task's classes. For whole
-        parameters; `psjax.plan.value_and_grad` fetches a task's classes each turn, and would fetch
-        them more often.
+        parameters; with the weights in shards, where a task's classes are fetched each turn,
+        `merge_by_label` does it.
 
         Example:
           >>> import psjax
@@ -118,6 +118,40 @@ class Plan:
         return dataclasses.replace(
             self, classes=classes, pairs=pairs, shares=shares.astype(np.int32)
         )
+
+    def merge_by_label(self) -> "Plan":
+        """The same pairs on the same workers, all of a worker's pairs of one label in one task.
+
+        `psjax.plan.value_and_grad` then evaluates what is shared once for each label and worker,
+        and fetches a class once for each of them. A task holds the label, first, and all its
+        others: up to C classes, where one of `elements` holds two. `psjax.plan.table` says what
+        that costs and saves. A plan of one turn is as it should be already.
+
+        Example:
+          >>> import psjax
+          >>> plan = psjax.plan.elements(10, 5)
+          >>> plan.pairs.shape, plan.merge_by_label().pairs.shape
+          ((5, 18, 1, 2), (5, 2, 1, 10))
+        """
+        if self.num_turns == 1:
+            return self
+        W, C = self.num_workers, self.num_classes
+        w, t, a, b = np.nonzero(self.pairs)
+        label, other = self.classes[w, t, a], self.classes[w, t, b]
+        order = np.lexsort((other, label, w))
+        w, label, other = w[order], label[order], other[order]
+        starts = np.flatnonzero(np.diff(w * C + label, prepend=-1))  # of each worker's labels
+        counts = np.diff(np.append(starts, len(w)))
+        turn = np.arange(len(starts)) - np.searchsorted(w[starts], w[starts])
+        place = 1 + np.arange(len(w)) - np.repeat(starts, counts)
+        classes = np.full((W, int(turn.max()) + 1, 1 + int(counts.max())), C, np.int32)
+        pairs = np.zeros((*classes.shape[:2], 1, classes.shape[2]), bool)
+        classes[w[starts], turn, 0] = label[starts]
+        classes[w, np.repeat(turn, counts), place] = other
+        pairs[w, np.repeat(turn, counts), 0, place] = True
+        shares = np.broadcast_to(np.array([0, 1], np.int32), (*classes.shape[:2], 2))
+        kind = f"{self.kind}, merged by label"
+        return Plan(kind, C, classes, pairs, shares)
 
     def slots(self, slots: int) -> np.ndarray:
         """The slots of a label that each task takes: int32 `[W, T, S]`, `slots` where it has none.

@@ -460,6 +460,29 @@ def test_no_cluster_to_detect_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(learning_rate=-0.1), "--learning-rate -0.1: write a number above 0"),
+        (dict(learning_rate=float("nan")), "--learning-rate nan: write a number above 0"),
+        (dict(seed=-1), "--seed -1: write a number between 0 and 2147483647"),
+        (dict(seed=2**31), "--seed 2147483648: write a number between 0 and 2147483647"),
+        (dict(rounds=0), "--rounds 0: write 1 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        problem.Config(**arguments)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    with _run.hold_folder(problem.Config(rounds=2, workers=1), folder, resume=False):
+        [(code, output)] = start(1, "--resume", str(folder))
+    assert code == launch.FAILED
+    assert f"run folder {folder} is in use by process {os.getpid()}" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (dict(batch_size=32, workers=3), "--batch-size 32 --workers 3: write a batch"),
         (dict(method="its"), "Did you mean 'ist'?"),
         (dict(width=20, workers=4), "write --width 32"),

@@ -73,11 +73,39 @@ def test_all_plans_have_every_pair_once():
     sizes = [(2, 1), (2, 64), (64, 3), *rng.integers((2, 1), (40, 65), (25, 2)).tolist()]
     for num_classes, num_workers in sizes:
         every_pair_once(plans.elements(num_classes, num_workers), 5)
+        every_pair_once(plans.elements(num_classes, num_workers).merge_by_label(), 5)
         every_pair_once(plans.pairs(num_classes, num_workers), 5)
         block = 2 * int(rng.integers(1, num_classes // 2 + 2))
         every_pair_once(plans.blocks(num_classes, num_workers, block), 5)
         groups = int(rng.integers(1, num_classes + 1))
         every_pair_once(plans.cyclic(num_classes, num_workers, groups), 5)
+
+
+@pytest.mark.parametrize("kind", ["elements", "pairs", "blocks", "cyclic"])
+def test_merged_by_label_a_worker_evaluates_what_is_shared_once_for_each_of_its_labels(kind):
+    args = {"blocks": (4,), "cyclic": (10,)}.get(kind, ())
+    plan = getattr(plans, kind)(10, 3, *args)
+    merged = plan.merge_by_label()
+    every_pair_once(merged, 5)
+    labels = 0
+    for w in range(3):
+        own = pairs_of(plan, w)
+        assert pairs_of(merged, w) == own
+        labels += len({label for label, _ in own})
+    work = by_hand(10, common_flops=7.0)
+    rows = plans.table(work, [plan, merged], num_workers=3, **SPEED).rows
+    assert rows[1].trunk == labels / 10 < rows[0].trunk
+    most = max(len({label for label, _ in pairs_of(plan, w)}) for w in range(3))
+    slots = -(-SPEED["batch_size"] // 10)
+    assert rows[1].flops == most * slots * (7 + merged.block_size * work.class_flops)
+
+
+def pairs_of(plan, w):
+    """Of worker w, one by one."""
+    found = set()
+    for t, a, b in np.argwhere(plan.pairs[w]):
+        found.add((int(plan.classes[w, t, a]), int(plan.classes[w, t, b])))
+    return found
 
 
 def test_workers_of_a_cyclic_plan_hold_the_groups_of_the_cover_and_do_equal_work():
@@ -227,6 +255,7 @@ def all_plans(C, W):
     """Every plan of every kind, made one after the other."""
     few = range(2, C)
     yield plans.elements(C, W)
+    yield plans.elements(C, W).merge_by_label()
     yield plans.pairs(C, W)
     yield from (plans.blocks(C, W, s) for s in [*(2 * n for n in few if 2 * n < C), C])
     yield from (plans.cyclic(C, W, groups) for groups in [*few, C])
@@ -282,7 +311,7 @@ def test_no_plan_computes_or_moves_less_than_the_bound_that_leaves_it_out(num_cl
 
 
 def test_of_many_classes_a_few_plans_are_considered():
-    assert sum(map(len, candidates(64, 8).values())) == 2 + 31 + 63
+    assert sum(map(len, candidates(64, 8).values())) == 3 + 31 + 63
     few = [candidate.make() for kind in candidates(200, 6).values() for candidate in kind]
     assert len(few) < 40
     groups = {plan.num_groups for plan in few if plan.kind == "cyclic"}

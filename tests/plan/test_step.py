@@ -130,6 +130,7 @@ PLANS = {
     "elements": lambda C: plans.elements(C, W),
     "blocks": lambda C: plans.blocks(C, W, 4),
     "all classes": lambda C: plans.blocks(C, W, C),
+    "merged": lambda C: plans.elements(C, W).merge_by_label(),
 }
 
 
@@ -154,6 +155,7 @@ def test_fifty_steps_are_those_of_one_device_that_holds_everything(kind, run):
         ("cyclic", 16),
         ("elements", 16),
         ("elements", 3),
+        ("merged", 16),
         ("cyclic", 5),
     ],
 )
