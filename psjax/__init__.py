@@ -1,5 +1,6 @@
 """Training neural networks in independent pieces: gather, map, scatter."""
 
+from psjax import axes as axes
 from psjax import baselines as baselines
 from psjax import cost as cost
 from psjax import data as data
@@ -25,5 +26,8 @@ from psjax._selection import Selection as Selection
 from psjax._separable import element_value_and_grad as element_value_and_grad
 from psjax._separable import partially_separable as partially_separable
 from psjax._separable import value_and_grad as value_and_grad
+from psjax.axes import check_axes as check_axes
+from psjax.axes import infer_axes as infer_axes
+from psjax.axes import narrow as narrow
 
 __version__ = "0.1.0"

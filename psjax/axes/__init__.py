@@ -1,0 +1,8 @@
+"""Axes of any function's parameters: found, checked, and narrowed."""
+
+from psjax.axes._axes import Axes as Axes
+from psjax.axes._axes import Axis as Axis
+from psjax.axes._axes import Fixed as Fixed
+from psjax.axes._check import check_axes as check_axes
+from psjax.axes._infer import infer_axes as infer_axes
+from psjax.axes._narrow import narrow as narrow

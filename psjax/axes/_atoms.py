@@ -1,0 +1,240 @@
+"""Dimensions as sums of products of atoms, which a program unites, divides or fixes.
+
+A *dimension* is a list of terms that follow one another, and a term a list of atoms in row-major
+order: `[[heads, dim], [extra]]` has `heads * dim + extra` rows. An atom of which a part is treated
+alone is itself such a dimension from then on; `expand` looks that up.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from psjax.axes._source import source_of
+
+Term = list[int]
+Dim = list[Term]
+
+_MOST_COPIES = 64  # terms that one dimension is written out to
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why the rows of a dimension are told apart.
+
+    Attributes:
+      text: in words.
+      eqn: the equation of the program that does so.
+    """
+
+    text: str
+    eqn: Any = None
+
+    @property
+    def primitive(self) -> str:
+        """Name of the JAX primitive."""
+        return self.eqn.primitive.name if self.eqn is not None else ""
+
+    @property
+    def source(self) -> str:
+        """`file:line` of the user's code, where known."""
+        return source_of(self.eqn) if self.eqn is not None else ""
+
+    def __str__(self):
+        where = " ".join(x for x in (self.primitive, self.source) if x)
+        return f"{self.text} ({where})" if where else self.text
+
+
+class Atoms:
+    """Atoms and what is known of them: a union-find structure whose classes may be divided."""
+
+    def __init__(self):
+        self._parent: list[int] = []
+        self._size: list[int] = []
+        self._parts: list[Dim | None] = []
+        self._fixed: list[Reason | None] = []
+
+    def new(self, size: int, reason: Reason | None = None) -> int:
+        """An atom of so many rows; with a reason, fixed."""
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        self._parts.append(None)
+        self._fixed.append(reason)
+        return len(self._parent) - 1
+
+    def dim(self, size: int, reason: Reason | None = None) -> Dim:
+        """A dimension of one new atom; of no atom where it has one row."""
+        return [[]] if size == 1 else [[self.new(size, reason)]]
+
+    def product(self, dims: Sequence[Dim]) -> Dim:
+        """The dimension of several in row-major order."""
+        term: Term = []
+        for dim in dims:
+            if len(dim) == 1:
+                term += dim[0]
+            else:
+                term.append(self.new(self.rows(dim)))
+                self._parts[term[-1]] = dim
+        return [term]
+
+    def find(self, atom: int) -> int:
+        """The representative of the atoms that are one and the same."""
+        while self._parent[atom] != atom:
+            self._parent[atom] = self._parent[self._parent[atom]]
+            atom = self._parent[atom]
+        return atom
+
+    def fixed(self, atom: int) -> Reason | None:
+        """Why the rows of an atom are told apart; None where nothing does."""
+        return self._fixed[self.find(atom)]
+
+    def size(self, atom: int) -> int:
+        """Rows of an atom."""
+        return self._size[self.find(atom)]
+
+    def rows(self, dim: Dim) -> int:
+        """Rows of a dimension."""
+        return sum(self._rows(term) for term in dim)
+
+    def _rows(self, term):
+        return math.prod(self.size(atom) for atom in term)
+
+    def atoms(self, dim: Dim) -> list[int]:
+        """The representatives in a dimension, each once, in their order."""
+        return list(dict.fromkeys(atom for term in self.expand(dim) for atom in term))
+
+    def expand(self, dim: Dim) -> Dim:
+        """The dimension in atoms that are not divided.
+
+        Where parts of different kinds repeat, `p * (a + b)`, the dimension is written out, `a + b +
+        a + b`, and the rows of p are fixed.
+        """
+        found: Dim = []
+        for term in dim:
+            own: Dim = [[]]
+            for atom in term:
+                atom = self.find(atom)
+                parts = self._parts[atom]
+                parts = [[atom]] if parts is None else self.expand(parts)
+                if len(parts) == 1:
+                    own = [[*before, *parts[0]] for before in own]
+                else:
+                    own = [copy for before in own for copy in self._copies(before, parts)]
+            found += own
+        return found
+
+    def _copies(self, before, parts):
+        """`before * (parts)`, written out."""
+        if not before:
+            return [list(part) for part in parts]
+        reason = Reason("parts of different kinds repeat along it")
+        self.fix([before], reason)
+        if self._rows(before) * len(parts) > _MOST_COPIES:
+            self.fix(parts, reason)
+            size = self._rows(before) * sum(self._rows(part) for part in parts)
+            return [[self.new(size, reason)]]
+        return [list(part) for _ in range(self._rows(before)) for part in parts]
+
+    # ------------------------------------------------------------------------------- what is found
+
+    def fix(self, dim: Dim, reason: Reason) -> None:
+        """Tell the rows of a dimension apart. The first reason stays."""
+        for atom in self.atoms(dim):
+            self._fixed[atom] = self._fixed[atom] or reason
+
+    def unite(self, one: Dim, two: Dim, reason: Reason) -> None:
+        """Two dimensions have the same rows; where no division makes them alike, both are fixed."""
+        while True:
+            a, b = self.expand(one), self.expand(two)
+            place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            if place is None:
+                self._rest(a[len(b) :] + b[len(a) :], reason)
+                return
+            x, y = a[place], b[place]
+            m, n = self._rows(x), self._rows(y)
+            if m == n:
+                done = self._unite_terms(x, y)
+            else:
+                done = self._cut(x, n) if m > n else self._cut(y, m)
+            if not done:
+                self.fix(a[place:], reason)
+                self.fix(b[place:], reason)
+                return
+
+    def _rest(self, dim, reason):
+        if self.rows(dim) > 0:  # of other sizes: no such program
+            self.fix(dim, reason)
+
+    def _unite_terms(self, one, two):
+        """Make two products of one size alike, a step at a time; False where that cannot be."""
+        place = next(i for i, (x, y) in enumerate(zip(one, two)) if x != y)
+        a, b = one[place], two[place]
+        m, n = self._size[a], self._size[b]
+        if m == n:
+            self._parent[b] = a
+            self._fixed[a] = self._fixed[a] or self._fixed[b]
+        elif m > n and n and m % n == 0:
+            self._divide(a, [[self.new(n), self.new(m // n)]])
+        elif n > m and m and n % m == 0:
+            self._divide(b, [[self.new(m), self.new(n // m)]])
+        else:
+            return False
+        return True
+
+    def _divide(self, atom, parts):
+        reason = self._fixed[atom]
+        self._parts[atom] = parts
+        if reason is not None:
+            self.fix(parts, reason)
+
+    def _cut(self, term, rows):
+        """Divide a product after so many of its rows; False where they end within a row."""
+        rest = self._rows(term[1:])
+        if not term or not rest or rows % rest or not 0 < rows < self._rows(term):
+            return False
+        first, n = term[0], rows // rest
+        one = lambda size: [] if size == 1 else [self.new(size)]
+        self._divide(first, [one(n), one(self._size[first] - n)])
+        return True
+
+    def cut(self, dim: Dim, ends: Sequence[int], reason: Reason) -> list[Dim]:
+        """The parts of a dimension that end after so many rows, ascending, the last at its end.
+
+        Parts that do not end with a row of a product are new dimensions, and fixed.
+        """
+        for end in ends:
+            while not self._ends_at(dim, end):
+                place, before = self._term_at(dim, end)
+                term = self.expand(dim)[place]
+                if not self._cut(term, end - before):
+                    self.fix(dim, reason)
+                    starts = [0, *ends[:-1]]
+                    return [self.dim(b - a, reason) for a, b in zip(starts, ends)]
+        parts, at, terms = [], 0, self.expand(dim)
+        for end in ends:
+            part: Dim = []
+            while at < end:
+                part.append(terms[0])
+                at += self._rows(terms[0])
+                terms = terms[1:]
+            parts.append(part)
+        return parts
+
+    def _ends_at(self, dim, end):
+        return end == 0 or end in self._ends(dim)
+
+    def _ends(self, dim):
+        ends, total = [], 0
+        for term in self.expand(dim):
+            total += self._rows(term)
+            ends.append(total)
+        return ends
+
+    def _term_at(self, dim, end):
+        """The term in which a row lies, and the rows before it."""
+        before = 0
+        for place, total in enumerate(self._ends(dim)):
+            if total > end:
+                return place, before
+            before = total
+        raise AssertionError(end)

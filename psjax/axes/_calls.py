@@ -1,0 +1,290 @@
+"""Rules of primitives with programs inside: loops, conditions, calls, functions with own derivatives.
+
+`bind(narrow, step, ins)` evaluates the equation in the narrower program; `narrow(program, args)`
+evaluates one of `step.inner`.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+
+from psjax.axes._rules import RULES, Rule
+from psjax.axes._walk import Step, Value, Walk
+
+
+def call_rule(*names: str, bind: Any) -> Any:
+    """Register a function as the rule of primitives that hold programs."""
+
+    def register(dims):
+        RULES.update({name: Rule(dims, None, True, bind) for name in names})
+        return dims
+
+    return register
+
+
+def _program(params):
+    """The jaxpr of a call, open or closed."""
+    return next(params[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
+
+
+# -------------------------------------------------------------------------------------------- calls
+
+
+def _inline(narrow, step, ins):
+    return narrow(step.inner[0], ins)
+
+
+@call_rule("jit", "pjit", "closed_call", "core_call", "custom_lin", bind=_inline)
+def _call(walk: Walk, step: Step) -> list[Value]:
+    step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
+    return step.inner[0].outs
+
+
+def _bind_remat(narrow, step, ins):
+    p = step.eqn.params
+    fn = lambda *xs: narrow(step.inner[0], xs)
+    return jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*ins)
+
+
+call_rule("remat2", "checkpoint", "remat", bind=_bind_remat)(_call)
+
+
+# ------------------------------------------------------------------------- conditions and loops
+
+
+def _without_points(walk, step):
+    """Values of loops: which rows an index names could change from turn to turn."""
+    for x in step.ins:
+        walk.unpoint(x, step)
+
+
+def _bind_cond(narrow, step, ins):
+    branches = [lambda *xs, b=b: narrow(b, xs) for b in step.inner]
+    platforms = step.eqn.params.get("branches_platforms")
+    if platforms is not None:
+        named = {p: b for b, own in zip(branches, platforms) for p in own or ("default",)}
+        return jax.lax.platform_dependent(*ins[1:], **named)
+    return jax.lax.switch(ins[0], branches, *ins[1:])
+
+
+@call_rule("cond", bind=_bind_cond)
+def _cond(walk, step):
+    _without_points(walk, step)
+    step.inner = [walk.closed(b, step.ins[1:]) for b in step.eqn.params["branches"]]
+    first = step.inner[0]
+    for branch in step.inner:
+        for x, y in zip(first.outs, branch.outs):
+            walk.unpoint(y, step)
+            walk.unite_all(x, y, step)
+    return [Value(x.shape, x.dims) for x in first.outs]
+
+
+def _loop_values(values):
+    """Without their literals, which change."""
+    return [Value(x.shape, x.dims) for x in values]
+
+
+def _bind_while(narrow, step, ins):
+    c, b = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
+    test, body = step.inner
+    cond = lambda carry: narrow(test, [*ins[:c], *carry])[0]
+    turn = lambda carry: tuple(narrow(body, [*ins[c : c + b], *carry]))
+    return jax.lax.while_loop(cond, turn, tuple(ins[c + b :]))
+
+
+@call_rule("while", bind=_bind_while)
+def _while(walk, step):
+    p = step.eqn.params
+    _without_points(walk, step)
+    c, b = p["cond_nconsts"], p["body_nconsts"]
+    carry = _loop_values(step.ins[c + b :])
+    body = walk.closed(p["body_jaxpr"], [*step.ins[c : c + b], *carry])
+    for x, y in zip(carry, body.outs):
+        walk.unpoint(y, step)
+        walk.unite_all(x, y, step)
+    step.inner = [walk.closed(p["cond_jaxpr"], [*step.ins[:c], *carry]), body]
+    return carry
+
+
+def _scan_counts(step):
+    """Numbers of constants and carried values; their place in the parameters has moved."""
+    p = step.eqn.params
+    if "num_consts" in p:
+        return p["num_consts"], p["num_carry"]
+    consts, carry, _ = p["ft_in"].update(step.ins).unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def _bind_scan(narrow, step, ins):
+    p, (consts, carried) = step.eqn.params, step.extra
+
+    def turn(carry, xs):
+        outs = narrow(step.inner[0], [*ins[:consts], *carry, *xs])
+        return outs[:carried], outs[carried:]
+
+    carry, xs = list(ins[consts : consts + carried]), list(ins[consts + carried :])
+    options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
+    carry, ys = jax.lax.scan(turn, carry, xs, **options)
+    return [*carry, *ys]
+
+
+@call_rule("scan", bind=_bind_scan)
+def _scan(walk, step):
+    _without_points(walk, step)
+    consts, carried = step.extra = _scan_counts(step)
+    reason = walk.reason("it is scanned over", step)
+    carry, xs = _loop_values(step.ins[consts : consts + carried]), step.ins[consts + carried :]
+    walk.fix([x.dims[0] for x in xs], reason)
+    each = [Value(x.shape[1:], x.dims[1:]) for x in xs]
+    body = walk.closed(step.eqn.params["jaxpr"], [*step.ins[:consts], *carry, *each])
+    step.inner = [body]
+    for x in body.outs:
+        walk.unpoint(x, step)
+    for x, y in zip(carry, body.outs):
+        walk.unite_all(x, y, step)
+    length = step.eqn.params["length"]
+    lead = walk.atoms.dim(length, reason)
+    ys = [Value((length, *y.shape), [lead, *y.dims]) for y in body.outs[carried:]]
+    return [*carry, *ys]
+
+
+# --------------------------------------------------------------------------------- own derivatives
+
+
+def whole_equation(eqn: Any) -> Any:
+    """The equation as a function of its arrays, with its own derivatives."""
+    arrays = [v for v in eqn.invars if not isinstance(v, Literal)]
+    unique = list(dict.fromkeys(arrays))
+    jaxpr = Jaxpr((), unique, eqn.outvars, [eqn])
+    fn = jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
+
+    def call(*args):  # one argument per operand
+        given = {v: x for v, x in zip(eqn.invars, args) if isinstance(v, Var)}
+        return fn(*[given[v] for v in unique])
+
+    return call
+
+
+def _avals(eqn):
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+
+def _real(v):
+    return jax.numpy.issubdtype(v.aval.dtype, np.inexact)
+
+
+def _bind_jvp(narrow, step, ins):
+    if len(step.inner) == 1:
+        return narrow(step.inner[0], ins)
+    real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+    fn = jax.custom_jvp(lambda *xs: tuple(narrow(step.inner[0], xs)))
+
+    def jvp(primals, tangents):
+        outs = narrow(step.inner[1], [*primals, *(tangents[i] for i in real)])
+        n = len(step.outs)
+        moved = iter(outs[n:])
+        zero = lambda y: np.zeros(y.shape, jax.dtypes.float0)
+        dots = [next(moved) if _real(v) else zero(y) for v, y in zip(step.eqn.outvars, outs)]
+        return tuple(outs[:n]), tuple(dots)
+
+    fn.defjvp(jvp)
+    return fn(*ins)
+
+
+@call_rule("custom_jvp_call", bind=_bind_jvp)
+def _custom_jvp(walk, step):
+    step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
+    outs = step.inner[0].outs
+    if walk.derivatives and walk.depth < 2:
+        whole, avals = whole_equation(step.eqn), _avals(step.eqn)
+        real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+
+        def rule(*args):
+            primals, dots = args[: len(avals)], args[len(avals) :]
+
+            def of_real(*xs):
+                given = dict(zip(real, xs))
+                ys = whole(*[given.get(i, x) for i, x in enumerate(primals)])
+                return [y for y, v in zip(ys, step.eqn.outvars) if _real(v)], ys
+
+            own = tuple(primals[i] for i in real)
+            _, moved, ys = jax.jvp(of_real, own, tuple(dots), has_aux=True)
+            return [*ys, *moved]
+
+        program = jax.make_jaxpr(rule)(*avals, *[avals[i] for i in real])
+        ins = [Value(x.shape, x.dims) for x in step.ins]
+        found = _derivative(walk, program, [*ins, *(ins[i] for i in real)])
+        for x, y in zip(outs, found.outs):
+            walk.unite_all(x, y, step)
+        step.inner.append(found)
+    return outs
+
+
+def _derivative(walk, program, ins):
+    walk.depth += 1
+    found = walk.closed(program, ins)
+    walk.depth -= 1
+    return found
+
+
+def _bind_vjp(narrow, step, ins):
+    if len(step.inner) == 1:
+        return narrow(step.inner[0], ins)
+    _, forward, backward = step.inner
+    n, real = len(step.outs), [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+    fn = jax.custom_vjp(lambda *xs: tuple(narrow(step.inner[0], xs)))
+
+    def ahead(*xs):
+        outs = narrow(forward, xs)
+        return tuple(outs[:n]), tuple(outs[n:])
+
+    def back(kept, cotangents):
+        dots = [d for d, v in zip(cotangents, step.eqn.outvars) if _real(v)]
+        moved = dict(zip(real, narrow(backward, [*kept, *dots])))
+        zero = lambda v: np.zeros(v.aval.shape, jax.dtypes.float0)
+        return tuple(moved[i] if i in moved else zero(v) for i, v in enumerate(step.eqn.invars))
+
+    fn.defvjp(ahead, back)
+    return fn(*ins)
+
+
+@call_rule("custom_vjp_call", "custom_vjp_call_jaxpr", bind=_bind_vjp)
+def _custom_vjp(walk, step):
+    step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
+    outs = step.inner[0].outs
+    if walk.derivatives and walk.depth < 2:
+        whole, avals = whole_equation(step.eqn), _avals(step.eqn)
+        real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+        kept: dict[str, Any] = {}
+
+        def ahead(*args):
+            def of_real(*xs):
+                given = dict(zip(real, xs))
+                ys = whole(*[given.get(i, x) for i, x in enumerate(args)])
+                return [y for y, v in zip(ys, step.eqn.outvars) if _real(v)], ys
+
+            _, back, ys = jax.vjp(of_real, *[args[i] for i in real], has_aux=True)
+            saved, kept["treedef"] = jax.tree.flatten(back)
+            return [*ys, *saved]
+
+        forward = jax.make_jaxpr(ahead)(*avals)
+        n = len(outs)
+        saved = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in forward.out_avals[n:]]
+        dots = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in step.eqn.outvars if _real(v)
+        ]
+
+        def behind(*args):
+            back = kept["treedef"].unflatten(args[: len(saved)])
+            return list(back(list(args[len(saved) :])))
+
+        backward = jax.make_jaxpr(behind)(*saved, *dots)
+        first = _derivative(walk, forward, [Value(x.shape, x.dims) for x in step.ins])
+        cotangents = [x for x, v in zip(outs, step.eqn.outvars) if _real(v)]
+        second = _derivative(walk, backward, [*first.outs[n:], *cotangents])
+        for x, y in zip([*outs, *(step.ins[i] for i in real)], [*first.outs[:n], *second.outs]):
+            walk.unite_all(x, y, step)
+        step.inner += [first, second]
+    return outs

@@ -1,0 +1,203 @@
+"""Proof of axes by numbers: permute the rows, and compare."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psjax._select import axis_sizes
+from psjax.axes._narrow import Narrow, Rows, named_dims
+from psjax.axes._rules import RULES
+from psjax.axes._walk import Walk
+
+_TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 2e-4, "float64": 1e-9}
+
+
+def check_axes(
+    apply: Callable[..., Any], axes: Any, params: Any, *inputs: Any, seed: int = 0
+) -> None:
+    r"""Raise unless the rows of every axis can be permuted.
+
+    First the program is read: every dimension that goes together with one of an axis must be in the
+    axis, and none may be in two. Then, at random weights, the rows of each axis are permuted in all
+    leaves, inputs and results that have it, and the results are compared.
+
+    Args:
+      apply: `apply(params, *inputs)`, a pure function of arrays.
+      axes: what `psjax.infer_axes` returns, or your own, as in `psjax.select`.
+      params: the parameters; random numbers are added to them.
+      *inputs: of the function; integers are used as they are.
+      seed: of the random numbers.
+
+    Raises:
+      ValueError: naming leaf, dimension and axis that disagree, and the step of the program that
+        says so; or the axis whose permutation changes the results.
+
+    Example:
+      >>> import jax.numpy as jnp, psjax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> apply = lambda w, x: jnp.tanh(x @ w["in"]) @ w["out"]
+      >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
+      >>> psjax.check_axes(apply, {"in": P(None, "hidden"), "out": P("hidden")}, w, jnp.ones((5, 3)))
+      >>> psjax.check_axes(apply, {"in": P(None, "hidden"), "out": P()}, w, jnp.ones((5, 3)))
+      Traceback (most recent call last):
+      ...
+      ValueError: check_axes: dimension 0 of ['out'] goes together with axis 'hidden' ...
+    """
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    like = jax.tree.map(shape, params)
+    specs, paths, sizes = axis_sizes("check_axes", axes, like)
+    program = jax.make_jaxpr(apply)(like, *inputs)
+    walk = Walk(RULES)
+    flat = jax.tree.leaves(like)
+    values, atoms = named_dims(walk, specs, flat, sizes)
+    rest = [walk.value(aval) for aval in program.in_avals[len(flat) :]]
+    walked = walk.closed(program, [*values, *rest])
+    _check_names(walk, atoms, sizes)
+    _check_leaves(walk, atoms, paths, values)
+    arrays = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+    rng = np.random.default_rng(seed)
+    drawn = [_perturbed(rng, x) for x in arrays]
+    _check_numbers(walk, walked, atoms, sizes, drawn, rng)
+
+
+def _check_names(walk, atoms, sizes):
+    """Every name must be one axis that the program leaves permutable, and no other name's."""
+    seen: dict[int, str] = {}
+    for name, atom in atoms.items():
+        for own in walk.atoms.atoms([[atom]]):
+            reason = walk.atoms.fixed(own)
+            if reason is not None:
+                msg = f"check_axes: the rows of axis {name!r} are told apart: {reason}."
+                raise ValueError(msg)
+            if own in seen:
+                msg = (
+                    f"check_axes: {seen[own]!r} and {name!r} are one axis, of {sizes[name]} rows; "
+                    "give both one name."
+                )
+                raise ValueError(msg)
+            seen[own] = name
+
+
+def _check_leaves(walk, atoms, paths, values):
+    """What goes together with an axis must be named so."""
+    names_of = {own: name for name, a in atoms.items() for own in walk.atoms.atoms([[a]])}
+    named = set(atoms.values())
+    for path, x in zip(paths, values):
+        for d, dim in enumerate(x.dims):
+            written = [
+                own for term in dim for atom in term if atom in named for own in _own(walk, atom)
+            ]
+            found = [own for term in walk.atoms.expand(dim) for own in term if own in names_of]
+            extra = [own for own in found if own not in written]
+            if extra:
+                msg = (
+                    f"check_axes: dimension {d} of {path} goes together with axis "
+                    f"{names_of[extra[0]]!r}, of {walk.atoms.size(extra[0])} rows, and is not "
+                    "named so."
+                )
+                raise ValueError(msg)
+
+
+def _own(walk, atom):
+    return walk.atoms.atoms([[atom]])
+
+
+def _perturbed(rng, x):
+    """Random numbers near an array's own, of its sign where it has one everywhere."""
+    x = np.asarray(x) if not isinstance(x, jax.ShapeDtypeStruct) else np.zeros(x.shape, x.dtype)
+    if not np.issubdtype(x.dtype, np.floating) and x.dtype.name != "bfloat16":
+        return x
+    own = x.astype(np.float64)
+    scale = float(np.sqrt(np.mean(own**2))) if x.size else 0.0
+    noise = rng.normal(size=x.shape)
+    new = own * np.exp(0.3 * rng.normal(size=x.shape)) + 0.3 * (scale or 1.0) * noise
+    if x.size and np.all(own > 0):
+        new = np.abs(own) * np.exp(0.3 * noise)
+    return new.astype(x.dtype)
+
+
+def _check_numbers(walk, walked, atoms, sizes, arrays, rng):
+    """Permute the rows of one axis after the other."""
+    random = _draws(walked)
+
+    def results(arrays, perms):
+        run = _Permuted(walk, perms) if random else Narrow(Rows(walk.atoms, {}))
+        return run(walked, arrays)
+
+    run = jax.jit(lambda arrays: results(arrays, {}))
+    base = [np.asarray(y) for y in run(arrays)]
+    if not all(np.all(np.isfinite(y)) for y in base if y.dtype.kind in "fc"):
+        msg = (
+            "check_axes: the results at random weights near the given ones are not finite; pass "
+            "other parameters or another seed."
+        )
+        raise ValueError(msg)
+    for name, atom in atoms.items():
+        perms = {own: rng.permutation(walk.atoms.size(own)) for own in _own(walk, atom)}
+        moved = [_permuted(walk, x, v, perms) for x, v in zip(arrays, walked.ins)]
+        again = jax.jit(lambda arrays, perms=perms: results(arrays, perms)) if random else run
+        for y, found, value in zip(base, again(moved), walked.outs):
+            error, allowed = _error(np.asarray(found), _permuted(walk, y, value, perms))
+            if not error <= allowed:
+                msg = (
+                    f"check_axes: permuting the {sizes[name]} rows of axis {name!r} changes the "
+                    f"results by {error:.1e} of their size (at most {allowed:.0e} is rounding)."
+                )
+                raise ValueError(msg)
+
+
+def _error(found, want):
+    if found.dtype.kind not in "fc" and found.dtype.name != "bfloat16":
+        return float(np.any(found != want)), 0.0
+    wide = lambda y: y.astype(np.complex128 if y.dtype.kind == "c" else np.float64)
+    size = max(float(np.max(np.abs(wide(want)), initial=0.0)), 1e-30)
+    error = float(np.max(np.abs(wide(found) - wide(want)), initial=0.0)) / size
+    return error, _TOLERANCE.get(found.dtype.name, 2e-4)
+
+
+def _rows(walk, dim, perms):
+    """Where every row of a dimension comes from."""
+    found, start = [], 0
+    for term in walk.atoms.expand(dim):
+        own = np.zeros(1, int)
+        for atom in term:
+            n = walk.atoms.size(atom)
+            own = (own[:, None] * n + perms.get(atom, np.arange(n))[None]).reshape(-1)
+        found.append(start + own)
+        start += len(own)
+    return np.concatenate(found) if found else np.zeros(0, int)
+
+
+def _permuted(walk, x, value, perms):
+    """An array with its rows in another order; numbers of rows follow them."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return x
+    for d, dim in enumerate(value.dims):
+        if not perms.keys().isdisjoint(walk.atoms.atoms(dim)):
+            x = x.take(_rows(walk, dim, perms), axis=d)
+    if value.points is not None:
+        x = np.argsort(_rows(walk, value.points, perms))[x].astype(x.dtype)
+    return x
+
+
+def _draws(program):
+    """Whether random numbers are drawn in it."""
+    steps = program.steps
+    return any(step.name == "random_bits" or any(map(_draws, step.inner)) for step in steps)
+
+
+class _Permuted(Narrow):
+    """Evaluates a program whose random numbers are in another order too."""
+
+    def __init__(self, walk, perms):
+        super().__init__(Rows(walk.atoms, {}))
+        self.walk, self.perms = walk, perms
+
+    def step(self, step, ins):
+        outs = super().step(step, ins)
+        if step.name == "random_bits":
+            outs = [_permuted(self.walk, outs[0], step.outs[0], self.perms)]
+        return outs

@@ -1,0 +1,195 @@
+"""Axes of the parameters of any function, found in its program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from psjax.axes._atoms import Reason
+from psjax.axes._axes import Axes, Axis, Fixed
+from psjax.axes._couplings import Couplings
+from psjax.axes._rules import RULES
+from psjax.axes._walk import Program, Value, Walk
+
+UNUSED = Reason("no step reads it")
+
+
+def infer_axes(apply: Callable[..., Any], params: Any, *inputs: Any) -> Axes:
+    r"""Find which dimensions of the parameters go together.
+
+    An axis is a set of dimensions whose rows can be permuted together, in all leaves, inputs and
+    results that have it, without a change of the function: the neurons of a hidden layer, the heads
+    of an attention, the channels that residual blocks share. They are found in the jaxpr, by one
+    rule per primitive; whatever is not known to be permutable is fixed, with the reason.
+    `psjax.check_axes` proves an answer by numbers.
+
+    Args:
+      apply: `apply(params, *inputs)`, a pure function of arrays.
+      params: its parameters, or `jax.ShapeDtypeStruct`s of them.
+      *inputs: the same of its inputs; any batch size.
+
+    Returns:
+      `Axes`. Names follow the depth: `hidden_0`, `hidden_1`, `heads_0`, `experts_0`,
+      `normalised_0`, `input_0`, `output_0`; `Axes.rename` gives them others.
+
+    Raises:
+      TypeError: parameters without arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, psjax
+      >>> apply = lambda w, x: jnp.tanh(x @ w["in"]) @ w["out"]
+      >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
+      >>> print(psjax.infer_axes(apply, w, jnp.ones((5, 3))))
+      axis      size  kind    leaves and dimensions
+      input_0      3  input   ['in'] 0
+      hidden_0     8  hidden  ['in'] 1, ['out'] 0
+      output_0     2  output  ['out'] 1
+    """
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    like = jax.tree.map(shape, params)
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    if not leaves:
+        msg = "infer_axes(params=...): the parameters have no arrays."
+        raise TypeError(msg)
+    program = jax.make_jaxpr(apply)(like, *inputs)
+    walk = Walk(RULES)
+    values = [walk.value(aval) for aval in program.in_avals]
+    walked = walk.closed(program, values)
+    return _Namer(walk, walked, like, leaves).axes()
+
+
+class _Namer:
+    """Names the atoms of a program that was walked through."""
+
+    def __init__(self, walk: Walk, program: Program, like: Any, leaves: Any):
+        self.walk, self.program, self.like = walk, program, like
+        self.paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+        self.params = program.ins[: len(leaves)]
+        self.inputs = program.ins[len(leaves) :]
+        self.uses: dict[int, int] = {}
+        self.batched: set[int] = set()
+        self.ranked: set[int] = set()
+        self._count = 0
+        self._visit(program)
+        for path_value in self.params:
+            if id(path_value) not in self.uses and not self._returned(path_value):
+                walk.fix(path_value.dims, UNUSED)
+        self.coupled = Couplings(walk)
+        self.coupled.of(program)
+
+    def _returned(self, x):
+        return any(x is out for out in self.program.outs)
+
+    def _visit(self, program):
+        """The order in which values are used, and what is used how."""
+        for step in program.steps:
+            for inner in step.inner:
+                self._visit(inner)
+            for x in step.ins:
+                self.uses.setdefault(id(x), self._count)
+            self._count += 1
+            if step.name == "dot_general":
+                _, (batch, _) = step.eqn.params["dimension_numbers"]
+                self.batched |= self._atoms(step.ins[0].dims[d] for d in batch)
+            if step.name in ("top_k", "argmax", "argmin"):
+                self.ranked |= {a for x in step.outs if x.points for a in self._atoms([x.points])}
+
+    def _atoms(self, dims):
+        return {atom for dim in dims for atom in self.walk.atoms.atoms(dim)}
+
+    def axes(self) -> Axes:
+        names = self._names()
+        axes = {}
+        for atom, name in names.items():
+            leaves = tuple(
+                (path, d)
+                for path, x in zip(self.paths, self.params)
+                for d, dim in enumerate(x.dims)
+                if atom in self.walk.atoms.atoms(dim)
+            )
+            reason = self.coupled.reasons.get(atom)
+            size = self.walk.atoms.size(atom)
+            axes[name] = Axis(name, size, self._kind(atom), leaves, reason)
+        spec = lambda x: self._spec(x, names)
+        return Axes(
+            jax.tree.structure(self.like).unflatten([spec(x) for x in self.params]),
+            self.like,
+            axes,
+            tuple(self._fixed()),
+            tuple(map(spec, self.inputs)),
+            tuple(map(spec, self.program.outs)),
+            dict(self.walk.unknown),
+        )
+
+    def _names(self):
+        """Names of the free atoms of the parameters, in the order of their first use."""
+        atoms = self.walk.atoms
+        first: dict[int, tuple[int, ...]] = {}
+        for i, x in enumerate(self.params):
+            for d, dim in enumerate(x.dims):
+                for place, atom in enumerate(atoms.atoms(dim)):
+                    at = (self.uses.get(id(x), self._count), i, d, place)
+                    if atoms.fixed(atom) is None and at < first.get(atom, (self._count + 1,)):
+                        first[atom] = at
+        numbers: dict[str, int] = {}
+        names = {}
+        for atom in sorted(first, key=first.__getitem__):
+            label = self._label(atom)
+            number = numbers[label] = numbers.get(label, -1) + 1
+            names[atom] = f"{label}_{number}"
+        return names
+
+    def _kind(self, atom):
+        if atom in self._atoms(d for x in self.inputs for d in x.dims):
+            return "input"
+        if atom in self._atoms(d for x in self.program.outs for d in x.dims):
+            return "output"
+        return "hidden" if atom not in self.coupled.reasons else "normalised"
+
+    def _label(self, atom):
+        kind = self._kind(atom)
+        if kind in ("hidden", "normalised") and atom in self.ranked:
+            return "experts"
+        if kind == "hidden" and atom in self.batched:
+            return "heads"
+        return kind
+
+    def _spec(self, x: Value, names: dict[int, str]) -> P:
+        return P(*(self._entry(dim, names) for dim in x.dims))
+
+    def _entry(self, dim, names):
+        """A dimension in the notation of axes; None where nothing in it has a name."""
+        terms: list[list[str | int]] = []
+        for term in self.walk.atoms.expand(dim):
+            own: list[str | int] = []
+            for atom in term:
+                factor = names.get(atom, self.walk.atoms.size(atom))
+                last = own[-1] if own else None
+                if isinstance(factor, int) and isinstance(last, int):
+                    own[-1] = factor * last
+                else:
+                    own.append(factor)
+            own = own or [1]
+            last = terms[-1] if terms else None
+            if last is not None and _number(last) and _number(own):
+                last[0] += own[0]  # pyright: ignore[reportOperatorIssue]
+            else:
+                terms.append(own)
+        if all(_number(term) for term in terms):
+            return None
+        return "+".join("*".join(map(str, term)) for term in terms)
+
+    def _fixed(self):
+        atoms = self.walk.atoms
+        for path, x in zip(self.paths, self.params):
+            for d, dim in enumerate(x.dims):
+                for atom in atoms.atoms(dim):
+                    reason = atoms.fixed(atom)
+                    if reason is not None:
+                        yield Fixed(path, d, atoms.size(atom), reason)
+
+
+def _number(term):
+    return len(term) == 1 and isinstance(term[0], int)

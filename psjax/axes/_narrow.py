@@ -1,0 +1,198 @@
+"""The same function with fewer rows of some axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from psjax._notation import size_of, terms
+from psjax._select import axis_sizes, check_count, nearest
+from psjax.axes._atoms import Atoms, Dim
+from psjax.axes._calls import whole_equation
+from psjax.axes._rules import RULES
+from psjax.axes._walk import Program, Step, Value, Walk
+
+
+class Rows:
+    """Rows of dimensions in the narrower program: `rows(dim)`."""
+
+    def __init__(self, atoms: Atoms, sizes: Mapping[int, int]):
+        self.atoms, self.sizes = atoms, sizes
+
+    def __call__(self, dim: Dim) -> int:
+        total = 0
+        for term in self.atoms.expand(dim):
+            n = 1
+            for atom in term:
+                n *= self.sizes.get(atom, self.atoms.size(atom))
+            total += n
+        return total
+
+    def shape(self, x: Value) -> tuple[int, ...]:
+        """Of a value."""
+        return tuple(self(dim) for dim in x.dims)
+
+
+class Narrow:
+    """Evaluates walked programs with fewer rows: `narrow(program, args) -> results`."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __call__(self, program: Program, args: Sequence[Any]) -> list[Any]:
+        consts = [self._constant(*x) for x in zip(program.consts, program.const_values)]
+        jaxpr = program.jaxpr
+        env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]
+        for step in program.steps:
+            ins = [read(v) for v in step.eqn.invars]
+            env |= zip(step.eqn.outvars, self.step(step, ins))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _constant(self, x, value):
+        shape = self.rows.shape(value)
+        if shape == tuple(jnp.shape(x)):
+            return x
+        return jax.lax.slice(x, (0,) * len(shape), shape)  # the same in every row
+
+    def step(self, step: Step, ins: list[Any]) -> Sequence[Any]:
+        """Evaluate one equation."""
+        rule, eqn = RULES.get(step.name), step.eqn
+        if rule is None:
+            return whole_equation(eqn)(*ins)
+        if rule.bind is not None:
+            return rule.bind(self, step, ins)
+        params = eqn.params if rule.params is None else rule.params(self.rows, step)
+        outs = eqn.primitive.bind(*ins, **params)
+        return outs if eqn.primitive.multiple_results else [outs]
+
+
+def named_dims(walk: Walk, specs: Sequence[Any], shapes: Sequence[Any], sizes: Mapping[str, int]):
+    """Values of parameters whose axes have names, and the atom of every name."""
+    atoms = {name: walk.atoms.new(size) for name, size in sizes.items()}
+    factor = lambda x: atoms[x] if isinstance(x, str) else walk.atoms.new(x)
+
+    def dim(entry, n):
+        if entry is None:
+            return walk.atoms.dim(n)
+        return [[factor(x) for x in term if x != 1] for term in terms(entry)]
+
+    values = []
+    for spec, x in zip(specs, shapes):
+        entries = [*(spec or ()), *[None] * (len(x.shape) - len(spec or ()))]
+        values.append(Value(x.shape, [dim(e, n) for e, n in zip(entries, x.shape)]))
+    return values, atoms
+
+
+def narrow(
+    apply: Callable[..., Any], axes: Any, sizes: Mapping[str, int], like: Any = None
+) -> Callable[..., Any]:
+    r"""The same function of narrower parameters, derived from its program.
+
+    A hand-written model takes its widths as arguments; of any other function `narrow` is the
+    narrower copy. With `selection` an index set of `sizes[name]` rows of every axis, the function
+    returned, at `selection.gather(params)`, is `apply` at parameters whose other rows are zero,
+    where the axis can be divided (`psjax.infer_axes` says so). Numbers that the program holds, such
+    as `1 / sqrt(width)`, stay those of the whole network.
+
+    Args:
+      apply: `apply(params, *inputs)`, a pure function of arrays.
+      axes: what `psjax.infer_axes` returns, or your own, as in `psjax.select`.
+      sizes: `{axis: rows}`, 1 or more; axes that are not named stay whole.
+      like: the whole parameters, or `jax.ShapeDtypeStruct`s of them; may be left out with what
+        `infer_axes` returns.
+
+    Returns:
+      `small(params, *inputs)`, with results in the structure of `apply`'s. The program is traced at
+      every call: jit what calls it. Random numbers are drawn in the narrower shapes.
+
+    Raises:
+      ValueError: at once, for unknown axes and wrong sizes; at the call, for an axis whose rows the
+        program tells apart, saying where, for one that the inputs have, and for parameters of other
+        shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, psjax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> apply = lambda w, x: jnp.tanh(x @ w["in"]) @ w["out"]
+      >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
+      >>> axes = {"in": P(None, "hidden"), "out": P("hidden")}
+      >>> small = psjax.narrow(apply, axes, {"hidden": 4}, like=w)
+      >>> small({"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}, jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+    like = like if like is not None else getattr(axes, "like", None)
+    if like is None:
+        msg = "narrow(axes=...): pass the whole parameters, or their shapes, as like=."
+        raise ValueError(msg)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
+    specs, paths, known = axis_sizes("narrow", axes, shapes)
+    for name, rows in sizes.items():
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"; the nearest is {near!r}" if near else ""
+            msg = (
+                f"narrow(sizes=...): no parameter has an axis {name!r}{hint}; pass one of {known}."
+            )
+            raise ValueError(msg)
+        check_count("narrow(sizes=...)", name, rows)
+        if rows > known[name]:
+            msg = f"narrow(sizes=...): axis {name!r} has {known[name]} rows, not {rows}."
+            raise ValueError(msg)
+    flat, treedef = jax.tree.flatten(shapes)
+    smaller = {**known, **sizes}
+    expected = [_narrower(x.shape, spec, smaller) for x, spec in zip(flat, specs)]
+
+    def small(params, *inputs):
+        got, own = jax.tree.flatten(params)
+        if own != treedef:
+            msg = f"narrow: the parameters have the structure {own}, not {treedef} as in like."
+            raise ValueError(msg)
+        for path, x, shape in zip(paths, got, expected):
+            if jnp.shape(x) != shape:
+                msg = f"narrow: {path} has shape {jnp.shape(x)}; with {dict(sizes)} it has {shape}."
+                raise ValueError(msg)
+        program, out = jax.make_jaxpr(apply, return_shape=True)(shapes, *inputs)
+        walk = Walk(RULES, derivatives=True)
+        values, atoms = named_dims(walk, specs, flat, known)
+        rest = [walk.value(aval) for aval in program.in_avals[len(flat) :]]
+        walked = walk.closed(program, [*values, *rest])
+        new = _new_sizes(walk, atoms, known, sizes, rest)
+        outs = Narrow(Rows(walk.atoms, new))(walked, [*got, *jax.tree.leaves(inputs)])
+        return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+    return small
+
+
+def _narrower(shape, spec, sizes):
+    entries = [*(spec or ()), *[None] * (len(shape) - len(spec or ()))]
+    return tuple(n if e is None else size_of(e, sizes) for e, n in zip(entries, shape))
+
+
+def _new_sizes(walk, atoms, known, sizes, inputs):
+    """Rows of the atoms of the narrowed axes, where each may have fewer."""
+    of_inputs = {atom for x in inputs for dim in x.dims for atom in walk.atoms.atoms(dim)}
+    new: dict[int, int] = {}
+    names_of: dict[int, str] = {}
+    for name in known:
+        own = walk.atoms.atoms([[atoms[name]]])
+        rows = sizes.get(name, known[name])
+        if rows == known[name] and not any(atom in new for atom in own):
+            names_of |= {atom: name for atom in own}
+            continue
+        problem = None
+        if len(own) != 1 or walk.atoms.size(own[0]) != known[name]:
+            problem = "the program divides it into parts; name those"
+        elif walk.atoms.fixed(own[0]) is not None:
+            problem = str(walk.atoms.fixed(own[0]))
+        elif own[0] in of_inputs:
+            problem = "the inputs have it too"
+        elif names_of.get(own[0], name) != name and sizes.get(names_of[own[0]]) != rows:
+            problem = f"it has the same rows as {names_of[own[0]]!r}; pass one size for both"
+        if problem is not None:
+            msg = f"narrow(sizes={{{name!r}: {rows}}}): the axis cannot be narrower: {problem}."
+            raise ValueError(msg)
+        new[own[0]], names_of[own[0]] = rows, name
+    return new

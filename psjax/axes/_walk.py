@@ -1,0 +1,172 @@
+"""A walk through a program: the dimensions of every value, and what every step made of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from psjax.axes._atoms import Atoms, Dim, Reason
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array of the program.
+
+    Attributes:
+      shape: of the whole program.
+      dims: one `Dim` per dimension.
+      points: the dimension whose rows the values are, of an array of integers such as `argmax`
+        returns; they change with the rows' order.
+      literal: the value, of a number written in the program.
+    """
+
+    shape: tuple[int, ...]
+    dims: list[Dim]
+    points: Dim | None = None
+    literal: Any = None
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """An equation, the values around it, and the programs inside.
+
+    Attributes:
+      eqn: the equation.
+      ins: values that it reads.
+      outs: values that it makes.
+      inner: programs of a loop, a condition, a call; what derivatives need comes last.
+      extra: what a rule keeps for the narrower program.
+    """
+
+    eqn: Any
+    ins: list[Value]
+    outs: list[Value]
+    inner: list["Program"] = dataclasses.field(default_factory=list)
+    extra: Any = None
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.eqn.primitive.name
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A jaxpr that was walked through.
+
+    Attributes:
+      jaxpr: open.
+      consts: arrays that it holds.
+      const_values: their values.
+      ins: values of its arguments.
+      steps: one per equation.
+      outs: values of its results.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    const_values: list[Value]
+    ins: list[Value]
+    steps: list[Step]
+    outs: list[Value]
+
+
+class Walk:
+    """Walks through programs, by one rule per primitive, on atoms that they share.
+
+    Args:
+      rules: `{primitive: Rule}`.
+      derivatives: whether to walk through the derivatives of `custom_jvp` and `custom_vjp` too.
+    """
+
+    def __init__(self, rules: Any, derivatives: bool = False):
+        self.atoms, self.rules, self.derivatives = Atoms(), rules, derivatives
+        self.depth = 0  # of derivatives of derivatives
+        self.unknown: dict[str, int] = {}
+
+    def value(self, aval: Any, reason: Reason | None = None) -> Value:
+        """A value whose dimensions are new."""
+        return Value(aval.shape, [self.atoms.dim(n, reason) for n in aval.shape])
+
+    def constant(self, x: Any) -> Value:
+        """A constant array: where it varies along a dimension, its rows are told apart."""
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+            return self.value(x, Reason("random keys"))
+        x = np.asarray(x)
+        dims = []
+        for d, n in enumerate(x.shape):
+            varies = n > 1 and not np.array_equal(x, np.broadcast_to(np.take(x, [0], d), x.shape))
+            dims.append(self.atoms.dim(n, Reason("a constant varies along it") if varies else None))
+        return Value(x.shape, dims, literal=x if x.ndim == 0 else None)
+
+    def closed(self, closed: Any, ins: Sequence[Value]) -> Program:
+        """Walk through a closed or an open jaxpr."""
+        jaxpr = getattr(closed, "jaxpr", closed)
+        return self.run(jaxpr, getattr(closed, "consts", ()), ins)
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Program:
+        """Walk through an open jaxpr with these constants."""
+        values = [self.constant(x) for x in consts]
+        env = dict(zip(jaxpr.constvars, values)) | dict(zip(jaxpr.invars, ins))
+        read = lambda v: self.constant(np.asarray(v.val)) if isinstance(v, Literal) else env[v]
+        steps = []
+        for eqn in jaxpr.eqns:
+            step = self.step(eqn, [read(v) for v in eqn.invars])
+            env |= zip(eqn.outvars, step.outs)
+            steps.append(step)
+        outs = [read(v) for v in jaxpr.outvars]
+        return Program(jaxpr, consts, values, list(ins), steps, outs)
+
+    def step(self, eqn: Any, ins: list[Value]) -> Step:
+        """One equation, by its rule."""
+        step = Step(eqn, ins, [])
+        rule = self.rules.get(eqn.primitive.name)
+        if rule is None or not rule.points:
+            for x in ins:
+                self.unpoint(x, step)
+        if rule is None:
+            self.refuse(step)
+        else:
+            step.outs = rule.dims(self, step)
+        return step
+
+    def refuse(self, step: Step) -> None:
+        """Fix whatever a primitive touches of which nothing is known."""
+        name = step.name
+        self.unknown[name] = self.unknown.get(name, 0) + 1
+        reason = self.reason("a primitive without a rule", step)
+        for x in step.ins:
+            self.fix(x.dims, reason)
+        step.outs = [self.value(v.aval, reason) for v in step.eqn.outvars]
+
+    # --------------------------------------------------------------------------- for the rules
+
+    def reason(self, text: str, step: Step) -> Reason:
+        """Why, with the primitive and the user's line."""
+        return Reason(text, step.eqn)
+
+    def fix(self, dims: Sequence[Dim], reason: Reason) -> None:
+        """Tell the rows of dimensions apart."""
+        for dim in dims:
+            self.atoms.fix(dim, reason)
+
+    def unite(self, one: Dim, two: Dim, step: Step) -> None:
+        """Two dimensions have the same rows, or where that cannot be, fixed ones."""
+        if one and two and self.atoms.rows(one) > 1:
+            self.atoms.unite(one, two, self.reason("its rows are divided in two ways", step))
+
+    def unite_all(self, one: Value, two: Value, step: Step) -> None:
+        """Two values of one shape have the same dimensions."""
+        for a, b in zip(one.dims, two.dims, strict=True):
+            self.unite(a, b, step)
+
+    def unpoint(self, x: Value, step: Step) -> None:
+        """The numbers of rows are used as numbers: the rows are told apart."""
+        if x.points is not None:
+            self.atoms.fix(x.points, self.reason("its rows are counted", step))
+
+
+Dims = Callable[[Walk, Step], list[Value]]
