@@ -226,7 +226,10 @@ def _spread(call, entries, like):
         found.append(given[at])
     no_leaf = lambda x: not jax.tree.leaves(x)  # None, or an empty container: its entry is unused
     empty = jax.tree_util.tree_leaves_with_path(like, is_leaf=no_leaf)
-    used |= {as_keys(path)[:n] for path, x in empty if no_leaf(x) for n in range(len(path) + 1)}
+    for path, x in empty:
+        if no_leaf(x):
+            keys = as_keys(path)
+            used |= {own for own in given if own == keys[: len(own)] or keys == own[: len(keys)]}
     extra = [keystr(path) for path, _ in entries if as_keys(path) not in used]
     if missing or extra:
         show = lambda xs: f"{', '.join(xs[:3])}{' ...' if len(xs) > 3 else ''}"
@@ -285,9 +288,10 @@ def axis_sizes(
                 raise ValueError(msg)
             where.setdefault(name, path)
     used = {name for spec in specs for name in names(spec)} - set(sizes)
-    for name in sorted(used & set(given or {})):
-        check_count(f"{call}(sizes=...)", name, (given or {})[name])
-        sizes[name] = int((given or {})[name])
+    known = {**(getattr(axes, "sizes", {}) if is_function(axes) else {}), **(given or {})}
+    for name in sorted(used & set(known)):
+        check_count(f"{call}(sizes=...)", name, known[name])
+        sizes[name] = int(known[name])
     _solve(call, paths, shapes, specs, sizes)
     return specs, paths, sizes
 

@@ -15,8 +15,6 @@ from psjax.axes._source import source_of
 Term = list[int]
 Dim = list[Term]
 
-_MOST_COPIES = 64  # terms that one dimension is written out to
-
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
@@ -100,40 +98,37 @@ class Atoms:
         return math.prod(self.size(atom) for atom in term)
 
     def atoms(self, dim: Dim) -> list[int]:
-        """The representatives in a dimension, each once, in their order."""
-        return list(dict.fromkeys(atom for term in self.expand(dim) for atom in term))
+        """The representatives in a dimension that are not divided, each once, in their order."""
+        found: dict[int, None] = {}
+        for term in self.expand(dim):
+            for atom in term:
+                parts = self.parts(atom)
+                found |= dict.fromkeys([atom] if parts is None else self.atoms(parts))
+        return list(found)
+
+    def parts(self, atom: int) -> Dim | None:
+        """The terms that an atom is divided into; None where it is not."""
+        parts = self._parts[self.find(atom)]
+        return None if parts is None else self.expand(parts)
 
     def expand(self, dim: Dim) -> Dim:
         """The dimension in atoms that are not divided.
 
-        Where parts of different kinds repeat, `p * (a + b)`, the dimension is written out, `a + b +
-        a + b`, and the rows of p are fixed.
+        Except where different parts repeat for every row of what stands before them, as `a + b` in
+        `p * (a + b)`: such a sum stays one atom, and has `parts`.
         """
         found: Dim = []
         for term in dim:
             own: Dim = [[]]
             for atom in term:
-                atom = self.find(atom)
-                parts = self._parts[atom]
-                parts = [[atom]] if parts is None else self.expand(parts)
-                if len(parts) == 1:
-                    own = [[*before, *parts[0]] for before in own]
-                else:
-                    own = [copy for before in own for copy in self._copies(before, parts)]
+                parts = self.parts(atom)
+                if parts is None:
+                    parts = [[self.find(atom)]]
+                elif len(parts) > 1 and own != [[]]:
+                    parts = [[self.find(atom)]]
+                own = [[*before, *part] for before in own for part in parts]
             found += own
         return found
-
-    def _copies(self, before, parts):
-        """`before * (parts)`, written out."""
-        if not before:
-            return [list(part) for part in parts]
-        reason = Reason("parts of different kinds repeat along it")
-        self.fix([before], reason)
-        if self._rows(before) * len(parts) > _MOST_COPIES:
-            self.fix(parts, reason)
-            size = self._rows(before) * sum(self._rows(part) for part in parts)
-            return [[self.new(size, reason)]]
-        return [list(part) for _ in range(self._rows(before)) for part in parts]
 
     # ------------------------------------------------------------------------------- what is found
 
@@ -153,7 +148,7 @@ class Atoms:
             x, y = a[place], b[place]
             m, n = self._rows(x), self._rows(y)
             if m == n:
-                done = self._unite_terms(x, y)
+                done = self._unite_terms(x, y, reason)
             else:
                 done = self._cut(x, n) if m > n else self._cut(y, m)
             if not done:
@@ -165,14 +160,15 @@ class Atoms:
         if self.rows(dim) > 0:  # of other sizes: no such program
             self.fix(dim, reason)
 
-    def _unite_terms(self, one, two):
+    def _unite_terms(self, one, two, reason):
         """Make two products of one size alike, a step at a time; False where that cannot be."""
         place = next(i for i, (x, y) in enumerate(zip(one, two)) if x != y)
         a, b = one[place], two[place]
         m, n = self._size[a], self._size[b]
         if m == n:
-            self._parent[b] = a
-            self._fixed[a] = self._fixed[a] or self._fixed[b]
+            self._merge(a, b, reason)
+        elif self._parts[a] is not None or self._parts[b] is not None:
+            return False
         elif m > n and n and m % n == 0:
             self._divide(a, [[self.new(n), self.new(m // n)]])
         elif n > m and m and n % m == 0:
@@ -180,6 +176,19 @@ class Atoms:
         else:
             return False
         return True
+
+    def _merge(self, a, b, reason):
+        """Two atoms of one size are one, and so are the parts that they have."""
+        if self._parts[a] is None:
+            a, b = b, a
+        parts, other = self._parts[a], self._parts[b]
+        self._parent[b] = a
+        why = self._fixed[a] or self._fixed[b]
+        self._fixed[a] = why
+        if parts is not None and other is not None:
+            self.unite(parts, other, reason)
+        if parts is not None and why is not None:
+            self.fix(parts, why)
 
     def _divide(self, atom, parts):
         reason = self._fixed[atom]

@@ -143,7 +143,7 @@ class Axes:
     def __str__(self):
         """The table."""
         head = ("axis", "size", "kind", "leaves and dimensions")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for name, axis in self.axes.items():
             rows.append((name, str(axis.size), axis.kind, _places(axis.leaves)))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]

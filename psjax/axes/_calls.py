@@ -1,4 +1,4 @@
-"""Rules of primitives with programs inside: loops, conditions, calls, functions with own derivatives.
+"""Rules of primitives with programs inside: loops, conditions, calls, own derivatives.
 
 `bind(narrow, step, ins)` evaluates the equation in the narrower program; `narrow(program, args)`
 evaluates one of `step.inner`.

@@ -40,8 +40,9 @@ def check_axes(
       >>> from jax.sharding import PartitionSpec as P
       >>> apply = lambda w, x: jnp.tanh(x @ w["in"]) @ w["out"]
       >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
-      >>> psjax.check_axes(apply, {"in": P(None, "hidden"), "out": P("hidden")}, w, jnp.ones((5, 3)))
-      >>> psjax.check_axes(apply, {"in": P(None, "hidden"), "out": P()}, w, jnp.ones((5, 3)))
+      >>> axes = {"in": P(None, "hidden"), "out": P("hidden")}
+      >>> psjax.check_axes(apply, axes, w, jnp.ones((5, 3)))
+      >>> psjax.check_axes(apply, {**axes, "out": P()}, w, jnp.ones((5, 3)))
       Traceback (most recent call last):
       ...
       ValueError: check_axes: dimension 0 of ['out'] goes together with axis 'hidden' ...
@@ -90,7 +91,7 @@ def _check_leaves(walk, atoms, paths, values):
             written = [
                 own for term in dim for atom in term if atom in named for own in _own(walk, atom)
             ]
-            found = [own for term in walk.atoms.expand(dim) for own in term if own in names_of]
+            found = [own for own in walk.atoms.atoms(dim) if own in names_of]
             extra = [own for own in found if own not in written]
             if extra:
                 msg = (
@@ -164,8 +165,9 @@ def _rows(walk, dim, perms):
     for term in walk.atoms.expand(dim):
         own = np.zeros(1, int)
         for atom in term:
-            n = walk.atoms.size(atom)
-            own = (own[:, None] * n + perms.get(atom, np.arange(n))[None]).reshape(-1)
+            n, parts = walk.atoms.size(atom), walk.atoms.parts(atom)
+            inner = perms.get(atom, np.arange(n)) if parts is None else _rows(walk, parts, perms)
+            own = (own[:, None] * n + inner[None]).reshape(-1)
         found.append(start + own)
         start += len(own)
     return np.concatenate(found) if found else np.zeros(0, int)

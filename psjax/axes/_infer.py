@@ -14,6 +14,9 @@ from psjax.axes._rules import RULES
 from psjax.axes._walk import Program, Value, Walk
 
 UNUSED = Reason("no step reads it")
+REPEATED = Reason("its rows lie within every row of another axis, beside others")
+
+_MOST_COPIES = 64
 
 
 def infer_axes(apply: Callable[..., Any], params: Any, *inputs: Any) -> Axes:
@@ -68,6 +71,13 @@ class _Namer:
         self.paths = [jax.tree_util.keystr(path) for path, _ in leaves]
         self.params = program.ins[: len(leaves)]
         self.inputs = program.ins[len(leaves) :]
+        state = [[walk.atoms.expand(d) for d in x.dims] for x in self.params]
+        # What has the dimensions of a parameter is a new value of it, such as a statistic.
+        self.results = [
+            x
+            for x in program.outs
+            if not x.dims or [walk.atoms.expand(d) for d in x.dims] not in state
+        ]
         self.uses: dict[int, int] = {}
         self.batched: set[int] = set()
         self.ranked: set[int] = set()
@@ -76,8 +86,41 @@ class _Namer:
         for path_value in self.params:
             if id(path_value) not in self.uses and not self._returned(path_value):
                 walk.fix(path_value.dims, UNUSED)
+        self._write_out()
         self.coupled = Couplings(walk)
         self.coupled.of(program)
+
+    def _write_out(self):
+        """Fix what the notation of axes has no words for: `heads * (a + b)`, but for its heads."""
+        atoms = self.walk.atoms
+        for x in self.params:
+            for dim in x.dims:
+                for term in atoms.expand(dim):
+                    for place, atom in enumerate(term):
+                        parts = atoms.parts(atom)
+                        if parts is not None and not self._few_copies(term[:place]):
+                            atoms.fix(parts, REPEATED)
+
+    def _few_copies(self, before):
+        """Whether what stands before a sum is a number, and not too large to write the sum out."""
+        atoms = self.walk.atoms
+        free = any(atoms.fixed(atom) is None for atom in atoms.atoms([before]))
+        return not free and atoms.rows([before]) <= _MOST_COPIES
+
+    def _written(self, dim):
+        """The terms of a dimension; sums inside a product are written out, or one number."""
+        atoms, found = self.walk.atoms, []
+        for term in atoms.expand(dim):
+            own: list[list[int]] = [[]]
+            for place, atom in enumerate(term):
+                parts = atoms.parts(atom)
+                if parts is None or all(map(atoms.fixed, atoms.atoms(parts))):
+                    own = [[*before, atom] for before in own]
+                else:
+                    copies = atoms.rows([term[:place]])
+                    own = [list(part) for _ in range(copies) for part in parts]
+            found += own
+        return found
 
     def _returned(self, x):
         return any(x is out for out in self.program.outs)
@@ -144,7 +187,7 @@ class _Namer:
     def _kind(self, atom):
         if atom in self._atoms(d for x in self.inputs for d in x.dims):
             return "input"
-        if atom in self._atoms(d for x in self.program.outs for d in x.dims):
+        if atom in self._atoms(d for x in self.results for d in x.dims):
             return "output"
         return "hidden" if atom not in self.coupled.reasons else "normalised"
 
@@ -162,7 +205,7 @@ class _Namer:
     def _entry(self, dim, names):
         """A dimension in the notation of axes; None where nothing in it has a name."""
         terms: list[list[str | int]] = []
-        for term in self.walk.atoms.expand(dim):
+        for term in self._written(dim):
             own: list[str | int] = []
             for atom in term:
                 factor = names.get(atom, self.walk.atoms.size(atom))

@@ -1,5 +1,6 @@
 """The same function with fewer rows of some axes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,13 @@ class Rows:
         self.atoms, self.sizes = atoms, sizes
 
     def __call__(self, dim: Dim) -> int:
-        total = 0
-        for term in self.atoms.expand(dim):
-            n = 1
-            for atom in term:
-                n *= self.sizes.get(atom, self.atoms.size(atom))
-            total += n
-        return total
+        return sum(math.prod(map(self._atom, term)) for term in self.atoms.expand(dim))
+
+    def _atom(self, atom):
+        parts = self.atoms.parts(atom)
+        if parts is not None:
+            return self(parts)
+        return self.sizes.get(atom, self.atoms.size(atom))
 
     def shape(self, x: Value) -> tuple[int, ...]:
         """Of a value."""

@@ -40,14 +40,14 @@ def rule(*names: str, params: Any = None, points: bool = False) -> Callable[...,
     return register
 
 
-# ------------------------------------------------------------------------------------ entry by entry
+# ----------------------------------------------------------------------------------- entry by entry
 
-UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz cos cosh digamma
-erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p logistic neg not
-population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan tanh conj""".split()
-BINARY = """add add_any and atan2 complex div eq_to ge gt igamma igammac le le_to lt lt_to max min mul
-nextafter or polygamma pow regularized_incomplete_beta rem shift_left shift_right_arithmetic
-shift_right_logical sub xor zeta threefry2x32 eq ne random_gamma_grad""".split()
+UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj cos cosh
+digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p logistic
+neg not population_count real round rsqrt sign sin sinh sqrt square tan tanh""".split()
+BINARY = """add add_any and atan2 complex div eq eq_to ge gt igamma igammac le le_to lt lt_to max
+min mul ne nextafter or polygamma pow random_gamma_grad regularized_incomplete_beta rem shift_left
+shift_right_arithmetic shift_right_logical sub threefry2x32 xor zeta""".split()
 SAME = """copy copy_p stop_gradient pvary pcast sharding_constraint mesh_cast reshard name
 optimization_barrier device_put reduce_precision""".split()
 

@@ -93,7 +93,7 @@ class Walk:
 
     def constant(self, x: Any) -> Value:
         """A constant array: where it varies along a dimension, its rows are told apart."""
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended):
             return self.value(x, Reason("random keys"))
         x = np.asarray(x)
         dims = []
