@@ -226,10 +226,8 @@ def _spread(call, entries, like):
         found.append(given[at])
     no_leaf = lambda x: not jax.tree.leaves(x)  # None, or an empty container: its entry is unused
     empty = jax.tree_util.tree_leaves_with_path(like, is_leaf=no_leaf)
-    for path, x in empty:
-        if no_leaf(x):
-            keys = as_keys(path)
-            used |= {own for own in given if own == keys[: len(own)] or keys == own[: len(keys)]}
+    unused = [as_keys(path) for path, x in empty if no_leaf(x)]
+    used |= {keys for keys in given for x in unused if keys[: len(x)] == x[: len(keys)]}
     extra = [keystr(path) for path, _ in entries if as_keys(path) not in used]
     if missing or extra:
         show = lambda xs: f"{', '.join(xs[:3])}{' ...' if len(xs) > 3 else ''}"

@@ -10,18 +10,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
-from psjax.axes._rules import RULES, Rule
 from psjax.axes._walk import Step, Value, Walk
-
-
-def call_rule(*names: str, bind: Any) -> Any:
-    """Register a function as the rule of primitives that hold programs."""
-
-    def register(dims):
-        RULES.update({name: Rule(dims, None, True, bind) for name in names})
-        return dims
-
-    return register
 
 
 def _program(params):
@@ -32,23 +21,19 @@ def _program(params):
 # -------------------------------------------------------------------------------------------- calls
 
 
-def _inline(narrow, step, ins):
+def inline(narrow, step, ins):
     return narrow(step.inner[0], ins)
 
 
-@call_rule("jit", "pjit", "closed_call", "core_call", "custom_lin", bind=_inline)
-def _call(walk: Walk, step: Step) -> list[Value]:
+def call(walk: Walk, step: Step) -> list[Value]:
     step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
     return step.inner[0].outs
 
 
-def _bind_remat(narrow, step, ins):
+def bind_remat(narrow, step, ins):
     p = step.eqn.params
     fn = lambda *xs: narrow(step.inner[0], xs)
     return jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*ins)
-
-
-call_rule("remat2", "checkpoint", "remat", bind=_bind_remat)(_call)
 
 
 # ------------------------------------------------------------------------- conditions and loops
@@ -60,7 +45,7 @@ def _without_points(walk, step):
         walk.unpoint(x, step)
 
 
-def _bind_cond(narrow, step, ins):
+def bind_cond(narrow, step, ins):
     branches = [lambda *xs, b=b: narrow(b, xs) for b in step.inner]
     platforms = step.eqn.params.get("branches_platforms")
     if platforms is not None:
@@ -69,8 +54,7 @@ def _bind_cond(narrow, step, ins):
     return jax.lax.switch(ins[0], branches, *ins[1:])
 
 
-@call_rule("cond", bind=_bind_cond)
-def _cond(walk, step):
+def cond(walk, step):
     _without_points(walk, step)
     step.inner = [walk.closed(b, step.ins[1:]) for b in step.eqn.params["branches"]]
     first = step.inner[0]
@@ -86,7 +70,7 @@ def _loop_values(values):
     return [Value(x.shape, x.dims) for x in values]
 
 
-def _bind_while(narrow, step, ins):
+def bind_while(narrow, step, ins):
     c, b = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
     test, body = step.inner
     cond = lambda carry: narrow(test, [*ins[:c], *carry])[0]
@@ -94,8 +78,7 @@ def _bind_while(narrow, step, ins):
     return jax.lax.while_loop(cond, turn, tuple(ins[c + b :]))
 
 
-@call_rule("while", bind=_bind_while)
-def _while(walk, step):
+def while_loop(walk, step):
     p = step.eqn.params
     _without_points(walk, step)
     c, b = p["cond_nconsts"], p["body_nconsts"]
@@ -117,7 +100,7 @@ def _scan_counts(step):
     return len(list(consts)), len(list(carry))
 
 
-def _bind_scan(narrow, step, ins):
+def bind_scan(narrow, step, ins):
     p, (consts, carried) = step.eqn.params, step.extra
 
     def turn(carry, xs):
@@ -130,8 +113,7 @@ def _bind_scan(narrow, step, ins):
     return [*carry, *ys]
 
 
-@call_rule("scan", bind=_bind_scan)
-def _scan(walk, step):
+def scan(walk, step):
     _without_points(walk, step)
     consts, carried = step.extra = _scan_counts(step)
     reason = walk.reason("it is scanned over", step)
@@ -175,7 +157,7 @@ def _real(v):
     return jax.numpy.issubdtype(v.aval.dtype, np.inexact)
 
 
-def _bind_jvp(narrow, step, ins):
+def bind_jvp(narrow, step, ins):
     if len(step.inner) == 1:
         return narrow(step.inner[0], ins)
     real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
@@ -193,8 +175,7 @@ def _bind_jvp(narrow, step, ins):
     return fn(*ins)
 
 
-@call_rule("custom_jvp_call", bind=_bind_jvp)
-def _custom_jvp(walk, step):
+def custom_jvp(walk, step):
     step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
     outs = step.inner[0].outs
     if walk.derivatives and walk.depth < 2:
@@ -229,7 +210,7 @@ def _derivative(walk, program, ins):
     return found
 
 
-def _bind_vjp(narrow, step, ins):
+def bind_vjp(narrow, step, ins):
     if len(step.inner) == 1:
         return narrow(step.inner[0], ins)
     _, forward, backward = step.inner
@@ -250,8 +231,7 @@ def _bind_vjp(narrow, step, ins):
     return fn(*ins)
 
 
-@call_rule("custom_vjp_call", "custom_vjp_call_jaxpr", bind=_bind_vjp)
-def _custom_vjp(walk, step):
+def custom_vjp(walk, step):
     step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
     outs = step.inner[0].outs
     if walk.derivatives and walk.depth < 2:

@@ -7,12 +7,13 @@ weights are zero. Of every value three sets of atoms are followed through the pr
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from psjax.axes._atoms import Reason
-from psjax.axes._rules import BINARY, SAME, UNARY
+from psjax.axes._entries import BINARY, SAME, UNARY
 from psjax.axes._walk import Program, Step, Value, Walk
 
 EVERY = -1  # all atoms, as a set of bits
@@ -52,13 +53,18 @@ class Couplings:
 
     Args:
       walk: that has been through it.
+      divided: the atoms that are divided together, where that is known. Entries between two subnets
+        are then zero: what a subnet's rows of one axis add up to in its rows of another is its own.
+        A sum over the rows of all subnets must not meet them again, even where it went through
+        other weights. None: any axes may be divided, and only what meets a sum at once is found.
 
     Attributes:
       reasons: `{atom: Reason}` of those that cannot be divided.
     """
 
-    def __init__(self, walk: Walk):
+    def __init__(self, walk: Walk, divided: Iterable[int] | None = None):
         self.walk = walk
+        self.divided = None if divided is None else sum(1 << atom for atom in set(divided))
         self.reasons: dict[int, Reason] = {}
 
     def of(self, program: Program) -> list[Facts]:
@@ -148,7 +154,8 @@ class Couplings:
         for i, one in enumerate(ins):
             for j, other in enumerate(ins):
                 if i != j:
-                    again = one.real & other.summed & ~other.real
+                    again = one.real & other.summed
+                    again &= ~other.real if self.divided is None else self.divided
                     self._couple(again, step, "a sum over its rows meets them again")
         name, real, summed = step.name, 0, 0
         for own in ins:
@@ -191,11 +198,17 @@ class Couplings:
         self._count(over & ~(a.zero | b.zero), step)
         free = lambda x, gone: self.bits(d for i, d in enumerate(x.dims) if i not in gone)
         kept = (a.real & free(one, left), b.real & free(two, right))
+        own = self._own(a, over, kept[0]) | self._own(b, over, kept[1])
         return Facts(
             kept[0] | kept[1],
-            a.summed | b.summed | over,
+            a.summed | b.summed | over & ~own,
             (a.zero & free(one, left)) | (b.zero & free(two, right)),
         )
+
+    def _own(self, weights, over, kept):
+        """Of the rows summed over, those that each subnet adds up for itself."""
+        between = self.divided is not None and kept & self.divided
+        return weights.real & over if between else 0
 
     def _conv(self, step, x, kernel):
         _, (out, into, *_), _ = step.eqn.params["dimension_numbers"]
@@ -204,9 +217,9 @@ class Couplings:
         own = self.bits([step.ins[1].dims[out]])
         bits = self.bits(step.outs[0].dims)
         real = (kernel.real & own) | (x.real & bits & ~over)
-        return Facts(
-            real, x.summed | kernel.summed | over, kernel.zero & own | x.zero & own & ~over
-        )
+        zero = kernel.zero & own | x.zero & own & ~over
+        summed = over & ~self._own(kernel, over, kernel.real & own)
+        return Facts(real, x.summed | kernel.summed | summed, zero)
 
     def _couple(self, bits, step, text):
         for atom in self.atoms(bits):

@@ -1,7 +1,7 @@
 """Axes of the parameters of any function, found in its program."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from psjax.axes._atoms import Reason
 from psjax.axes._axes import Axes, Axis, Fixed
 from psjax.axes._couplings import Couplings
+from psjax.axes._narrow import named_dims
 from psjax.axes._rules import RULES
 from psjax.axes._walk import Program, Value, Walk
 
@@ -61,6 +62,45 @@ def infer_axes(apply: Callable[..., Any], params: Any, *inputs: Any) -> Axes:
     values = [walk.value(aval) for aval in program.in_avals]
     walked = walk.closed(program, values)
     return _Namer(walk, walked, like, leaves).axes()
+
+
+class Told(NamedTuple):
+    """What the program says about an axis that a user has named.
+
+    Attributes:
+      fixed: why its rows cannot be permuted; None where they can.
+      coupled: why it cannot be divided into independent parts; None where it can.
+    """
+
+    fixed: Reason | None
+    coupled: Reason | None
+
+
+def coupled_axes(
+    fn: Callable[..., Any], leaves: Any, specs: Any, sizes: Mapping[str, int], divided: Any
+) -> dict[str, Told]:
+    """Whether named axes can be divided together, by the program of a function of flat leaves.
+
+    Args:
+      fn: `fn(leaves)`.
+      leaves: a list of arrays.
+      specs: a `PartitionSpec` for each.
+      sizes: rows of every axis.
+      divided: names of those that are divided.
+    """
+    program = jax.make_jaxpr(fn)(leaves)
+    walk = Walk(RULES)
+    values, atoms = named_dims(walk, specs, program.in_avals, sizes)
+    walked = walk.closed(program, values)
+    own_of = {name: walk.atoms.atoms([[atoms[name]]]) for name in divided}
+    couplings = Couplings(walk, [atom for own in own_of.values() for atom in own])
+    couplings.of(walked)
+    found = {}
+    for name, own in own_of.items():
+        fixed = next(filter(None, map(walk.atoms.fixed, own)), None)
+        coupled = next((couplings.reasons[a] for a in own if a in couplings.reasons), None)
+        found[name] = Told(fixed, coupled)
+    return found
 
 
 class _Namer:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -169,4 +169,17 @@ class Walk:
             self.atoms.fix(x.points, self.reason("its rows are counted", step))
 
 
-Dims = Callable[[Walk, Step], list[Value]]
+class Rule(NamedTuple):
+    """What a primitive does; see `psjax.axes._rules`.
+
+    Attributes:
+      dims: `dims(walk, step)` returns the values that the equation makes.
+      params: `params(rows, step)` returns its parameters in a narrower program.
+      points: whether the rule knows of numbers of rows.
+      bind: `bind(narrow, step, ins)` evaluates it in a narrower program.
+    """
+
+    dims: Callable[[Walk, Step], list[Value]]
+    params: Callable[[Any, Step], dict[str, Any]] | None = None
+    points: bool = False
+    bind: Callable[[Any, Step, list[Any]], Any] | None = None

@@ -1,6 +1,5 @@
 """Whether a subnet computes what the whole network does with its neurons alone."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from psjax._masks import kept
+from psjax._notation import names
+from psjax._select import axis_sizes
 from psjax._selection import Selection
-from psjax.ist._meetings import first_meeting
+from psjax.axes import coupled_axes
 
 
 def check_subnets(
@@ -20,7 +21,7 @@ def check_subnets(
     selection: Selection,
     *args: Any,
     tolerance: float = 1e-4,
-) -> None:
+) -> str | None:
     r"""Raise if a layer reduces over a divided axis, so that a subnet is no part of the network.
 
     A layer must treat each divided neuron by itself. Call this once before training, on the host.
@@ -33,14 +34,11 @@ def check_subnets(
       others. Where the scores are a sum over the neurons, as those of a dense layer are, this means
       $f = \sum_s f_s - (n - 1) f_0$, with $f_s$ the scores of subnet s and $f_0$ those of the
       shared leaves alone.
-    - Where the scores are no such sum, for instance because they are normalised, the operations of
-      `fn` are looked at one by one. Neurons of two subnets may meet in a sum, and what is done to
-      that sum afterwards is free, unless it meets neurons of the same axis again.
+    - Where the scores are no such sum, for instance because they are normalised, the program of
+      `fn` is read, as by `psjax.infer_axes`: a sum over the neurons of an axis must not meet them
+      again, and no extreme value may be taken over them.
 
-    If two elements hold the same divided row, only the first comparison is made. A maximum that
-    changes nothing at any of these parameters and samples is not found. A residual network passes
-    if each of its blocks has an axis of its own. `while_loop`s are not looked into: neurons of two
-    subnets that meet in one are reported.
+    If two elements hold the same divided row, only the first comparison is made.
 
     Args:
       fn: `fn(params, *args)` returns the scores of the whole network, of any shape, without
@@ -51,6 +49,10 @@ def check_subnets(
       *args: further arguments, such as a batch of inputs. The samples must differ.
       tolerance: largest difference allowed, relative to the largest score.
 
+    Returns:
+      None, or a line where the comparisons cannot tell: for which axis, and which step of the
+      program is the reason.
+
     Raises:
       ValueError: the scores of a subnet differ, or all scores are zero or not finite.
     """
@@ -58,7 +60,10 @@ def check_subnets(
         drawn = _near(params, draw) if draw else params
         if draw and not np.isfinite(np.asarray(fn(drawn, *args))).all():
             continue
-        _check_at(fn, subnet_fn, drawn, selection, args, tolerance)
+        untold = _check_at(fn, subnet_fn, drawn, selection, args, tolerance)
+        if untold is not None:
+            return untold
+    return None
 
 
 def _near(params, seed):
@@ -105,7 +110,8 @@ def _check_at(fn, subnet_fn, params, selection, args, tolerance):
         scores.append(np.asarray(large))
     if _shares_no_row(selection):
         of_leaves = lambda leaves: fn(treedef.unflatten(leaves), *args)
-        _check_together(of_leaves, leaves, selection, masks, scores, tolerance)
+        return _check_together(of_leaves, leaves, selection, masks, scores, tolerance)
+    return None
 
 
 def _rows_of(selection, e, leaves):
@@ -135,35 +141,28 @@ def _check_together(fn, leaves, selection, masks, scores, tolerance):
     largest = max(float(np.abs(x).max()) for x in (together, shared, *scores))
     total = sum(scores) - (len(scores) - 1) * shared
     if _distance(together, total, largest) <= tolerance:
-        return
-    names = {name for spec in selection.specs for name in spec or ()} & set(selection.indices)
-    halves = {name: _halves(selection, name, leaves) for name in sorted(names)}
-    met = first_meeting(fn, leaves, halves)
-    if met is not None:
-        what = (
-            f"are no sum over the subnets: in the operation {met.operation!r}, neurons of axis "
-            f"{met.axis!r} meet what depends on those of another subnet"
-        )
-        raise ValueError(_reduces(what, selection))
+        return None
+    return _coupled(fn, leaves, selection)
 
 
-def _halves(selection, name, leaves):
-    """Which entries lie in the rows of an axis that every other subnet holds, and in the rest."""
-    valid = np.flatnonzero(selection.valid)
-
-    def mask(spec, ndim, rows):
-        dims = [d for d, other in enumerate(spec or ()) if other == name]
-        along = [rows.reshape([-1 if k == d else 1 for k in range(ndim)]) for d in dims]
-        return functools.reduce(np.logical_or, along) if along else None
-
-    rows = [
-        np.isin(np.arange(selection.sizes[name]), selection.indices[name][half])
-        for half in (valid[::2], valid[1::2])
-    ]
-    of_all = zip(selection.specs, leaves, strict=True)
-    specs = [(spec, jnp.ndim(x)) for spec, x in of_all]
-    one, other = ([mask(spec, ndim, half) for spec, ndim in specs] for half in rows)
-    return one, other
+def _coupled(fn, leaves, selection):
+    """Raise if the program couples the rows of a divided axis; a line where it does not tell."""
+    divided = {n for spec in selection.specs for n in names(spec)} & set(selection.indices)
+    sizes = axis_sizes("check_subnets", list(selection.specs), leaves, selection.sizes)[2]
+    found = coupled_axes(fn, leaves, selection.specs, sizes, sorted(divided))
+    for name in sorted(divided):
+        told = found[name]
+        if told.coupled is not None:
+            what = (
+                f"are no sum over the subnets: in the operation {told.coupled.primitive!r}, "
+                f"neurons of axis {name!r} meet what depends on those of another subnet "
+                f"({told.coupled})"
+            )
+            raise ValueError(_reduces(what, selection))
+    for name in sorted(divided):
+        if found[name].fixed is not None:
+            return f"axis {name!r}: the program does not tell; {found[name].fixed}"
+    return None
 
 
 def _distance(a, b, largest):

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from psjax._partition import partition_of
 from psjax._selection import Selection
+from psjax.axes import Axes
 
 
 def membership(
@@ -35,15 +36,31 @@ def membership(
       like: see `psjax.random_partition`.
 
     Raises:
-      ValueError: as `psjax.random_partition`; a seed or a round outside its range. Traced ones are
-        not checked.
+      ValueError: as `psjax.random_partition`; an axis that `psjax.infer_axes` found not to be
+        divisible into independent parts, such as one that is normalised over; a seed or a round
+        outside its range. Traced ones are not checked.
       TypeError: a seed or a round that is not an integer.
     """
     _check_number("seed", seed)
     _check_number("round_number", round_number)
+    _check_divisible(axes, sizes)
     key = jax.random.fold_in(jax.random.key(seed), round_number)
     count = ("num_subnets", num_subnets)
     return partition_of("membership", key, axes, sizes, count, stratified, like)
+
+
+def _check_divisible(axes, sizes):
+    if not isinstance(axes, Axes):
+        return
+    for name in sizes:
+        axis = axes.axes.get(name)
+        if axis is not None and not axis.divisible:
+            why = axis.coupled or "the inputs have it too"
+            msg = (
+                f"membership(sizes=...): subnets of axis {name!r} are not independent: {why}. "
+                f"Divide others; {axes.divisible} can be."
+            )
+            raise ValueError(msg)
 
 
 def _check_number(name, x):
