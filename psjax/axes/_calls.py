@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 
-from psjax.axes._walk import Step, Value, Walk
+from psjax.axes._walk import Step, Value, Walk, struct
 
 
 def _program(params):
@@ -139,7 +139,9 @@ def whole_equation(eqn: Any) -> Any:
     """The equation as a function of its arrays, with its own derivatives."""
     arrays = [v for v in eqn.invars if not isinstance(v, Literal)]
     unique = list(dict.fromkeys(arrays))
-    jaxpr = Jaxpr((), unique, eqn.outvars, [eqn])
+    shapes = [struct(v.aval) for v in unique]
+    empty = jax.make_jaxpr(lambda *_: [0.0] * len(eqn.outvars))(*shapes)
+    jaxpr = empty.jaxpr.replace(invars=unique, outvars=eqn.outvars, eqns=[eqn])
     fn = jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
 
     def call(*args):  # one argument per operand
@@ -150,7 +152,7 @@ def whole_equation(eqn: Any) -> Any:
 
 
 def _avals(eqn):
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return [struct(v.aval) for v in eqn.invars]
 
 
 def _real(v):

@@ -13,7 +13,7 @@ from psjax._select import axis_sizes, check_count, nearest
 from psjax.axes._atoms import Atoms, Dim
 from psjax.axes._calls import whole_equation
 from psjax.axes._rules import RULES
-from psjax.axes._walk import Program, Step, Value, Walk
+from psjax.axes._walk import Program, Step, Value, Walk, struct
 
 
 class Rows:
@@ -155,7 +155,9 @@ def narrow(
             if jnp.shape(x) != shape:
                 msg = f"narrow: {path} has shape {jnp.shape(x)}; with {dict(sizes)} it has {shape}."
                 raise ValueError(msg)
-        program, out = jax.make_jaxpr(apply, return_shape=True)(shapes, *inputs)
+        of_whole = [struct(jax.typeof(x), like.shape) for x, like in zip(got, flat)]
+        whole = treedef.unflatten(of_whole)
+        program, out = jax.make_jaxpr(apply, return_shape=True)(whole, *inputs)
         walk = Walk(RULES, derivatives=True)
         values, atoms = named_dims(walk, specs, flat, known)
         rest = [walk.value(aval) for aval in program.in_avals[len(flat) :]]

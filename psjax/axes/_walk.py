@@ -7,8 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import Literal
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from psjax.axes._atoms import Atoms, Dim, Reason
+
+
+def struct(aval: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """An array to trace with, on the same mesh, perhaps of another shape and then undivided."""
+    where, varying = getattr(aval, "sharding", None), getattr(aval, "manual_axis_type", None)
+    if where is None or where.mesh.empty:
+        return jax.ShapeDtypeStruct(aval.shape if shape is None else shape, aval.dtype)
+    if shape is not None:
+        where = NamedSharding(where.mesh, P())
+    shape = aval.shape if shape is None else shape
+    return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=where, manual_axis_type=varying)
 
 
 @dataclasses.dataclass(eq=False)
