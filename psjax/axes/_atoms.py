@@ -12,6 +12,8 @@ from typing import Any
 
 from psjax.axes._source import source_of
 
+_MOST_DIVISIONS = 1000  # of two dimensions until they are alike
+
 Term = list[int]
 Dim = list[Term]
 
@@ -23,10 +25,12 @@ class Reason:
     Attributes:
       text: in words.
       eqn: the equation of the program that does so.
+      calls: the equations that call the program it is in, from the outermost on.
     """
 
     text: str
     eqn: Any = None
+    calls: tuple[Any, ...] = ()
 
     @property
     def primitive(self) -> str:
@@ -36,7 +40,8 @@ class Reason:
     @property
     def source(self) -> str:
         """`file:line` of the user's code, where known."""
-        return source_of(self.eqn) if self.eqn is not None else ""
+        known = map(source_of, (self.eqn, *reversed(self.calls)))
+        return next(filter(None, known), "") if self.eqn is not None else ""
 
     def __str__(self):
         where = " ".join(x for x in (self.primitive, self.source) if x)
@@ -139,7 +144,7 @@ class Atoms:
 
     def unite(self, one: Dim, two: Dim, reason: Reason) -> None:
         """Two dimensions have the same rows; where no division makes them alike, both are fixed."""
-        while True:
+        for _ in range(_MOST_DIVISIONS):
             a, b = self.expand(one), self.expand(two)
             place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
             if place is None:
@@ -152,9 +157,10 @@ class Atoms:
             else:
                 done = self._cut(x, n) if m > n else self._cut(y, m)
             if not done:
-                self.fix(a[place:], reason)
-                self.fix(b[place:], reason)
-                return
+                break
+        # As of `a * a` and `a + a`, which no number of divisions makes alike.
+        self.fix(one, reason)
+        self.fix(two, reason)
 
     def _rest(self, dim, reason):
         if self.rows(dim) > 0:  # of other sizes: no such program
@@ -200,6 +206,8 @@ class Atoms:
         """Divide a product after so many of its rows; False where they end within a row."""
         rest = self._rows(term[1:])
         if not term or not rest or rows % rest or not 0 < rows < self._rows(term):
+            return False
+        if self.parts(term[0]) is not None:
             return False
         first, n = term[0], rows // rest
         one = lambda size: [] if size == 1 else [self.new(size)]

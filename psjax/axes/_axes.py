@@ -129,7 +129,8 @@ class Axes:
             new = names.get(name, name)
             if new in found:
                 axis = _merged(new, found[new], axis)
-            found[new] = dataclasses.replace(axis, name=new)
+            found[new] = axis
+        found = {name: dataclasses.replace(axis, name=name) for name, axis in found.items()}
         spec = lambda s: P(*(_renamed(entry, names) for entry in s))
         is_spec = lambda s: isinstance(s, P)
         return dataclasses.replace(

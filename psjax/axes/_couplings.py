@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jax.extend.core import Literal
 
 from psjax.axes._atoms import Reason
 from psjax.axes._entries import BINARY, SAME, UNARY
-from psjax.axes._walk import Program, Step, Value, Walk
+from psjax.axes._walk import Program, Step, Walk
 
 EVERY = -1  # all atoms, as a set of bits
 
@@ -37,15 +38,22 @@ class Facts:
       real: the value varies along them.
       summed: it depends on a sum over them.
       zero: it is 0 in the rows whose weights are 0.
+      data: whether it depends on more than parameters.
     """
 
     real: int = 0
     summed: int = 0
     zero: int = 0
+    data: bool = False
 
     def joined(self, other: "Facts") -> "Facts":
         """Of a value that is one or the other."""
-        return Facts(self.real | other.real, self.summed | other.summed, self.zero & other.zero)
+        return Facts(
+            self.real | other.real,
+            self.summed | other.summed,
+            self.zero & other.zero,
+            self.data or other.data,
+        )
 
 
 class Couplings:
@@ -56,25 +64,24 @@ class Couplings:
       divided: the atoms that are divided together, where that is known. Entries between two subnets
         are then zero: what a subnet's rows of one axis add up to in its rows of another is its own.
         A sum over the rows of all subnets must not meet them again, even where it went through
-        other weights. None: any axes may be divided, and only what meets a sum at once is found.
+        other weights.
+      num_params: how many of the program's arguments are parameters, the first.
 
     Attributes:
       reasons: `{atom: Reason}` of those that cannot be divided.
     """
 
-    def __init__(self, walk: Walk, divided: Iterable[int] | None = None):
-        self.walk = walk
-        self.divided = None if divided is None else sum(1 << atom for atom in set(divided))
+    def __init__(self, walk: Walk, divided: Iterable[int], num_params: int):
+        self.walk, self.num_params = walk, num_params
+        self.divided = sum(1 << atom for atom in set(divided))
+        self._calls: list[Any] = []
         self.reasons: dict[int, Reason] = {}
 
     def of(self, program: Program) -> list[Facts]:
         """Follow the whole program, from its arguments to its results."""
-        return self.run(program, [self.given(x) for x in program.ins])
-
-    def given(self, x: Value) -> Facts:
-        """Of parameters and inputs, whose rows can be 0."""
-        bits = self.bits(x.dims)
-        return Facts(bits, 0, bits)
+        ins = [self.bits(x.dims) for x in program.ins]
+        facts = [Facts(bits, 0, bits, i >= self.num_params) for i, bits in enumerate(ins)]
+        return self.run(program, facts)
 
     def atoms(self, bits: int) -> list[int]:
         """The atoms of a set."""
@@ -95,18 +102,19 @@ class Couplings:
 
     def run(self, program: Program, ins: list[Facts]) -> list[Facts]:
         """Facts of the results of a program, from those of its arguments."""
-        constants = [Facts(zero=0 if self._some(x) else EVERY) for x in program.consts]
+        constants = [self._constant(x) for x in program.consts]
         env = dict(zip(program.jaxpr.constvars, constants)) | dict(zip(program.jaxpr.invars, ins))
 
         def read(v):
-            return (
-                env[v] if not hasattr(v, "val") else Facts(zero=0 if self._some(v.val) else EVERY)
-            )
+            return self._constant(v.val) if isinstance(v, Literal) else env[v]
 
         for step in program.steps:
             outs = self.step(step, [read(v) for v in step.eqn.invars])
             env |= zip(step.eqn.outvars, outs)
         return [read(v) for v in program.jaxpr.outvars]
+
+    def _constant(self, x):
+        return Facts(zero=0 if self._some(x) else EVERY, data=np.ndim(x) > 0)
 
     def _some(self, x):
         """Whether a constant is not 0; of what cannot be read, it may not be."""
@@ -119,6 +127,13 @@ class Couplings:
 
     def step(self, step: Step, ins: list[Facts]) -> list[Facts]:
         """Facts of what an equation makes."""
+        self._calls.append(step.eqn)
+        outs = self._outs(step, ins)
+        self._calls.pop()
+        data = any(x.data for x in ins)
+        return [dataclasses.replace(x, data=x.data or data) for x in outs]
+
+    def _outs(self, step, ins):
         name = step.name
         if step.inner:
             return self._call(step, ins)
@@ -154,8 +169,9 @@ class Couplings:
         for i, one in enumerate(ins):
             for j, other in enumerate(ins):
                 if i != j:
-                    again = one.real & other.summed
-                    again &= ~other.real if self.divided is None else self.divided
+                    again = one.real & other.summed & ~other.real
+                    if one.data:  # rows of one subnet, and what all subnets' rows add up to
+                        again |= one.real & ~one.summed & other.summed & self.divided
                     self._couple(again, step, "a sum over its rows meets them again")
         name, real, summed = step.name, 0, 0
         for own in ins:
@@ -207,8 +223,7 @@ class Couplings:
 
     def _own(self, weights, over, kept):
         """Of the rows summed over, those that each subnet adds up for itself."""
-        between = self.divided is not None and kept & self.divided
-        return weights.real & over if between else 0
+        return weights.real & over if kept & self.divided else 0
 
     def _conv(self, step, x, kernel):
         _, (out, into, *_), _ = step.eqn.params["dimension_numbers"]
@@ -223,7 +238,7 @@ class Couplings:
 
     def _couple(self, bits, step, text):
         for atom in self.atoms(bits):
-            self.reasons.setdefault(atom, Reason(text, step.eqn))
+            self.reasons.setdefault(atom, Reason(text, step.eqn, tuple(self._calls[:-1])))
 
     # ------------------------------------------------------------------------------ what is inside
 
@@ -233,8 +248,13 @@ class Couplings:
             return self._cond(step, ins)
         if name == "while":
             c, b = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
-            body = lambda carry: self.run(step.inner[1], [*ins[c : c + b], *carry])
-            return self._loop(ins[c + b :], body)
+
+            def turn(carry):
+                (again,) = self.run(step.inner[0], [*ins[:c], *carry])
+                outs = self.run(step.inner[1], [*ins[c : c + b], *carry])
+                return self._chosen(step, again, outs)
+
+            return self._loop(ins[c + b :], turn)
         if name == "scan":
             consts, carried = step.extra
             each = ins[consts + carried :]
@@ -255,7 +275,13 @@ class Couplings:
         outs = found[0]
         for other in found[1:]:
             outs = [x.joined(y) for x, y in zip(outs, other)]
-        return [Facts(x.real, x.summed | which.summed, x.zero) for x in outs]
+        return self._chosen(step, which, outs)
+
+    def _chosen(self, step, by, outs):
+        """Values that depend on a decision, and so on what it sums up."""
+        for x in outs:
+            self._couple(x.real & by.summed & ~by.real, step, "a sum over its rows decides on them")
+        return [Facts(x.real, x.summed | by.summed, x.zero) for x in outs]
 
     def _loop(self, carry, body):
         """Facts that stay the same from turn to turn."""

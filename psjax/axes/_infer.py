@@ -93,7 +93,8 @@ def coupled_axes(
     values, atoms = named_dims(walk, specs, program.in_avals, sizes)
     walked = walk.closed(program, values)
     own_of = {name: walk.atoms.atoms([[atoms[name]]]) for name in divided}
-    couplings = Couplings(walk, [atom for own in own_of.values() for atom in own])
+    together = [atom for own in own_of.values() for atom in own]
+    couplings = Couplings(walk, together, len(program.in_avals))
     couplings.of(walked)
     found = {}
     for name, own in own_of.items():
@@ -127,8 +128,21 @@ class _Namer:
             if id(path_value) not in self.uses and not self._returned(path_value):
                 walk.fix(path_value.dims, UNUSED)
         self._write_out()
-        self.coupled = Couplings(walk)
-        self.coupled.of(program)
+        self.coupled = self._couplings()
+
+    def _couplings(self):
+        """Why axes cannot be divided, where all others that can be are divided together."""
+        given = self._atoms(d for x in [*self.inputs, *self.results] for d in x.dims)
+        together = self._atoms(d for x in self.params for d in x.dims) - given
+        reasons: dict[int, Reason] = {}
+        while True:
+            found = Couplings(self.walk, together, len(self.params))
+            found.of(self.program)
+            again = found.reasons.keys() & together
+            reasons = {**found.reasons, **reasons}
+            if not again:
+                return reasons
+            together -= again
 
     def _write_out(self):
         """Fix what the notation of axes has no words for: `heads * (a + b)`, but for its heads."""
@@ -192,7 +206,7 @@ class _Namer:
                 for d, dim in enumerate(x.dims)
                 if atom in self.walk.atoms.atoms(dim)
             )
-            reason = self.coupled.reasons.get(atom)
+            reason = self.coupled.get(atom)
             size = self.walk.atoms.size(atom)
             axes[name] = Axis(name, size, self._kind(atom), leaves, reason)
         spec = lambda x: self._spec(x, names)
@@ -229,7 +243,7 @@ class _Namer:
             return "input"
         if atom in self._atoms(d for x in self.results for d in x.dims):
             return "output"
-        return "hidden" if atom not in self.coupled.reasons else "normalised"
+        return "hidden" if atom not in self.coupled else "normalised"
 
     def _label(self, atom):
         kind = self._kind(atom)

@@ -98,6 +98,7 @@ class Walk:
     def __init__(self, rules: Any, derivatives: bool = False):
         self.atoms, self.rules, self.derivatives = Atoms(), rules, derivatives
         self.depth = 0  # of derivatives of derivatives
+        self.calls: list[Any] = []  # the equation, and those whose programs it is in
         self.unknown: dict[str, int] = {}
 
     def value(self, aval: Any, reason: Reason | None = None) -> Value:
@@ -140,10 +141,12 @@ class Walk:
         if rule is None or not rule.points:
             for x in ins:
                 self.unpoint(x, step)
+        self.calls.append(eqn)
         if rule is None:
             self.refuse(step)
         else:
             step.outs = rule.dims(self, step)
+        self.calls.pop()
         return step
 
     def refuse(self, step: Step) -> None:
@@ -159,7 +162,7 @@ class Walk:
 
     def reason(self, text: str, step: Step) -> Reason:
         """Why, with the primitive and the user's line."""
-        return Reason(text, step.eqn)
+        return Reason(text, step.eqn, tuple(self.calls[:-1]))
 
     def fix(self, dims: Sequence[Dim], reason: Reason) -> None:
         """Tell the rows of dimensions apart."""
