@@ -129,7 +129,7 @@ class Atoms:
                 parts = self.parts(atom)
                 if parts is None:
                     parts = [[self.find(atom)]]
-                elif len(parts) > 1 and own != [[]]:
+                elif len(parts) > 1 and any(own):
                     parts = [[self.find(atom)]]
                 own = [[*before, *part] for before in own for part in parts]
             found += own
@@ -173,7 +173,7 @@ class Atoms:
         m, n = self._size[a], self._size[b]
         if m == n:
             self._merge(a, b, reason)
-        elif self._parts[a] is not None or self._parts[b] is not None:
+        elif self._parts[a if m > n else b] is not None:
             return False
         elif m > n and n and m % n == 0:
             self._divide(a, [[self.new(n), self.new(m // n)]])
