@@ -38,6 +38,7 @@ from psjax.structure._count import count as count
 from psjax.structure._count import dependence as dependence
 from psjax.structure._dependencies import Dependencies as Dependencies
 from psjax.structure._dependencies import dependencies as dependencies
+from psjax.structure._draw import draw as draw
 from psjax.structure._overlap import num_weights as num_weights
 from psjax.structure._overlap import overlap as overlap
 from psjax.structure._rounds import disjoint_rounds as disjoint_rounds
