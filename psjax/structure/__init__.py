@@ -36,6 +36,9 @@ The sum is the whole gradient in any order; a round's gradient goes home without
 from psjax.structure._count import WeightCounts as WeightCounts
 from psjax.structure._count import count as count
 from psjax.structure._count import dependence as dependence
+from psjax.structure._dependencies import Dependencies as Dependencies
+from psjax.structure._dependencies import dependencies as dependencies
+from psjax.structure._draw import draw as draw
 from psjax.structure._overlap import num_weights as num_weights
 from psjax.structure._overlap import overlap as overlap
 from psjax.structure._rounds import disjoint_rounds as disjoint_rounds
