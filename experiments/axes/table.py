@@ -50,7 +50,10 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model's line; the columns of the CSV. `wrong` and `missed` say what, or are empty."""
+    """A model's line; the columns of the CSV.
+
+    `wrong` and `missed` say what, or are empty; so is `failed`, why there are no axes at all.
+    """
 
     model: str
     hidden: int | None = None
@@ -63,6 +66,7 @@ class Row:
     fixed: str = ""
     infer_ms: float | None = None
     trace_ms: float | None = None
+    failed: str = ""
 
 
 def registry() -> dict[str, Any]:
@@ -92,9 +96,9 @@ def measure(name: str, make: Callable[[], Any], limit: float) -> Row:
     try:
         with _at_most(limit):
             axes = psjax.infer_axes(apply, params, *inputs)
-            infer_ms = _ms(lambda: psjax.infer_axes(apply, params, *inputs))
+            infer_ms, trace_ms = _times(apply, params, inputs)
     except TimeoutError:
-        return Row(name, wrong=f"infer_axes takes longer than {limit:g} s")
+        return Row(name, failed=f"infer_axes takes longer than {limit:g} s")
     kinds = collections.Counter(axis.kind for axis in axes.axes.values())
     try:
         psjax.check_axes(apply, axes, params, *inputs)
@@ -103,13 +107,13 @@ def measure(name: str, make: Callable[[], Any], limit: float) -> Row:
         wrong = str(error)
     return Row(
         name,
-        **{kind: kinds[kind] for kind in KINDS},
+        **{kind: kinds[kind] for kind in KINDS},  # pyright: ignore[reportArgumentType]
         wrong=wrong,
         missed="; ".join(missed(apply, params, inputs)),
         unknown=", ".join(f"{name} {times}" for name, times in axes.unknown.items()),
         fixed=_why(axes),
         infer_ms=infer_ms,
-        trace_ms=_ms(lambda: jax.make_jaxpr(apply)(params, *inputs)),
+        trace_ms=trace_ms,
     )
 
 
@@ -122,14 +126,20 @@ def _why(axes):
     return "; ".join(f"{number} {reason}" for reason, number in reasons.most_common())
 
 
-def _ms(call):
-    seconds = []
+def _times(apply, params, inputs):
+    """Milliseconds of `infer_axes` and of tracing alone, which take turns."""
+    calls = (
+        lambda: psjax.infer_axes(apply, params, *inputs),
+        lambda: jax.make_jaxpr(apply)(params, *inputs),
+    )
+    seconds: list[list[float]] = [[], []]
     for _ in range(REPEATS):
-        jax.clear_caches()
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds)
+        for call, own in zip(calls, seconds):
+            jax.clear_caches()
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(own) for own in seconds]
 
 
 @contextlib.contextmanager
@@ -174,9 +184,9 @@ def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
         f"`{command}`, {versions}, Python {platform.python_version()}, one CPU ({_cpu()}).",
         "",
         f"{len(rows)} models, {sum(map(total, KINDS))} axes: {kinds}. "
-        f"Wrong: {sum(bool(row.wrong) for row in rows)} models. "
-        f"With fixed dimensions that can be permuted after all: "
-        f"{sum(bool(row.missed) for row in rows)} models.",
+        f"Wrong axes: {sum(bool(row.wrong) for row in rows)} models. "
+        f"Missed axes: {sum(bool(row.missed) for row in rows)} models. "
+        f"No answer: {sum(bool(row.failed) for row in rows)} models.",
     ]
     if skipped:
         lines += ["", f"Left out for want of a package: {', '.join(skipped)}."]
@@ -204,7 +214,7 @@ def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
         fixed = row.fixed + (f"; no rule: {row.unknown}" if row.unknown else "")
         ms = "" if row.infer_ms is None else f"{row.infer_ms:.0f} ({row.trace_ms:.0f})"
         none = "0" if row.infer_ms is not None else ""
-        cells = [row.model, *found, row.wrong or none, row.missed or none, fixed, ms]
+        cells = [row.model, *found, row.wrong or none, row.missed or none, row.failed or fixed, ms]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -243,7 +253,7 @@ def main(args: Args) -> None:
                 skipped.append(name)
                 continue
             row = measure(name, case.make, args.limit)
-            for what in ("wrong", "missed", "unknown"):
+            for what in ("failed", "wrong", "missed", "unknown"):
                 if getattr(row, what):
                     bar.write(f"{name}: {what}: {getattr(row, what)}", file=sys.stdout)
             rows.append(row)

@@ -48,3 +48,13 @@ def test_blocks_are_missed_where_only_their_inside_is_told_apart():
     scale = np.tile(np.float32([1, 2]), 3)
     apply = lambda p, x: jnp.tanh(x @ p["in"] * scale) @ p["out"]
     assert missed(apply, shapes) == ["['in'] 1, ['out'] 0 (size 6, 3 blocks)"]
+
+
+def test_what_the_results_do_not_depend_on_is_not_missed():
+    shapes = {"in": (3, 7), "row": (5,), "out": (7, 2)}
+
+    def apply(p, x):
+        y = x @ p["in"] + (p["row"] * np.float32([1, 2, 3, 4, 5]))[:, None]
+        return (y - y.mean(1, keepdims=True)) @ p["out"]
+
+    assert missed(apply, shapes) == []
