@@ -30,7 +30,7 @@ class Reading:
         closed = jax.make_jaxpr(scores)(like, *inputs)
         self.walk = Walk(RULES)
         self.program = self.walk.closed(closed, [self.walk.value(x) for x in closed.in_avals])
-        couplings = Couplings(self.walk)
+        couplings = Couplings(self.walk, (), len(jax.tree.leaves(like)))
         facts = couplings.of(self.program)[0]
         loops = couplings.bits(_tested(self.program))
         self.alive = facts.real | facts.summed | loops
