@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psjax._notation import is_plain, names
-from psjax._select import axis_sizes, check_count, check_size, flat_specs, nearest
+from psjax._select import axis_sizes, check_count, check_size, flat_specs, is_function, nearest
 from psjax._selection import Selection
 
 
@@ -42,8 +42,9 @@ def random_partition(
         owner and element the same number of rows passes whatever the key, so an exchange is one
         `all_to_all`.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them, as in `select`. Needed where `axes`
-        is a prefix tree or a function, where a dimension is a product or a concatenation of axes
-        whose sizes are not all in `sizes`, and where parameters are None.
+        is a prefix tree or a function (except what `psjax.infer_axes` returns), where a dimension
+        is a product or a concatenation of axes whose sizes are not all in `sizes`, and where
+        parameters are None.
 
     Returns:
       A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element.
@@ -71,6 +72,8 @@ def partition_of(
     if not sizes:
         msg = f"{call}(sizes={{}}): pass the name and the size of an axis to divide, or of several."
         raise ValueError(msg)
+    if like is None and is_function(axes):
+        like = getattr(axes, "like", None)  # `psjax.infer_axes` keeps it
     if like is None:
         (specs, paths), known = flat_specs(call, axes), {}
     else:

@@ -111,6 +111,24 @@ class Axes:
             if axis.kind == "hidden" and axis.divisible
         }
 
+    def shares(self, num_subnets: int) -> dict[str, int]:
+        """`{name: rows}` that a subnet has of each of `divisible`: its size over n, rounded up.
+
+        As `sizes` of `psjax.narrow`; where n does not divide a size, some subnets have a row less,
+        and `psjax.ist.membership` fills it up with zeros.
+
+        Raises:
+          ValueError: fewer rows than subnets.
+        """
+        for name, size in self.divisible.items():
+            if not 1 <= num_subnets <= size:
+                msg = (
+                    f"Axes.shares({num_subnets}): axis {name!r} has {size} rows; pass a number of "
+                    f"subnets from 1 to {size}, or choose among the axes yourself."
+                )
+                raise ValueError(msg)
+        return {name: -(-size // num_subnets) for name, size in self.divisible.items()}
+
     def rename(self, **names: str) -> "Axes":
         """The same with other names; two axes of one size may get one name, and are then one.
 

@@ -17,5 +17,7 @@ def source_of(eqn: Any) -> str:
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback is not None else ():
         if not any(frame.file_name.startswith(library) for library in _LIBRARIES):
-            return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
+            cell = "ipykernel" in frame.file_name
+            name = "notebook cell" if cell else pathlib.Path(frame.file_name).name
+            return f"{name}:{frame.line_num}"
     return ""

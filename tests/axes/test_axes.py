@@ -63,8 +63,12 @@ def test_axes_are_what_every_function_of_the_core_takes():
     jax.tree.map(np.testing.assert_array_equal, found, want)
     sizes = axes.divisible
     assert sizes == {"hidden_0": 8, "hidden_1": 6}
-    one, two = (psjax.ist.membership(0, 0, a, sizes, 2, like=w) for a in (axes, SPECS))
+    one = psjax.ist.membership(0, 0, axes, sizes, 2)
+    two = psjax.ist.membership(0, 0, SPECS, sizes, 2, like=w)
     jax.tree.map(np.testing.assert_array_equal, one.gather(w), two.gather(w))
+    assert axes.shares(3) == {"hidden_0": 3, "hidden_1": 2}
+    with pytest.raises(ValueError, match=r"shares\(7\): axis 'hidden_1' has 6 rows"):
+        axes.shares(7)
     with pytest.raises(ValueError, match=r"parameters have other shapes than those of infer_axes"):
         psjax.select(axes, index, like={**w, "c": jnp.ones((6, 4))})
 

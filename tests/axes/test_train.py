@@ -19,14 +19,14 @@ def losses(apply, params, inputs, labels, rounds):
     """
     axes = psjax.infer_axes(apply, params, *inputs)
     divided = axes.divisible
-    small = psjax.narrow(apply, axes, {name: -(-size // 2) for name, size in divided.items()})
+    small = psjax.narrow(apply, axes, axes.shares(2))
     optimizer = optax.adam(1e-2)
     update = psjax.local_update(lambda w, b: nll(small(w, b[0]), b[1]).mean(), optimizer)
     state = params, optimizer.init(params)
 
     @jax.jit
     def run(params, opt_state, number, batches):
-        subnets = psjax.ist.membership(0, number, axes, divided, 2, like=params)
+        subnets = psjax.ist.membership(0, number, axes, divided, 2)
         return update(params, opt_state, subnets, batches)
 
     whole = jax.jit(lambda w: nll(apply(w, *inputs), labels).mean())
