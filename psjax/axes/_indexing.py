@@ -1,6 +1,7 @@
 """Rules of primitives that pick entries by indices, count rows, and rank them."""
 
 import jax
+import numpy as np
 
 from psjax.axes._moves import part_of, place_of
 from psjax.axes._walk import Value
@@ -84,7 +85,8 @@ def _starts(narrow, step, places, ins):
     for d, (place, start) in enumerate(zip(places, ins)):
         if place.literal is not None:
             first = min(max(int(place.literal), 0), x.shape[d] - sizes[d])
-            start = place_of(rows, rows.atoms, x.dims[d], first)
+            dtype = step.eqn.invars[len(step.ins) - len(places) + d].aval.dtype
+            start = np.asarray(place_of(rows, rows.atoms, x.dims[d], first), dtype)
         found.append(start)
     return found
 
