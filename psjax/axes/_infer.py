@@ -124,9 +124,9 @@ class _Namer:
         self.ranked: set[int] = set()
         self._count = 0
         self._visit(program)
-        for path_value in self.params:
-            if id(path_value) not in self.uses and not self._returned(path_value):
-                walk.fix(path_value.dims, UNUSED)
+        for x in self.params:
+            if id(x) not in self.uses and not self._returned(x):
+                walk.fix(x.dims, UNUSED)
         self._write_out()
         self.coupled = self._couplings()
 
