@@ -96,9 +96,9 @@ def measure(name: str, make: Callable[[], Any], limit: float) -> Row:
     try:
         with _at_most(limit):
             axes = psjax.infer_axes(apply, params, *inputs)
-            infer_ms, trace_ms = _times(apply, params, inputs)
     except TimeoutError:
         return Row(name, failed=f"infer_axes takes longer than {limit:g} s")
+    infer_ms, trace_ms = _times(apply, params, inputs)
     kinds = collections.Counter(axis.kind for axis in axes.axes.values())
     try:
         psjax.check_axes(apply, axes, params, *inputs)

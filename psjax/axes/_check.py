@@ -42,10 +42,13 @@ def check_axes(
       >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
       >>> axes = {"in": P(None, "hidden"), "out": P("hidden")}
       >>> psjax.check_axes(apply, axes, w, jnp.ones((5, 3)))
-      >>> psjax.check_axes(apply, {**axes, "out": P()}, w, jnp.ones((5, 3)))
-      Traceback (most recent call last):
-      ...
-      ValueError: check_axes: dimension 0 of ['out'] goes together with axis 'hidden' ...
+      >>> wrong = {"in": P(None, "hidden"), "out": P()}
+      >>> try:
+      ...     psjax.check_axes(apply, wrong, w, jnp.ones((5, 3)))
+      ... except ValueError as error:
+      ...     print(error)
+      check_axes: dimension 0 of ['out'] goes together with axis 'hidden', of 8 rows, and is not
+      named so.
     """
     shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     like = jax.tree.map(shape, params)
