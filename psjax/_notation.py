@@ -40,6 +40,11 @@ def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
     return tuple(found)
 
 
+def entries(spec, ndim: int) -> list[str | None]:
+    """One entry per dimension of a leaf: those of its spec, None for the rest."""
+    return [*(spec or ()), *[None] * (ndim - len(spec or ()))]
+
+
 def names(spec) -> tuple[str, ...]:
     """The names of the axes of a leaf, each once, in their order."""
     found = [x for entry in spec or () for term in terms(entry) for x in term]
@@ -115,8 +120,7 @@ class Layout:
     """
 
     def __init__(self, spec, ndim: int, sizes: Mapping[str, int]):
-        entries = [*(spec or ()), *[None] * (ndim - len(spec or ()))]
-        self.terms = [terms(entry) or ((None,),) for entry in entries]
+        self.terms = [terms(entry) or ((None,),) for entry in entries(spec, ndim)]
         self.sizes = sizes
         self.chosen = _every(self.terms)
         name = lambda factor: factor if isinstance(factor, str) else None

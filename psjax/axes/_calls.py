@@ -151,18 +151,34 @@ def whole_equation(eqn: Any) -> Any:
     return call
 
 
-def _avals(eqn):
-    return [struct(v.aval) for v in eqn.invars]
-
-
 def _real(v):
     return jax.numpy.issubdtype(v.aval.dtype, np.inexact)
+
+
+def _real_places(eqn):
+    """Which operands have derivatives."""
+    return [i for i, v in enumerate(eqn.invars) if _real(v)]
+
+
+def _of_real(eqn, args):
+    """The equation as a function of the operands that have derivatives, and these.
+
+    It returns the results that have derivatives, and all results.
+    """
+    whole, real = whole_equation(eqn), _real_places(eqn)
+
+    def fn(*xs):
+        given = dict(zip(real, xs))
+        ys = whole(*[given.get(i, x) for i, x in enumerate(args)])
+        return [y for y, v in zip(ys, eqn.outvars) if _real(v)], ys
+
+    return fn, tuple(args[i] for i in real)
 
 
 def bind_jvp(narrow, step, ins):
     if len(step.inner) == 1:
         return narrow(step.inner[0], ins)
-    real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+    real = _real_places(step.eqn)
     fn = jax.custom_jvp(lambda *xs: tuple(narrow(step.inner[0], xs)))
 
     def jvp(primals, tangents):
@@ -181,19 +197,11 @@ def custom_jvp(walk, step):
     step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
     outs = step.inner[0].outs
     if walk.derivatives and walk.depth < 2:
-        whole, avals = whole_equation(step.eqn), _avals(step.eqn)
-        real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+        avals, real = [struct(v.aval) for v in step.eqn.invars], _real_places(step.eqn)
 
         def rule(*args):
-            primals, dots = args[: len(avals)], args[len(avals) :]
-
-            def of_real(*xs):
-                given = dict(zip(real, xs))
-                ys = whole(*[given.get(i, x) for i, x in enumerate(primals)])
-                return [y for y, v in zip(ys, step.eqn.outvars) if _real(v)], ys
-
-            own = tuple(primals[i] for i in real)
-            _, moved, ys = jax.jvp(of_real, own, tuple(dots), has_aux=True)
+            fn, primals = _of_real(step.eqn, args[: len(avals)])
+            _, moved, ys = jax.jvp(fn, primals, tuple(args[len(avals) :]), has_aux=True)
             return [*ys, *moved]
 
         program = jax.make_jaxpr(rule)(*avals, *[avals[i] for i in real])
@@ -216,7 +224,7 @@ def bind_vjp(narrow, step, ins):
     if len(step.inner) == 1:
         return narrow(step.inner[0], ins)
     _, forward, backward = step.inner
-    n, real = len(step.outs), [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+    n, real = len(step.outs), _real_places(step.eqn)
     fn = jax.custom_vjp(lambda *xs: tuple(narrow(step.inner[0], xs)))
 
     def ahead(*xs):
@@ -237,26 +245,19 @@ def custom_vjp(walk, step):
     step.inner = [walk.closed(_program(step.eqn.params), step.ins)]
     outs = step.inner[0].outs
     if walk.derivatives and walk.depth < 2:
-        whole, avals = whole_equation(step.eqn), _avals(step.eqn)
-        real = [i for i, v in enumerate(step.eqn.invars) if _real(v)]
+        avals, real = [struct(v.aval) for v in step.eqn.invars], _real_places(step.eqn)
         kept: dict[str, Any] = {}
 
         def ahead(*args):
-            def of_real(*xs):
-                given = dict(zip(real, xs))
-                ys = whole(*[given.get(i, x) for i, x in enumerate(args)])
-                return [y for y, v in zip(ys, step.eqn.outvars) if _real(v)], ys
-
-            _, back, ys = jax.vjp(of_real, *[args[i] for i in real], has_aux=True)
+            fn, primals = _of_real(step.eqn, args)
+            _, back, ys = jax.vjp(fn, *primals, has_aux=True)
             saved, kept["treedef"] = jax.tree.flatten(back)
             return [*ys, *saved]
 
         forward = jax.make_jaxpr(ahead)(*avals)
         n = len(outs)
-        saved = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in forward.out_avals[n:]]
-        dots = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in step.eqn.outvars if _real(v)
-        ]
+        saved = [struct(x) for x in forward.out_avals[n:]]
+        dots = [struct(v.aval) for v in step.eqn.outvars if _real(v)]
 
         def behind(*args):
             back = kept["treedef"].unflatten(args[: len(saved)])

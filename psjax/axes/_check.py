@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from psjax._select import axis_sizes
-from psjax.axes._narrow import Narrow, Rows, named_dims
-from psjax.axes._rules import RULES
-from psjax.axes._walk import Walk
+from psjax.axes._narrow import Narrow, Rows, named_walk
+from psjax.axes._walk import shapes_of
 
 _TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 2e-4, "float64": 1e-9}
 
@@ -50,29 +49,23 @@ def check_axes(
       check_axes: dimension 0 of ['out'] goes together with axis 'hidden', of 8 rows, and is not
       named so.
     """
-    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-    like = jax.tree.map(shape, params)
+    like = shapes_of(params)
     specs, paths, sizes = axis_sizes("check_axes", axes, like)
-    program = jax.make_jaxpr(apply)(like, *inputs)
-    walk = Walk(RULES)
-    flat = jax.tree.leaves(like)
-    values, atoms = named_dims(walk, specs, flat, sizes)
-    rest = [walk.value(aval) for aval in program.in_avals[len(flat) :]]
-    walked = walk.closed(program, [*values, *rest])
-    _check_names(walk, atoms, sizes)
-    _check_leaves(walk, atoms, paths, values)
+    named = named_walk(apply, specs, sizes, like, inputs)
+    _check_names(named, sizes)
+    _check_leaves(named, paths)
     arrays = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
     rng = np.random.default_rng(seed)
     drawn = [_perturbed(rng, x) for x in arrays]
-    _check_numbers(walk, walked, atoms, sizes, drawn, rng)
+    _check_numbers(named, sizes, drawn, rng)
 
 
-def _check_names(walk, atoms, sizes):
+def _check_names(named, sizes):
     """Every name must be one axis that the program leaves permutable, and no other name's."""
     seen: dict[int, str] = {}
-    for name, atom in atoms.items():
-        for own in walk.atoms.atoms([[atom]]):
-            reason = walk.atoms.fixed(own)
+    for name in named.atoms:
+        for own in named.own(name):
+            reason = named.walk.atoms.fixed(own)
             if reason is not None:
                 msg = f"check_axes: the rows of axis {name!r} are told apart: {reason}."
                 raise ValueError(msg)
@@ -85,28 +78,22 @@ def _check_names(walk, atoms, sizes):
             seen[own] = name
 
 
-def _check_leaves(walk, atoms, paths, values):
+def _check_leaves(named, paths):
     """What goes together with an axis must be named so."""
-    names_of = {own: name for name, a in atoms.items() for own in walk.atoms.atoms([[a]])}
-    named = set(atoms.values())
-    for path, x in zip(paths, values):
+    atoms, by_name = named.walk.atoms, set(named.atoms.values())
+    names_of = {own: name for name in named.atoms for own in named.own(name)}
+    for path, x in zip(paths, named.params):
         for d, dim in enumerate(x.dims):
-            written = [
-                own for term in dim for atom in term if atom in named for own in _own(walk, atom)
-            ]
-            found = [own for own in walk.atoms.atoms(dim) if own in names_of]
+            written = atoms.atoms([[a for a in term if a in by_name] for term in dim])
+            found = [own for own in atoms.atoms(dim) if own in names_of]
             extra = [own for own in found if own not in written]
             if extra:
                 msg = (
                     f"check_axes: dimension {d} of {path} goes together with axis "
-                    f"{names_of[extra[0]]!r}, of {walk.atoms.size(extra[0])} rows, and is not "
+                    f"{names_of[extra[0]]!r}, of {atoms.size(extra[0])} rows, and is not "
                     "named so."
                 )
                 raise ValueError(msg)
-
-
-def _own(walk, atom):
-    return walk.atoms.atoms([[atom]])
 
 
 def _perturbed(rng, x):
@@ -123,15 +110,11 @@ def _perturbed(rng, x):
     return new.astype(x.dtype)
 
 
-def _check_numbers(walk, walked, atoms, sizes, arrays, rng):
+def _check_numbers(named, sizes, arrays, rng):
     """Permute the rows of one axis after the other."""
-    random = _draws(walked)
-
-    def results(arrays, perms):
-        run = _Permuted(walk, perms) if random else Narrow(Rows(walk.atoms, {}))
-        return run(walked, arrays)
-
-    run = jax.jit(lambda arrays: results(arrays, {}))
+    walk, program = named.walk, named.program
+    results = lambda perms: jax.jit(lambda arrays: _Permuted(walk, perms)(program, arrays))
+    run, random = results({}), _draws(program)
     base = [np.asarray(y) for y in run(arrays)]
     if not all(np.all(np.isfinite(y)) for y in base if y.dtype.kind in "fc"):
         msg = (
@@ -139,11 +122,11 @@ def _check_numbers(walk, walked, atoms, sizes, arrays, rng):
             "other parameters or another seed."
         )
         raise ValueError(msg)
-    for name, atom in atoms.items():
-        perms = {own: rng.permutation(walk.atoms.size(own)) for own in _own(walk, atom)}
-        moved = [_permuted(walk, x, v, perms) for x, v in zip(arrays, walked.ins)]
-        again = jax.jit(lambda arrays, perms=perms: results(arrays, perms)) if random else run
-        for y, found, value in zip(base, again(moved), walked.outs):
+    for name in named.atoms:
+        perms = {own: rng.permutation(walk.atoms.size(own)) for own in named.own(name)}
+        moved = [_permuted(walk, x, v, perms) for x, v in zip(arrays, program.ins)]
+        again = results(perms) if random else run
+        for y, found, value in zip(base, again(moved), program.outs):
             error, allowed = _error(np.asarray(found), _permuted(walk, y, value, perms))
             if not error <= allowed:
                 msg = (

@@ -4,15 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from psjax.axes._atoms import Reason
 from psjax.axes._axes import Axes, Axis, Fixed
 from psjax.axes._couplings import Couplings
-from psjax.axes._narrow import named_dims
+from psjax.axes._narrow import named_walk
 from psjax.axes._rules import RULES
-from psjax.axes._walk import Program, Value, Walk
+from psjax.axes._walk import Program, Value, Walk, shapes_of
 
 UNUSED = Reason("no step reads it")
 REPEATED = Reason("its rows lie within every row of another axis, beside others")
@@ -51,8 +50,7 @@ def infer_axes(apply: Callable[..., Any], params: Any, *inputs: Any) -> Axes:
       hidden_0     8  hidden  ['in'] 1, ['out'] 0
       output_0     2  output  ['out'] 1
     """
-    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-    like = jax.tree.map(shape, params)
+    like = shapes_of(params)
     leaves = jax.tree_util.tree_leaves_with_path(like)
     if not leaves:
         msg = "infer_axes(params=...): the parameters have no arrays."
@@ -88,17 +86,14 @@ def coupled_axes(
       sizes: rows of every axis.
       divided: names of those that are divided.
     """
-    program = jax.make_jaxpr(fn)(leaves)
-    walk = Walk(RULES)
-    values, atoms = named_dims(walk, specs, program.in_avals, sizes)
-    walked = walk.closed(program, values)
-    own_of = {name: walk.atoms.atoms([[atoms[name]]]) for name in divided}
+    named = named_walk(fn, specs, sizes, leaves)
+    own_of = {name: named.own(name) for name in divided}
     together = [atom for own in own_of.values() for atom in own]
-    couplings = Couplings(walk, together, len(program.in_avals))
-    couplings.of(walked)
+    couplings = Couplings(named.walk, together, len(named.params))
+    couplings.of(named.program)
     found = {}
     for name, own in own_of.items():
-        fixed = next(filter(None, map(walk.atoms.fixed, own)), None)
+        fixed = next(filter(None, map(named.walk.atoms.fixed, own)), None)
         coupled = next((couplings.reasons[a] for a in own if a in couplings.reasons), None)
         found[name] = Told(fixed, coupled)
     return found
@@ -128,12 +123,12 @@ class _Namer:
             if id(x) not in self.uses and not self._returned(x):
                 walk.fix(x.dims, UNUSED)
         self._write_out()
+        self.of_inputs, self.of_results = self._of(self.inputs), self._of(self.results)
         self.coupled = self._couplings()
 
     def _couplings(self):
         """Why axes cannot be divided, where all others that can be are divided together."""
-        given = self._atoms(d for x in [*self.inputs, *self.results] for d in x.dims)
-        together = self._atoms(d for x in self.params for d in x.dims) - given
+        together = self._of(self.params) - self.of_inputs - self.of_results
         reasons: dict[int, Reason] = {}
         while True:
             found = Couplings(self.walk, together, len(self.params))
@@ -196,6 +191,9 @@ class _Namer:
     def _atoms(self, dims):
         return {atom for dim in dims for atom in self.walk.atoms.atoms(dim)}
 
+    def _of(self, values):
+        return self._atoms(dim for x in values for dim in x.dims)
+
     def axes(self) -> Axes:
         names = self._names()
         axes = {}
@@ -239,9 +237,9 @@ class _Namer:
         return names
 
     def _kind(self, atom):
-        if atom in self._atoms(d for x in self.inputs for d in x.dims):
+        if atom in self.of_inputs:
             return "input"
-        if atom in self._atoms(d for x in self.results for d in x.dims):
+        if atom in self.of_results:
             return "output"
         return "hidden" if atom not in self.coupled else "normalised"
 

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from psjax._notation import size_of, terms
+from psjax._notation import entries, size_of, terms
 from psjax._select import axis_sizes, check_count, nearest
 from psjax.axes._atoms import Atoms, Dim
 from psjax.axes._calls import whole_equation
 from psjax.axes._rules import RULES
-from psjax.axes._walk import Program, Step, Value, Walk, struct
+from psjax.axes._walk import Program, Step, Value, Walk, shapes_of, struct
 
 
 class Rows:
@@ -70,8 +70,50 @@ class Narrow:
         return outs if eqn.primitive.multiple_results else [outs]
 
 
-def named_dims(walk: Walk, specs: Sequence[Any], shapes: Sequence[Any], sizes: Mapping[str, int]):
-    """Values of parameters whose axes have names, and the atom of every name."""
+class Named(NamedTuple):
+    """A program that was walked through from named axes of its parameters.
+
+    Attributes:
+      walk: the walk.
+      program: what it has been through.
+      atoms: of every name.
+      params: values of the parameters.
+      inputs: values of the inputs.
+      out: structure of the results.
+    """
+
+    walk: Walk
+    program: Program
+    atoms: dict[str, int]
+    params: list[Value]
+    inputs: list[Value]
+    out: Any
+
+    def own(self, name: str) -> list[int]:
+        """The atoms that the program divides an axis into; one where it does not."""
+        return self.walk.atoms.atoms([[self.atoms[name]]])
+
+
+def named_walk(
+    fn: Callable[..., Any],
+    specs: Sequence[Any],
+    sizes: Mapping[str, int],
+    params: Any,
+    inputs: Sequence[Any] = (),
+    derivatives: bool = False,
+) -> Named:
+    """Walk through `fn(params, *inputs)`.
+
+    Args:
+      fn: a pure function of arrays.
+      specs: a `PartitionSpec` for each leaf of the parameters.
+      sizes: rows of every axis.
+      params: the parameters, or `jax.ShapeDtypeStruct`s of them.
+      inputs: of the function.
+      derivatives: as for `Walk`.
+    """
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    walk = Walk(RULES, derivatives)
     atoms = {name: walk.atoms.new(size) for name, size in sizes.items()}
     factor = lambda x: atoms[x] if isinstance(x, str) else walk.atoms.new(x)
 
@@ -80,11 +122,13 @@ def named_dims(walk: Walk, specs: Sequence[Any], shapes: Sequence[Any], sizes: M
             return walk.atoms.dim(n)
         return [[factor(x) for x in term if x != 1] for term in terms(entry)]
 
-    values = []
-    for spec, x in zip(specs, shapes):
-        entries = [*(spec or ()), *[None] * (len(x.shape) - len(spec or ()))]
-        values.append(Value(x.shape, [dim(e, n) for e, n in zip(entries, x.shape)]))
-    return values, atoms
+    def value(spec, x):
+        return Value(x.shape, [dim(e, n) for e, n in zip(entries(spec, len(x.shape)), x.shape)])
+
+    values = [value(spec, x) for spec, x in zip(specs, closed.in_avals)]
+    rest = [walk.value(aval) for aval in closed.in_avals[len(values) :]]
+    program = walk.closed(closed, [*values, *rest])
+    return Named(walk, program, atoms, values, rest, jax.tree.structure(out))
 
 
 def narrow(
@@ -128,7 +172,7 @@ def narrow(
     if like is None:
         msg = "narrow(axes=...): pass the whole parameters, or their shapes, as like=."
         raise ValueError(msg)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
+    shapes = shapes_of(like)
     specs, paths, known = axis_sizes("narrow", axes, shapes)
     for name, rows in sizes.items():
         if name not in known:
@@ -157,39 +201,36 @@ def narrow(
                 raise ValueError(msg)
         of_whole = [struct(jax.typeof(x), like.shape) for x, like in zip(got, flat)]
         whole = treedef.unflatten(of_whole)
-        program, out = jax.make_jaxpr(apply, return_shape=True)(whole, *inputs)
-        walk = Walk(RULES, derivatives=True)
-        values, atoms = named_dims(walk, specs, flat, known)
-        rest = [walk.value(aval) for aval in program.in_avals[len(flat) :]]
-        walked = walk.closed(program, [*values, *rest])
-        new = _new_sizes(walk, atoms, known, sizes, rest)
-        outs = Narrow(Rows(walk.atoms, new))(walked, [*got, *jax.tree.leaves(inputs)])
-        return jax.tree.unflatten(jax.tree.structure(out), outs)
+        named = named_walk(apply, specs, known, whole, inputs, derivatives=True)
+        rows = Rows(named.walk.atoms, _new_sizes(named, known, sizes))
+        outs = Narrow(rows)(named.program, [*got, *jax.tree.leaves(inputs)])
+        return named.out.unflatten(outs)
 
     return small
 
 
 def _narrower(shape, spec, sizes):
-    entries = [*(spec or ()), *[None] * (len(shape) - len(spec or ()))]
-    return tuple(n if e is None else size_of(e, sizes) for e, n in zip(entries, shape))
+    dims = zip(entries(spec, len(shape)), shape)
+    return tuple(n if e is None else size_of(e, sizes) for e, n in dims)
 
 
-def _new_sizes(walk, atoms, known, sizes, inputs):
+def _new_sizes(named, known, sizes):
     """Rows of the atoms of the narrowed axes, where each may have fewer."""
-    of_inputs = {atom for x in inputs for dim in x.dims for atom in walk.atoms.atoms(dim)}
+    atoms = named.walk.atoms
+    of_inputs = {atom for x in named.inputs for dim in x.dims for atom in atoms.atoms(dim)}
     new: dict[int, int] = {}
     names_of: dict[int, str] = {}
     for name in known:
-        own = walk.atoms.atoms([[atoms[name]]])
+        own = named.own(name)
         rows = sizes.get(name, known[name])
         if rows == known[name] and not any(atom in new for atom in own):
             names_of |= {atom: name for atom in own}
             continue
         problem = None
-        if len(own) != 1 or walk.atoms.size(own[0]) != known[name]:
+        if len(own) != 1 or atoms.size(own[0]) != known[name]:
             problem = "the program divides it into parts; name those"
-        elif walk.atoms.fixed(own[0]) is not None:
-            problem = str(walk.atoms.fixed(own[0]))
+        elif atoms.fixed(own[0]) is not None:
+            problem = str(atoms.fixed(own[0]))
         elif own[0] in of_inputs:
             problem = "the inputs have it too"
         elif names_of.get(own[0], name) != name and sizes.get(names_of[own[0]]) != rows:

@@ -5,12 +5,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from psjax.axes._atoms import Atoms, Dim, Reason
+
+
+def shapes_of(tree: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of a tree of arrays, numbers, or such structs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
 
 
 def struct(aval: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
@@ -107,7 +113,7 @@ class Walk:
 
     def constant(self, x: Any) -> Value:
         """A constant array: where it varies along a dimension, its rows are told apart."""
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return self.value(x, Reason("random keys"))
         x = np.asarray(x)
         dims = []

@@ -92,15 +92,10 @@ class Plan:
         label = self.classes[w, t, a]
         order = np.lexsort((t, label, w))
         w, t, a, label = w[order], t[order], a[order], label[order]
-        run = w * C + label
-        first = np.concatenate([[True], run[1:] != run[:-1]])
-        starts = np.flatnonzero(first)
-        number = np.cumsum(first) - 1  # of the run, among all workers'
-        rank = np.arange(len(run)) - starts[number]  # in its run
+        starts, counts, of_worker, rank = _runs_of_labels(w, label, C)
         worker = w[starts]
-        of_worker = np.arange(len(starts)) - np.searchsorted(worker, worker)  # which of its labels
-        most, labels = int(rank.max()) + 1, int(of_worker.max()) + 1
-        place = of_worker[number] * most + rank
+        most, labels = int(counts.max()), int(of_worker.max()) + 1
+        place = np.repeat(of_worker, counts) * most + rank
 
         turns = labels * most
         classes = np.full((W, turns, s), C, np.int32)
@@ -140,10 +135,8 @@ class Plan:
         label, other = self.classes[w, t, a], self.classes[w, t, b]
         order = np.lexsort((other, label, w))
         w, label, other = w[order], label[order], other[order]
-        starts = np.flatnonzero(np.diff(w * C + label, prepend=-1))  # of each worker's labels
-        counts = np.diff(np.append(starts, len(w)))
-        turn = np.arange(len(starts)) - np.searchsorted(w[starts], w[starts])
-        place = 1 + np.arange(len(w)) - np.repeat(starts, counts)
+        starts, counts, turn, rank = _runs_of_labels(w, label, C)
+        place = 1 + rank
         classes = np.full((W, int(turn.max()) + 1, 1 + int(counts.max())), C, np.int32)
         pairs = np.zeros((*classes.shape[:2], 1, classes.shape[2]), bool)
         classes[w[starts], turn, 0] = label[starts]
@@ -405,6 +398,14 @@ def _dealt(kind, num_workers, num_classes, classes, mask):
     times = np.maximum(-((own - W) // n), 1)  # workers t, t + n, t + 2n, ... share the task t
     share = np.stack([np.broadcast_to(np.arange(W)[:, None] // n, own.shape), times], axis=-1)
     return Plan(kind, num_classes, own_classes.astype(np.int32), own_mask, share.astype(np.int32))
+
+
+def _runs_of_labels(worker, label, num_classes):
+    """Runs of sorted entries: start, length, number among its worker's; and each one's place."""
+    starts = np.flatnonzero(np.diff(worker * num_classes + label, prepend=-1))
+    counts = np.diff(np.append(starts, len(worker)))
+    of_worker = np.arange(len(starts)) - np.searchsorted(worker[starts], worker[starts])
+    return starts, counts, of_worker, np.arange(len(worker)) - np.repeat(starts, counts)
 
 
 def _distinct(keys):

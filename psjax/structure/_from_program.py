@@ -32,13 +32,12 @@ class Reading:
         self.program = self.walk.closed(closed, [self.walk.value(x) for x in closed.in_avals])
         couplings = Couplings(self.walk, (), len(jax.tree.leaves(like)))
         facts = couplings.of(self.program)[0]
-        loops = couplings.bits(_tested(self.program))
-        self.alive = facts.real | facts.summed | loops
+        self.alive = facts.real | facts.summed
         self.bits = couplings.bits
         self.params = self.program.ins[: len(jax.tree.leaves(like))]
         self.dim, self.out = dim, self.program.outs[0]
         self.num_classes = self.out.shape[dim]
-        coupled = facts.summed | loops | couplings.bits([[list(couplings.reasons)]])
+        coupled = facts.summed | couplings.bits([[list(couplings.reasons)]])
         self.own: list[int] = []
         self.reason = self._find(coupled)
 
@@ -134,16 +133,6 @@ class Reading:
 
         visit(self.program)
         return [uses.get(id(x), count) for x in self.params]
-
-
-def _tested(program):
-    """Dimensions of what decides how often a loop turns, which no fact tells of."""
-    for step in program.steps:
-        for inner in step.inner:
-            yield from _tested(inner)
-        if step.name == "while":
-            for x in step.inner[0].ins:
-                yield from x.dims
 
 
 def _read(program: Program, wanted: Sequence[bool]) -> list[bool]:

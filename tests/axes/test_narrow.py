@@ -130,6 +130,21 @@ def test_it_is_a_function_for_every_transformation():
         close(jax.device_get(jax.jit(small)(part, own)), want)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["relu", "custom_jvp", "custom_vjp with residuals"])
+def test_own_derivatives_inside_a_shard_map_that_checks_what_varies(name):
+    apply, w = network(ACTIVATIONS[name]), weights()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)))
+    small, part, zeroed, back = parts(apply, w, x, [0, 4])
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sum_of = lambda fn: lambda w, x: jnp.sum(fn(w, x) ** 2)
+    grads = lambda w, x: jax.grad(sum_of(small))(w, x)
+    mapped = jax.jit(jax.shard_map(grads, mesh=mesh, in_specs=(P(), P("d")), out_specs=P()))
+    want = back(jax.grad(sum_of(apply))(zeroed, x))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+    jax.tree.map(close, mapped(part, x), want)
+
+
 class CNN(nn.Module):
     """Nothing in it says which axes belong together."""
 
