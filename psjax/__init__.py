@@ -17,11 +17,11 @@ from psjax._devices import shard as shard
 from psjax._local import LocalMetrics as LocalMetrics
 from psjax._local import local_update as local_update
 from psjax._masks import dropout_mask as dropout_mask
+from psjax._pairs import ordered_pairs as ordered_pairs
+from psjax._pairs import unordered_pairs as unordered_pairs
 from psjax._partition import random_partition as random_partition
-from psjax._select import ordered_pairs as ordered_pairs
 from psjax._select import replicas as replicas
 from psjax._select import select as select
-from psjax._select import unordered_pairs as unordered_pairs
 from psjax._selection import Selection as Selection
 from psjax._separable import element_value_and_grad as element_value_and_grad
 from psjax._separable import partially_separable as partially_separable

@@ -1,17 +1,21 @@
 """Whether elements add up to the loss that they are meant to be."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Num, PyTree
 
 from psjax._select import select
 from psjax._selection import Selection
 from psjax._separable import value_and_grad
+from psjax._types import Params
 
 _SHOWN = 8  # leaves in a message
 
@@ -101,7 +105,7 @@ def check_elements(
     raise ValueError(msg)
 
 
-def _tolerance(tree):
+def _tolerance(tree: PyTree):
     """The square root of the epsilon computed with, or the epsilon that the data are known to."""
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)} | {jnp.result_type(float)}
     floats = [jnp.finfo(x) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
@@ -109,17 +113,17 @@ def _tolerance(tree):
     return max(eps, min(eps, single) ** 0.5)
 
 
-def _single(x):
+def _single(x: ArrayLike):
     """In single precision at least: what half precision rounds away is another question."""
     dtype = jnp.result_type(x)
     wide = jnp.issubdtype(dtype, jnp.floating)
     return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if wide else x
 
 
-def _near(params, noise, seed):
+def _near(params: Params, noise: float, seed: int):
     rng = np.random.default_rng(seed)
 
-    def leaf(x):
+    def leaf(x: ArrayLike):
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             return x
         size = jnp.sqrt(jnp.mean(jnp.abs(x) ** 2))
@@ -129,7 +133,7 @@ def _near(params, noise, seed):
     return jax.tree.map(leaf, params) if noise else params
 
 
-def _check_scalar(value):
+def _check_scalar(value: Any):
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         shown = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", value)
         msg = (
@@ -142,7 +146,7 @@ def _check_scalar(value):
 class _Comparison:
     """Value and gradient of the elements beside those of the whole loss, in double precision."""
 
-    def __init__(self, got, expected, tolerance):
+    def __init__(self, got: tuple[Any, Params], expected: tuple[Any, Params], tolerance: float):
         self.tolerance = tolerance
         wide = lambda x: np.asarray(
             x, np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64
@@ -159,11 +163,11 @@ class _Comparison:
         self.same = self.close_grads(1)
         self.equal = self.finite and self.same_value and all(self.same)
 
-    def close_value(self, factor):
+    def close_value(self, factor: float):
         whole = factor * self.whole_value
         return abs(self.value - whole) <= self.tolerance * max(abs(self.value), abs(whole))
 
-    def close_grads(self, factor):
+    def close_grads(self, factor: float):
         """Which leaves agree. What is below 1/100 of the largest entry of all is held to that."""
         pairs = [(a, factor * b) for a, b in zip(self.grads, self.whole_grads)]
         sizes = [max(_largest(a), _largest(b)) for a, b in pairs]
@@ -204,11 +208,21 @@ class _Comparison:
         return "\n".join(lines)
 
 
-def _largest(x):
+def _largest(x: np.ndarray):
     return float(np.abs(x).max(initial=0))
 
 
-def _causes(found, whole, whole_loss, params, selection, args, own, seed, agrees) -> Iterator[str]:
+def _causes(
+    found: _Comparison,
+    whole: Callable[[Params], Any],
+    whole_loss: Callable[..., Any],
+    params: Params,
+    selection: Selection,
+    args: tuple[Any, ...],
+    own: tuple[Any, ...],
+    seed: int,
+    agrees: Callable[[Selection], bool],
+) -> Iterator[str]:
     """Causes that fit, the surest first; each is looked for only if those before do not fit."""
     if not found.finite:
         yield "Some numbers are NaN or Inf: pass other parameters or samples, or a smaller noise."
@@ -248,7 +262,7 @@ def _causes(found, whole, whole_loss, params, selection, args, own, seed, agrees
     yield _of_leaves(found, selection)
 
 
-def _of_factor(found, factor, args, own):
+def _of_factor(found: _Comparison, factor: float, args: tuple[Any, ...], own: tuple[Any, ...]):
     times, many = (factor, "") if abs(factor) >= 1 else (1 / factor, "1/")
     what = f"{many}{times:.6g} times those of whole_loss"
     if found.close_value(factor):
@@ -270,7 +284,7 @@ def _of_factor(found, factor, args, own):
     )
 
 
-def _of_leaves(found, selection):
+def _of_leaves(found: _Comparison, selection: Selection):
     if found.same_value:
         return (
             "The value agrees and the gradient does not: a stop_gradient, a derivative rule of its "
@@ -289,7 +303,9 @@ def _of_leaves(found, selection):
     )
 
 
-def _other_samples(selection, params) -> Iterator[tuple[str, str, int, Selection]]:
+def _other_samples(
+    selection: Selection, params: Params
+) -> Iterator[tuple[str, str, int, Selection]]:
     """The same elements with other samples: those of another row of a parameters' axis."""
     in_params = {name for spec in selection.specs for name in spec or ()} & set(selection.indices)
     indices = {name: np.asarray(rows) for name, rows in selection.indices.items()}
@@ -317,7 +333,13 @@ def _other_samples(selection, params) -> Iterator[tuple[str, str, int, Selection
                 yield name, other, place, changed
 
 
-def _couples_samples(whole_loss, params, own, tolerance, seed):
+def _couples_samples(
+    whole_loss: Callable[..., Any],
+    params: Params,
+    own: tuple[Any, ...],
+    tolerance: float,
+    seed: int,
+):
     """How much the halves of a batch act together, relative to the loss; 0 below the tolerance."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(own)
@@ -330,8 +352,8 @@ def _couples_samples(whole_loss, params, own, tolerance, seed):
         return 0
     moves = {id(x): np.std(x) * rng.normal(size=x.shape) / 2 for x in arrays}
 
-    def loss(halves):
-        def leaf(x):
+    def loss(halves: Sequence[int]):
+        def leaf(x: Any):
             if id(x) not in moves:
                 return x
             first = np.arange(len(x)) < len(x) // 2
@@ -345,7 +367,9 @@ def _couples_samples(whole_loss, params, own, tolerance, seed):
     return size if size > tolerance else 0
 
 
-def _coupled_rows(whole, params, selection, seed) -> Iterator[tuple[str, list[int], float]]:
+def _coupled_rows(
+    whole: Callable[[Params], Any], params: Params, selection: Selection, seed: int
+) -> Iterator[tuple[str, list[int], float]]:
     """How much rows of an axis act together of which no element holds all."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(params)
@@ -361,7 +385,12 @@ def _coupled_rows(whole, params, selection, seed) -> Iterator[tuple[str, list[in
                 for spec, x in zip(selection.specs, leaves)
             ]
 
-            def loss(moved, name=name, rows=rows, moves=moves):
+            def loss(
+                moved: Sequence[int],
+                name: str = name,
+                rows: np.ndarray = rows,
+                moves: Sequence[Array | None] = moves,
+            ):
                 here = dict(zip(rows.tolist(), moved))
                 factors = [here.get(i, 0) for i in range(selection.sizes[name])]
                 new = [
@@ -374,14 +403,14 @@ def _coupled_rows(whole, params, selection, seed) -> Iterator[tuple[str, list[in
                 yield name, rows.tolist(), _mixed_difference(loss, len(rows))
 
 
-def _along(spec, name, factors, move):
+def _along(spec: P, name: str, factors: Num[np.ndarray, " size"], move: Array | None):
     if move is None:
         return 0
     d = spec.index(name)
     return jnp.asarray(factors.reshape([-1 if k == d else 1 for k in range(move.ndim)])) * move
 
 
-def _not_held_together(holds, rng):
+def _not_held_together(holds: Bool[np.ndarray, "E size"], rng: np.random.Generator):
     """Up to three smallest sets of rows, 4 at most, that no element holds all of."""
     size = holds.shape[1]
     for number in range(2, min(4, size) + 1):
@@ -392,7 +421,7 @@ def _not_held_together(holds, rng):
             return
 
 
-def _mixed_difference(loss, number):
+def _mixed_difference(loss: Callable[[Sequence[int]], Any], number: int):
     r"""Relative to the loss, $|\sum_S (-1)^{|S|} f(S)|$ over the subsets S of `number` changes.
 
     It is zero where f is a sum of functions each of which lacks one of the changes.

@@ -2,8 +2,10 @@
 
 import math
 import os
+from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from psjax._programs import programs_in
 
@@ -13,7 +15,7 @@ from psjax._programs import programs_in
 _FLOPS, _FLOPS_OF_RUNS = 2**21, 2**27
 
 
-def chunk_sizes(program, num_elements: int, run_length: int) -> tuple[int, int]:
+def chunk_sizes(program: ClosedJaxpr, num_elements: int, run_length: int) -> tuple[int, int]:
     """Elements evaluated at once on a CPU, and elsewhere, where the user has not said.
 
     On a CPU, as many runs as it takes to make a step of the loop worth starting: products of large
@@ -32,7 +34,7 @@ def chunk_sizes(program, num_elements: int, run_length: int) -> tuple[int, int]:
     return min(fits(_host_memory() / 8), run_length * runs), fits(_device_memory() / 4)
 
 
-def work(jaxpr) -> tuple[int, int]:
+def work(jaxpr: Jaxpr) -> tuple[int, int]:
     """Operations of the products of a program, and bytes of all arrays that it makes."""
     flops = temporaries = 0
     for eqn in jaxpr.eqns:
@@ -48,19 +50,23 @@ def work(jaxpr) -> tuple[int, int]:
     return flops, temporaries
 
 
-def _product(eqn):
-    out = math.prod(getattr(eqn.outvars[0].aval, "shape", ())) if eqn.outvars else 0
+def _product(eqn: JaxprEqn):
+    out = math.prod(_shape(eqn.outvars[0])) if eqn.outvars else 0
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+        return 2 * out * math.prod(_shape(eqn.invars[0])[d] for d in contracted)
     if eqn.primitive.name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = _shape(eqn.invars[1])
         features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2 * out * math.prod(kernel) // features
     return out
 
 
-def _bytes(aval):
+def _shape(v: Any) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())
+
+
+def _bytes(aval: Any):
     return math.prod(getattr(aval, "shape", ())) * getattr(
         getattr(aval, "dtype", None), "itemsize", 4
     )

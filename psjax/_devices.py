@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
+from jaxtyping import PyTree
 
 from psjax._elements import each_in_axes
+from psjax._selection import Selection
+from psjax._types import AxisName, InAxes, Params
 
 
 def shard(
@@ -46,17 +49,17 @@ def shard(
     axes = _axes_of(mesh, axis_name)
     n = math.prod(mesh.shape[axis] for axis in axes)
 
-    def sharded(params, selection, *args):
+    def sharded(params: Params, selection: Selection, *args: PyTree):
         rows = _mapped("shard", in_axes, args)
 
-        def body(params, selection, *args):
+        def body(params: Params, selection: Selection, *args: PyTree):
             own = lambda tree: jax.tree.map(lambda x: x[0], tree)
-            args = [own(arg) if row else arg for arg, row in zip(args, rows)]
-            return jax.lax.psum(fn(params, own(selection), *args), axes)
+            mine = [own(arg) if row else arg for arg, row in zip(args, rows)]
+            return jax.lax.psum(fn(params, own(selection), *mine), axes)
 
         where = _mesh_of_call(mesh, (params, selection, args))
-        args = _split_args("shard", args, rows, n, selection.num_elements)
-        operands = (params, selection.split(n), *args)
+        parts = _split_args("shard", args, rows, n, selection.num_elements)
+        operands = (params, selection.split(n), *parts)
         spread = (False, True, *rows)
         operands = [_laid_out(x, axes if s else (), where) for x, s in zip(operands, spread)]
         specs = tuple(P(axes) if s else P() for s in spread)
@@ -65,7 +68,7 @@ def shard(
     return sharded
 
 
-def _axes_of(mesh, axis_name):
+def _axes_of(mesh: jax.sharding.Mesh, axis_name: AxisName | None):
     """The names of the axes over which the elements are spread."""
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is None and len(mesh.axis_names) == 1:
@@ -79,7 +82,7 @@ def _axes_of(mesh, axis_name):
     return axes
 
 
-def _mesh_of_call(mesh, operands):
+def _mesh_of_call(mesh: jax.sharding.Mesh, operands: PyTree):
     """The mesh for `jax.shard_map`: the context's, or the user's; Explicit if an operand is."""
     context = jax.sharding.get_abstract_mesh()
     if context.empty:
@@ -95,7 +98,9 @@ def _mesh_of_call(mesh, operands):
     return context
 
 
-def _laid_out(tree, axes, mesh):
+def _laid_out(
+    tree: PyTree, axes: tuple[Hashable, ...], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+):
     """Rows over some axes: where these are Explicit, `jax.shard_map` leaves it to its caller."""
     types = dict(zip(mesh.axis_names, mesh.axis_types))
     if AxisType.Explicit not in types.values():
@@ -120,7 +125,7 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
     devices = jax.local_devices() if devices is None else list(devices)
     compiled = {}
 
-    def pmapped(params, selection, *args):
+    def pmapped(params: Params, selection: Selection, *args: PyTree):
         rows = tuple(_mapped("pmap", in_axes, args))
         if rows not in compiled:
             axes = (None, 0, *(0 if row else None for row in rows))
@@ -138,15 +143,15 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
     return pmapped
 
 
-def _mapped(call, in_axes, args):
+def _mapped(call: str, in_axes: InAxes, args: PyTree):
     """Which arguments go row by row with the elements."""
     return [
         axes is not None and not isinstance(axes, P) for axes in each_in_axes(call, in_axes, args)
     ]
 
 
-def _split_args(call, args, rows, n, num_elements):
-    def divide(i, path, x):
+def _split_args(call: str, args: PyTree, rows: Sequence[bool], n: int, num_elements: int):
+    def divide(i: int, path: KeyPath, x: Any):
         if not jnp.ndim(x) or x.shape[0] != num_elements:
             msg = (
                 f"{call}: argument {i}{keystr(path)} has shape {jnp.shape(x)}; with in_axes=0 its "

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
+from jaxtyping import PyTree
 
 from psjax._notation import names, size_of
 from psjax._select import nearest
 from psjax._selection import Selection
+from psjax._types import InAxes
 
 ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axes=0
 
@@ -41,7 +43,9 @@ def over_chunks(selection: Selection, chunk_size: Any, body: Callable, init: Any
     )
 
 
-def _over_chunks(chunk_size, body, selection, init, *operands):
+def _over_chunks(
+    chunk_size: int, body: Callable[..., Any], selection: Selection, init: PyTree, *operands: PyTree
+):
     step = lambda carry, part: body(carry, part, *operands)
     E, r = selection.num_elements, selection.run_length
     # As few chunks as the size allows, then as even as they can be: less padding. Padding repeats
@@ -79,7 +83,7 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
     E = selection.num_elements
     specs = list(selection.specs)
     for axes, arg in zip(each_in_axes(call, in_axes, args), args):
-        spec = P() if axes is None else P(ELEMENT) if axes == 0 else axes
+        spec = axes if isinstance(axes, P) else P() if axes is None else P(ELEMENT)
         specs += [spec] * len(jax.tree.leaves(arg))
     seen = selection
     if any(ELEMENT in names(spec) for spec in specs):
@@ -107,7 +111,7 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
     return seen.of(specs, (params, *args), (*(selection.keep or ()), *[None] * more))
 
 
-def each_in_axes(call, in_axes, args):
+def each_in_axes(call: str, in_axes: InAxes, args: tuple[Any, ...]):
     """`in_axes` as a tuple, one of None, 0 or a `PartitionSpec` for each argument."""
     if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
         in_axes = (in_axes,) * len(args)
@@ -124,7 +128,7 @@ def each_in_axes(call, in_axes, args):
     return in_axes
 
 
-def _check_argument(call, seen, spec, where, shape):
+def _check_argument(call: str, seen: Selection, spec: P, where: str, shape: tuple[int, ...]):
     for name in names(spec):
         if name not in seen.indices:
             msg = f"{call}: in_axes names {name!r}, of which the selection has no index."
@@ -141,7 +145,7 @@ def _check_argument(call, seen, spec, where, shape):
             raise ValueError(msg)
 
 
-def check_chunk_size(call, chunk_size):
+def check_chunk_size(call: str, chunk_size: int | None):
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         msg = f"{call}(chunk_size={chunk_size}): write a positive integer, or None."
         raise ValueError(msg)

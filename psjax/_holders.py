@@ -1,13 +1,15 @@
 """Who holds an entry of the parameters: sums over the holders, and how many there are."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int32
 
 from psjax._leaf import gather_leaf, held_entries, merge_leaf, scatter_leaf, selected
 from psjax._notation import terms
+from psjax._types import AnyArray, AxisName, Rows, Sizes, Struct
 
 
 class Holders(NamedTuple):
@@ -23,37 +25,37 @@ class Holders(NamedTuple):
       places: the row's place in that element.
     """
 
-    indices: dict[str, Any]
-    valid: Any
-    sizes: dict[str, int]
+    indices: Rows
+    valid: Bool[AnyArray, "..."]
+    sizes: Sizes
     disjoint: tuple[str, ...]
     distinct: tuple[str, ...]
-    owners: dict[str, Any]
-    places: dict[str, Any]
+    owners: dict[str, Int32[Array, "..."]]
+    places: dict[str, Int32[Array, "..."]]
 
-    def add(self, total, y, spec):
+    def add(self, total: Array, y: Array, spec: P):
         """Add what the elements hold of a leaf, `y [E, ...]`, to `total [...]`."""
         if self.valid.ndim and self.alone(spec):
             held = merge_leaf(y, spec, self.indices, self.owners, self.places, self.sizes)
             return total + held.astype(total.dtype)
         return scatter_leaf(total, y, spec, self.indices, self.valid, self.sizes, self.distinct)
 
-    def number(self, x, spec):
+    def number(self, x: Struct, spec: P):
         """How many hold each entry of a leaf, int32, of size 1 where it is the same along an axis.
 
         The axes of a leaf that are not selected have size 1.
         """
         if self.alone(spec):
-            return held_entries(jnp.shape(x), spec, self.owners, self.sizes).astype(jnp.int32)
-        dims = [*(spec or ()), *[None] * (jnp.ndim(x) - len(spec or ()))]
-        shape = [n if selected(P(d), self.indices) else 1 for n, d in zip(jnp.shape(x), dims)]
+            return held_entries(x.shape, spec, self.owners, self.sizes).astype(jnp.int32)
+        dims = [*(spec or ()), *[None] * (len(x.shape) - len(spec or ()))]
+        shape = [n if selected(P(d), self.indices) else 1 for n, d in zip(x.shape, dims)]
         ones = gather_leaf(jnp.ones(shape, jnp.int32), spec, self.indices, 1, self.sizes)
         if not selected(spec, self.indices):
             ones = jnp.broadcast_to(ones, (len(self.valid), *ones.shape))
         zeros = jnp.zeros(shape, jnp.int32)
         return scatter_leaf(zeros, ones, spec, self.indices, self.valid, self.sizes, self.distinct)
 
-    def alone(self, spec) -> bool:
+    def alone(self, spec: P) -> bool:
         """Whether no entry of such a leaf can have two holders."""
         if not self.disjoint:
             return False
@@ -64,7 +66,14 @@ class Holders(NamedTuple):
         return all(own(part) and own(part) <= set(self.disjoint) for part in parts)
 
 
-def holders_of(indices, valid, sizes, disjoint, distinct, axis_name=None) -> Holders:
+def holders_of(
+    indices: Rows,
+    valid: Bool[AnyArray, "..."],
+    sizes: Sizes,
+    disjoint: tuple[str, ...],
+    distinct: tuple[str, ...],
+    axis_name: AxisName | None = None,
+) -> Holders:
     """`Holders` of some elements; with `axis_name`, elements are counted over all devices."""
     owners, places = {}, {}
     for name in disjoint if valid.ndim else ():

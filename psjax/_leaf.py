@@ -6,25 +6,30 @@ leaf whose dimensions are products or concatenations of axes (`_notation`) is cu
 have neither, and joined again.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool
 
 from psjax._notation import Layout, is_plain, names
+from psjax._types import AnyArray, Rows, Sizes
 
 
-def selected(spec, indices) -> bool:
+def selected(spec: P, indices: Rows) -> bool:
     """Whether a leaf has an axis that is indexed."""
     return any(name in indices for name in names(spec))
 
 
-def gather_leaf(x, spec, indices, lead, sizes):
+def gather_leaf(x: Array, spec: P, indices: Rows, lead: int, sizes: Sizes):
     """`[...] -> [*lead, ...]`; a leaf without indexed axes comes back as it is, without `lead`."""
     if is_plain(spec) or not selected(spec, indices):
         return _gather(x, spec, indices, lead)
     layout = Layout(spec, x.ndim, sizes)
     shape = next(index.shape[:lead] for name, index in indices.items() if name in names(spec))
 
-    def seen(piece, y):
+    def seen(piece: P, y: Array):
         y = _gather(y, piece, indices, lead)
         return y if selected(piece, indices) else jnp.broadcast_to(y, (*shape, *y.shape))
 
@@ -32,7 +37,15 @@ def gather_leaf(x, spec, indices, lead, sizes):
     return layout.join_seen(parts, indices, lead)
 
 
-def scatter_leaf(total, y, spec, indices, valid, sizes, distinct=()):
+def scatter_leaf(
+    total: Array,
+    y: Array,
+    spec: P,
+    indices: Rows,
+    valid: Bool[AnyArray, "..."],
+    sizes: Sizes,
+    distinct: Sequence[str] = (),
+):
     """Add `y [*lead, ...]` where `valid [*lead]`; the transpose of `gather_leaf`.
 
     `distinct` names axes of which no element holds a row twice; the result does not depend on it.
@@ -44,7 +57,7 @@ def scatter_leaf(total, y, spec, indices, valid, sizes, distinct=()):
     return layout.join([_scatter(t, x, piece, indices, valid, distinct) for t, x, piece in parts])
 
 
-def merge_leaf(y, spec, indices, owners, places, sizes):
+def merge_leaf(y: Array, spec: P, indices: Rows, owners: Rows, places: Rows, sizes: Sizes):
     """`[E, ...] -> [...]` where no entry has two holders, 0 where it has none.
 
     The same as `scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
@@ -58,7 +71,7 @@ def merge_leaf(y, spec, indices, owners, places, sizes):
     return layout.join([_merge(x, piece, owners, places) for x, piece in parts])
 
 
-def held_entries(shape, spec, owners, sizes):
+def held_entries(shape: tuple[int, ...], spec: P, owners: Rows, sizes: Sizes):
     """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
     if is_plain(spec):
         return _held(len(shape), spec, owners)
@@ -71,7 +84,7 @@ def held_entries(shape, spec, owners, sizes):
 # ------------------------------------------------------------- leaves whose dimensions are one axis
 
 
-def _layout(spec, indices, lead):
+def _layout(spec: P, indices: Rows, lead: int):
     """Dimensions that are indexed, their indices as an open mesh, where the kept ones return."""
     dims = [d for d, name in enumerate(spec or ()) if name in indices]
     kept = [d for d in dims if indices[spec[d]].ndim > lead]
@@ -86,7 +99,7 @@ def _layout(spec, indices, lead):
     return dims, tuple(mesh), home
 
 
-def _gather(x, spec, indices, lead):
+def _gather(x: Array, spec: P, indices: Rows, lead: int):
     dims, mesh, home = _layout(spec, indices, lead)
     if not dims:
         return x
@@ -102,7 +115,14 @@ def _gather(x, spec, indices, lead):
     return jnp.moveaxis(y, range(lead, lead + len(home)), home)
 
 
-def _scatter(total, y, spec, indices, valid, distinct):
+def _scatter(
+    total: Array,
+    y: Array,
+    spec: P,
+    indices: Rows,
+    valid: Bool[AnyArray, "..."],
+    distinct: Sequence[str],
+):
     lead = valid.ndim
     y = jnp.where(valid.reshape((*valid.shape, *[1] * (y.ndim - lead))), y, 0).astype(total.dtype)
     dims, mesh, home = _layout(spec, indices, lead)
@@ -117,7 +137,14 @@ def _scatter(total, y, spec, indices, valid, distinct):
     return jnp.moveaxis(moved, range(len(dims)), dims)
 
 
-def _is_dense(shape, dims, home, spec, indices, distinct):
+def _is_dense(
+    shape: tuple[int, ...],
+    dims: Sequence[int],
+    home: Sequence[int],
+    spec: P,
+    indices: Rows,
+    distinct: Sequence[str],
+):
     """Whether few elements hold large parts of a leaf: then gathers are faster than a scatter.
 
     On one core, [2048, 2048] in float32, 4 elements of half the rows: 2 ms by gathers, 19 by
@@ -131,7 +158,7 @@ def _is_dense(shape, dims, home, spec, indices, distinct):
     return kept and E <= 16 and share >= 0.2
 
 
-def _spread(y, spec, indices, shape):
+def _spread(y: Array, spec: P, indices: Rows, shape: tuple[int, ...]):
     """What one element holds at its places in the whole leaf, 0 elsewhere: by gathers."""
     held = jnp.ones((), bool)
     for d in (d for d, name in enumerate(spec) if name in indices):
@@ -146,7 +173,7 @@ def _spread(y, spec, indices, shape):
     return jnp.where(held, y, jnp.zeros((), y.dtype))
 
 
-def _merge(y, spec, owners, places):
+def _merge(y: Array, spec: P, owners: Rows, places: Rows):
     dims = [d for d, name in enumerate(spec) if name in owners]
     axes = [spec[d] for d in dims]
     first, *rest = dims
@@ -159,7 +186,7 @@ def _merge(y, spec, owners, places):
     return jnp.where(_held(y.ndim, spec, owners), y, jnp.zeros((), y.dtype))
 
 
-def _held(ndim, spec, owners):
+def _held(ndim: int, spec: P, owners: Rows):
     dims = [d for d, name in enumerate(spec) if name in owners]
     along = lambda d: owners[spec[d]].reshape(*[-1 if k == d else 1 for k in range(ndim)])
     held = along(dims[0]) >= 0

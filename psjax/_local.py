@@ -6,7 +6,7 @@ Training*, arXiv:1910.02120. Replicas make it local SGD.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, PyTree, Shaped
 
 from psjax._elements import check_chunk_size, over_chunks, view
 from psjax._masks import kept
 from psjax._notation import mask_along
 from psjax._placement import placed, vary, whole
-from psjax._selection import selected
+from psjax._selection import Selection, selected
 from psjax._state import Route, check_element_state, extra_arguments, state_routes
-from psjax._traps import check_axis_name, check_low_precision, check_padding
+from psjax._traps import (
+    check_axis_name,
+    check_low_precision,
+    check_mutable,
+    check_padding,
+    check_steps,
+)
+from psjax._types import AxisName, Batch, Mask, OptState, Params
 
 
 class LocalMetrics(NamedTuple):
@@ -141,13 +149,13 @@ def local_update(
     mutable = tuple(mutable)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(params, opt_state, selection, batches):
-        _check_mutable(mutable, params)
+    def update(params: Params, opt_state: OptState, selection: Selection, batches: Batch):
+        check_mutable(mutable, params)
         given = params, opt_state
         params, opt_state, batches = whole((params, opt_state, batches))
         seen = view("local_update", selection, in_axes, params, (batches,))
         check_axis_name("local_update", axis_name, params, (selection, batches))
-        _check_steps(seen, len(selection.specs), in_axes, batches)
+        check_steps(seen, len(selection.specs), in_axes, batches)
         opt_state = jax.tree.map(jnp.asarray, opt_state)
         routes = routes_home("local_update", optimizer, selection, params, opt_state, mutable)
         held = _of_routes(selection, (params, opt_state), routes)
@@ -162,7 +170,7 @@ def local_update(
         leaves, treedef = jax.tree.flatten((start[0], batches, start[1], filled, masks))
         leaves = vary([jnp.asarray(x) for x in leaves], (selection, leaves))
 
-        def train(*leaves):
+        def train(*leaves: Array):
             params, batches, opt_state, filled, masks = treedef.unflatten(leaves)
             clean = _cleaner(params, selection, filled, masks)
             step = _step(loss_fn, optimizer, mutable, has_aux, clean)
@@ -205,12 +213,12 @@ def routes_home(
         opt_state,
         [selection.specs[i] for i in trained],
         [keep[i] for i in trained],
-        divided=lambda name: own((name,)),
+        divided=lambda name: own(P(name)),
         like=None if like is None else _split(like, mutable)[0],
     )
 
 
-def _split(params, mutable):
+def _split(params: Params, mutable: tuple[str, ...]):
     """What is trained and what is overwritten."""
     if not mutable:
         return params, {}
@@ -218,20 +226,27 @@ def _split(params, mutable):
     return {name: x for name, x in params.items() if name not in mutable}, fixed
 
 
-def _of_routes(selection, tree, routes):
+def _of_routes(selection: Selection, tree: PyTree, routes: Sequence[Route]):
     """The same elements, and what they see of `(params, opt_state)`."""
     specs, keep, _ = zip(*routes)
     return selection.of(specs, tree, keep)
 
 
-def _check_optimizer(optimizer, held, params, opt_state, mutable, padded):
+def _check_optimizer(
+    optimizer: optax.GradientTransformation,
+    held: Selection,
+    params: Params,
+    opt_state: OptState,
+    mutable: tuple[str, ...],
+    padded: Sequence[str],
+):
     """On the host: what an element's own optimizer would do on the shapes that it sees."""
     check_low_precision("local_update", optimizer, _split(params, mutable)[0])
     if not any(selected(spec, held.indices) for spec in held.specs):
         return
     leaves, treedef = jax.tree.flatten((params, opt_state))
 
-    def element(selection):
+    def element(selection: Selection):
         see = lambda xs: selection.map(lambda *ys: list(ys), xs)
         params, opt_state = treedef.unflatten(jax.eval_shape(see, leaves))
         return _split(params, mutable)[0], opt_state
@@ -246,11 +261,11 @@ def _check_optimizer(optimizer, held, params, opt_state, mutable, padded):
         check_padding("local_update", optimizer, own[0], other[0])
 
 
-def _keep(selection):
+def _keep(selection: Selection):
     return selection.keep or (None,) * len(selection.specs)
 
 
-def _filled(selection):
+def _filled(selection: Selection):
     """Of every divided axis, which slots of an element are rows and not padding: seen as `True`."""
     return {
         name: jnp.ones(selection.sizes[name], bool)
@@ -259,7 +274,7 @@ def _filled(selection):
     }
 
 
-def _padded(selection):
+def _padded(selection: Selection):
     """The axes that have padding, as far as that is known without the values of traced indices."""
     found = []
     for name, index in selection.indices.items():
@@ -270,13 +285,18 @@ def _padded(selection):
     return found
 
 
-def _masks_seen(selection, params):
+def _masks_seen(selection: Selection, params: Params):
     """The masks of the weights by leaf, None where nothing is dropped: seen as the weights are."""
     leaves = zip(_keep(selection), jax.tree.leaves(params), strict=True)
     return [None if k is None else kept(k, jnp.ones(jnp.shape(x), bool)) for k, x in leaves]
 
 
-def _cleaner(params, selection, filled, masks):
+def _cleaner(
+    params: Params,
+    selection: Selection,
+    filled: Mapping[str, Bool[Array, "..."]],
+    masks: Sequence[Mask],
+):
     """Zero in the padded slots and the dropped weights of a tree like `params`, or a part of it."""
     own = {}
     found = jax.tree_util.tree_leaves_with_path(params)
@@ -294,7 +314,7 @@ def _cleaner(params, selection, filled, masks):
     return lambda tree: jax.tree_util.tree_map_with_path(lambda p, x: kept(own[p], x), tree)
 
 
-def _lengths(selection):
+def _lengths(selection: Selection):
     """How many rows an element sees of every axis that is indexed."""
     return {
         name: index.shape[-1] if index.ndim > selection.valid.ndim else 1
@@ -302,13 +322,20 @@ def _lengths(selection):
     }
 
 
-def _dropped(entry, selection):
+def _dropped(entry: str | None, selection: Selection):
     """Whether an index of one row removes the dimension."""
-    index = selection.indices.get(entry)
+    index = None if entry is None else selection.indices.get(entry)
     return index is not None and index.ndim == selection.valid.ndim
 
 
-def _home(held, routes, old, new, finite, axis_name):
+def _home(
+    held: Selection,
+    routes: Sequence[Route],
+    old: PyTree,
+    new: PyTree,
+    finite: Bool[Array, " E"],
+    axis_name: AxisName | None,
+):
     """The mean of what the elements hold; of what is copied, the first finite element's."""
     before, treedef = jax.tree.flatten(old)
     before = [jnp.asarray(x) for x in before]
@@ -324,14 +351,20 @@ def _home(held, routes, old, new, finite, axis_name):
     return treedef.unflatten([found[i] for i in range(len(before))])
 
 
-def _step(loss_fn, optimizer, mutable, has_aux, clean):
+def _step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    mutable: tuple[str, ...],
+    has_aux: bool,
+    clean: Callable[[PyTree], PyTree],
+):
     """One local step of one element, as a body of `lax.scan`."""
 
-    def step(carry, batch):
+    def step(carry: tuple[Params, OptState], batch: Batch):
         params, opt_state = carry
         trained, fixed = _split(params, mutable)
 
-        def fn(trained):
+        def fn(trained: Params):
             out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)
             if mutable and has_aux:
                 loss, (moved, aux) = out
@@ -354,17 +387,22 @@ def _step(loss_fn, optimizer, mutable, has_aux, clean):
     return step
 
 
-def all_finite(tree):
+def all_finite(tree: PyTree):
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
-def _all_filled(selection, name):
+def _all_filled(selection: Selection, name: str):
     """Whether a partition of an axis is even, known without its values."""
     return name in selection.disjoint and selection.indices[name].size == selection.sizes[name]
 
 
-def first_good(y, old, good, axis_name):
+def first_good(
+    y: Shaped[Array, "E ..."],
+    old: Shaped[Array, "..."],
+    good: Bool[Array, " E"],
+    axis_name: AxisName | None,
+):
     """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
     if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
         data = jax.random.key_data
@@ -381,41 +419,8 @@ def first_good(y, old, good, axis_name):
     return jnp.where(found, value, old)
 
 
-def _anywhere(keep, axis_name):
+def _anywhere(keep: Mask, axis_name: AxisName | None):
     """What some device keeps."""
     if keep is None or axis_name is None:
         return keep
     return jax.lax.pmax(jnp.asarray(keep).astype(jnp.int32), axis_name) > 0
-
-
-def _check_steps(seen, first, in_axes, batches):
-    """Every leaf of the batches that an element sees begins with the same J, 1 or more."""
-    leaves, E = jax.tree.leaves(batches), seen.num_elements
-    one = seen.only(range(first, len(seen.specs)))[0]
-    shapes = jax.eval_shape(lambda xs: one.map(lambda *xs: list(xs), xs), leaves)
-    shapes = [x.shape for x in shapes]
-    lengths = {shape[0] if shape else None for shape in shapes}
-    if not shapes:
-        msg = f"local_update: batches has no array; give [{E}, J, ...]."
-        raise ValueError(msg)
-    if len(lengths) != 1 or None in lengths:
-        msg = (
-            f"local_update: leaves of batches have shapes {[jnp.shape(x) for x in leaves]}; an "
-            f"element sees {shapes} (in_axes={in_axes!r}); all must begin with J, the number of "
-            f"local steps: [{E}, J, ...] with in_axes=0."
-        )
-        raise ValueError(msg)
-    if lengths == {0}:
-        msg = "local_update: batches has J = 0 local steps; give one or more."
-        raise ValueError(msg)
-
-
-def _check_mutable(mutable, params):
-    missing = [name for name in mutable if not isinstance(params, dict) or name not in params]
-    if missing:
-        have = sorted(params) if isinstance(params, dict) else type(params).__name__
-        msg = (
-            f"local_update(mutable={mutable}): the parameters have no {missing}; they are {have}. "
-            "Give the whole variables, such as {'params': ..., 'batch_stats': ...}."
-        )
-        raise ValueError(msg)

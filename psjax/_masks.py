@@ -1,12 +1,16 @@
 """Masks of the weights that a selection drops: one for each leaf, or None; and random ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray, PyTree
+
+from psjax._types import Mask, Struct
 
 
 def dropout_mask(
@@ -73,7 +77,7 @@ def dropout_mask(
         for draw, (layer, p) in zip(draws, sorted(layers.items()))
     }
 
-    def mask(path, x, key):
+    def mask(path: str, x: Struct, key: PRNGKeyArray):
         whole = [kept[layer] for layer in kept if path in under[layer]]
         if rate:
             whole.append(jax.random.bernoulli(key, np.float32(1 - rate), x.shape))
@@ -86,12 +90,12 @@ def dropout_mask(
     return treedef.unflatten(masks)
 
 
-def _key_name(entry):
+def _key_name(entry: Any):
     """`Conv_0` of a dictionary's key, an attribute, a place in a list."""
     return jax.tree_util.keystr((entry,), simple=True)
 
 
-def kept(keep, x, other: Any = 0):
+def kept(keep: Mask | bool, x: ArrayLike, other: Any = 0):
     """`x` where `keep` is True, `other` where a weight is dropped; `x` itself without a mask."""
     if keep is None:
         return x
@@ -100,7 +104,7 @@ def kept(keep, x, other: Any = 0):
     return jnp.where(keep, x, jnp.asarray(other, x.dtype))
 
 
-def masks_of(keep, paths):
+def masks_of(keep: PyTree, paths: Sequence[str]):
     """The leaves of a tree of masks, flat, one for every path."""
     found = jax.tree_util.tree_leaves_with_path(keep, is_leaf=lambda x: x is None)
     by_path = {keystr(path): x for path, x in found}
@@ -116,7 +120,7 @@ def masks_of(keep, paths):
     return tuple(_mask(path, by_path[path]) for path in paths)
 
 
-def _mask(path, x):
+def _mask(path: str, x: Any) -> Mask:
     if x is None:
         return None
     x = x if hasattr(x, "dtype") else np.asarray(x)
@@ -129,7 +133,7 @@ def _mask(path, x):
     return x
 
 
-def both(path, a, b):
+def both(path: str, a: Mask, b: Mask):
     """What two masks of one leaf keep together."""
     if a is None or b is None:
         return b if a is None else a
@@ -144,7 +148,7 @@ def both(path, a, b):
     return align(a) & align(b)
 
 
-def broadcasts(shape, to, either=False):
+def broadcasts(shape: Sequence[int], to: Sequence[int], either: bool = False):
     """Whether an array broadcasts to a shape; with `either`, whether two do to a third."""
     try:
         wide = np.broadcast_shapes(shape, to)

@@ -13,11 +13,18 @@ Numbers are the sizes of axes that have no name.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+from psjax._types import AnyArray, Rows, Spec
+
+Factor: TypeAlias = str | int | None
+Term: TypeAlias = tuple[Factor, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,18 +47,18 @@ def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
     return tuple(found)
 
 
-def entries(spec, ndim: int) -> list[str | None]:
+def entries(spec: Spec, ndim: int) -> list[str | None]:
     """One entry per dimension of a leaf: those of its spec, None for the rest."""
     return [*(spec or ()), *[None] * (ndim - len(spec or ()))]
 
 
-def names(spec) -> tuple[str, ...]:
+def names(spec: Spec) -> tuple[str, ...]:
     """The names of the axes of a leaf, each once, in their order."""
     found = [x for entry in spec or () for term in terms(entry) for x in term]
     return tuple(dict.fromkeys(x for x in found if isinstance(x, str)))
 
 
-def is_plain(spec) -> bool:
+def is_plain(spec: Spec) -> bool:
     """Whether every dimension is one axis or none."""
     return all(entry is None or terms(entry) == ((entry,),) for entry in spec or ())
 
@@ -84,7 +91,7 @@ def solved(entry: str, size: int, sizes: Mapping[str, int]) -> dict[str, int] | 
     return {name: 1 + rest // slope if slope and rest % slope == 0 and rest >= 0 else 0}
 
 
-def mask_along(entry, masks: Mapping[str, jax.Array], lengths: Mapping[str, int]):
+def mask_along(entry: str | None, masks: Mapping[str, jax.Array], lengths: Mapping[str, int]):
     """A mask of a dimension, from masks of some of its axes; None where none of them has one.
 
     Args:
@@ -119,14 +126,14 @@ class Layout:
       pieces: the `PartitionSpec` of every piece.
     """
 
-    def __init__(self, spec, ndim: int, sizes: Mapping[str, int]):
+    def __init__(self, spec: Spec, ndim: int, sizes: Mapping[str, int]):
         self.terms = [terms(entry) or ((None,),) for entry in entries(spec, ndim)]
         self.sizes = sizes
         self.chosen = _every(self.terms)
         name = lambda factor: factor if isinstance(factor, str) else None
         self.pieces = [P(*(name(f) for term in own for f in term)) for own in self.chosen]
 
-    def cut(self, x):
+    def cut(self, x: Array):
         """The pieces of the whole leaf, `[one dimension for each factor]`; or of a mask of it.
 
         Where a dimension of `x` has size 1, it stands for all.
@@ -137,12 +144,12 @@ class Layout:
         lengths = [self._lengths(d, n) for d, n in enumerate(x.shape)]
         return self._cut(x, lengths, 0, shape)
 
-    def join(self, pieces):
+    def join(self, pieces: Sequence[Array]):
         """The whole leaf from its pieces."""
         flat = [self._flat(x, own) for x, own in zip(pieces, self.chosen)]
         return self._concatenate(flat, [len(t) for t in self.terms], 0)
 
-    def cut_seen(self, y, indices, lead: int):
+    def cut_seen(self, y: Array, indices: Rows, lead: int):
         """The pieces of what an element sees, `[*lead, ...]`."""
         of = self._seen_dims(indices, lead)
         lengths, at = [], lead
@@ -153,13 +160,13 @@ class Layout:
             lengths.append(seen if len(seen) > 1 else [y.shape[at]])
             at += 1
 
-        def shape(d, term, n):
+        def shape(d: int, term: Term, n: int) -> list[int]:
             alone = len(self.terms[d]) == len(term) == 1  # of size 1, it stands for all
             return [n] if alone else self._seen_shape(term, indices, lead, n)
 
         return self._cut(y, lengths, lead, shape)
 
-    def join_seen(self, pieces, indices, lead: int):
+    def join_seen(self, pieces: Sequence[Array], indices: Rows, lead: int):
         """What an element sees of the whole leaf, from what it sees of the pieces."""
         flat = []
         for y, chosen in zip(pieces, self.chosen):
@@ -175,7 +182,7 @@ class Layout:
         counts = [len(t) for t, seen in zip(self.terms, of) if seen is not None]
         return self._concatenate(flat, counts, lead)
 
-    def rows(self, x, axis: str):
+    def rows(self, x: AnyArray, axis: str):
         """The leaf row by row of one axis, which every piece has once: `[size, numbers]`."""
         flat = []
         for y, piece in zip(self.cut(x), self.pieces):
@@ -183,7 +190,7 @@ class Layout:
             flat.append(y.reshape(y.shape[0], -1))
         return jnp.concatenate(flat, axis=1)
 
-    def of_rows(self, rows, axis: str, shape: tuple[int, ...]):
+    def of_rows(self, rows: Shaped[AnyArray, "size numbers"], axis: str, shape: tuple[int, ...]):
         """The leaf, of a shape, from its rows; the inverse of `rows`."""
         ends, pieces = 0, []
         for own, piece in zip(self.chosen, self.pieces):
@@ -197,39 +204,48 @@ class Layout:
 
     # ----------------------------------------------------------------------------------------
 
-    def _size(self, factor):
-        return factor if isinstance(factor, int) else self.sizes[factor]
+    def _size(self, factor: Factor) -> int:
+        return factor if isinstance(factor, int) else self.sizes[str(factor)]
 
-    def _full(self, d, n):
+    def _full(self, d: int, n: int):
         own = self.terms[d]
         if own == ((None,),) or (len(own) == 1 and len(own[0]) == 1):
             return n
         return sum(math.prod(self._size(f) for f in term) for term in own)
 
-    def _lengths(self, d, n):
+    def _lengths(self, d: int, n: int):
         if len(self.terms[d]) == 1:
             return [n]
         return [math.prod(self._size(f) for f in term) for term in self.terms[d]]
 
-    def _seen_dims(self, indices, lead):
+    def _seen_dims(self, indices: Rows, lead: int) -> list[list[int] | None]:
         """Lengths of the terms of every dimension as seen; None for a dimension that is dropped."""
         out = []
         for own in self.terms:
             if len(own) == 1 and all(_dropped(f, indices, lead) for f in own[0]):
                 out.append(None)
             elif own == ((None,),):
-                out.append([None])
+                out.append([0])  # as long as it is
             else:
-                out.append([math.prod(self._seen_shape(t, indices, lead, None)) for t in own])
+                out.append([math.prod(self._seen_shape(t, indices, lead, 0)) for t in own])
         return out
 
-    def _seen_shape(self, term, indices, lead, n):
+    def _seen_shape(self, term: Term, indices: Rows, lead: int, n: int) -> list[int]:
         if term == (None,):
             return [n]
         kept = [f for f in term if not _dropped(f, indices, lead)]
-        return [indices[f].shape[lead] if f in indices else self._size(f) for f in kept]
+        return [
+            indices[f].shape[lead] if isinstance(f, str) and f in indices else self._size(f)
+            for f in kept
+        ]
 
-    def _cut(self, x, lengths, lead, shape):
+    def _cut(
+        self,
+        x: Array,
+        lengths: Sequence[Sequence[int] | None],
+        lead: int,
+        shape: Callable[[int, Term, int], Sequence[int]],
+    ):
         parts = [(x, [])]
         axis = lead
         for d, own in enumerate(lengths):
@@ -247,14 +263,14 @@ class Layout:
             parts, axis = divided, axis + 1
         return [x.reshape(*x.shape[:lead], *sum(s, [])) for x, s in parts]
 
-    def _flat(self, x, chosen):
+    def _flat(self, x: Array, chosen: tuple[Term, ...]):
         shape, at = [], 0
         for term in chosen:
             shape.append(math.prod(x.shape[at : at + len(term)]))
             at += len(term)
         return x.reshape(shape)
 
-    def _concatenate(self, parts, counts, lead):
+    def _concatenate(self, parts: Sequence[Array], counts: Sequence[int], lead: int):
         for d in reversed(range(len(counts))):
             n = counts[d]
             if n > 1:
@@ -263,12 +279,12 @@ class Layout:
         return parts[0]
 
 
-def _dropped(factor, indices, lead):
+def _dropped(factor: Factor, indices: Rows, lead: int):
     """Whether an index of one row removes the axis."""
-    return factor in indices and indices[factor].ndim == lead
+    return isinstance(factor, str) and factor in indices and indices[factor].ndim == lead
 
 
-def _every(terms_of_dims):
+def _every(terms_of_dims: Sequence[tuple[Term, ...]]):
     """All choices of one term for each dimension, the last dimension fastest."""
     found = [()]
     for own in terms_of_dims:

@@ -1,16 +1,18 @@
 """Independent subnets' index sets: every row to one element, at random."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from psjax._notation import is_plain, names
 from psjax._select import axis_sizes, check_count, check_size, flat_specs, is_function, nearest
 from psjax._selection import Selection
+from psjax._types import Sizes, Spec
 
 
 def random_partition(
@@ -114,7 +116,9 @@ def partition_of(
     )
 
 
-def _check_sizes(call, count, specs, sizes, known):
+def _check_sizes(
+    call: str, count: tuple[str, int], specs: Sequence[Spec], sizes: Sizes, known: Mapping[str, int]
+):
     named = {name for spec in specs for name in names(spec)}
     word, num_elements = count
     for name, size in sizes.items():
@@ -136,7 +140,9 @@ def _check_sizes(call, count, specs, sizes, known):
             raise ValueError(msg)
 
 
-def _all_sizes(call, specs, paths, sizes, known):
+def _all_sizes(
+    call: str, specs: Sequence[Spec], paths: Sequence[str], sizes: Sizes, known: Mapping[str, int]
+):
     """Sizes of the axes to divide, and of those that stand in a product or a sum with them."""
     found = {**known, **sizes}
     needed = set(sizes)
@@ -153,7 +159,7 @@ def _all_sizes(call, specs, paths, sizes, known):
     return {name: int(found[name]) for name in sorted(needed)}
 
 
-def _shares(key, size, n):
+def _shares(key: PRNGKeyArray, size: int, n: int):
     """A random partition of `size` rows among n: int32 `[n, ceil(size / n)]`, sorted, padded."""
     rows_key, short_key = jax.random.split(key)
     rows = jax.random.permutation(rows_key, jnp.arange(size, dtype=jnp.int32))

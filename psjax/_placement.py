@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 
-def varying(tree) -> frozenset[str]:
+def varying(tree: PyTree) -> frozenset[str]:
     """The mapped axes of `shard_map(check_vma=True)` that any leaf varies over."""
     found = frozenset()
     for x in jax.tree.leaves(tree):
@@ -14,7 +16,7 @@ def varying(tree) -> frozenset[str]:
     return found
 
 
-def vary(tree, over):
+def vary(tree: PyTree, over: PyTree):
     """Make every leaf vary over the mapped axes that any leaf of `over` varies over.
 
     Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
@@ -31,30 +33,30 @@ def vary(tree, over):
     return jax.tree.map(lambda x: x if axes <= varying(x) else jnp.where(mask, x, x), tree)
 
 
-def whole(tree):
+def whole(tree: PyTree):
     """Every leaf on every device, where a mesh of explicit axes holds it in shards.
 
     An index into a sharded dimension JAX refuses to divide by itself.
     """
 
-    def leaf(x):
+    def leaf(x: ArrayLike):
         where = _sharding(x)
         return x if where is None else jax.reshard(x, NamedSharding(where.mesh, P()))
 
     return jax.tree.map(leaf, tree)
 
 
-def placed(tree, like):
+def placed(tree: PyTree, like: PyTree):
     """The leaves of a tree laid out as those of another one, which `whole` may have gathered."""
 
-    def leaf(x, like):
+    def leaf(x: ArrayLike, like: ArrayLike | jax.ShapeDtypeStruct):
         where = _sharding(like)
         return x if where is None else jax.reshard(x, where)
 
     return jax.tree.map(leaf, tree, like)
 
 
-def _sharding(x):
+def _sharding(x: object):
     """The sharding of a value in shards over a mesh of explicit axes, else None."""
     if not isinstance(x, jax.Array):
         return None

@@ -11,5 +11,5 @@ def programs_in(eqn: Any) -> list[Any]:
     return [getattr(x, "jaxpr", x) for x in found if _is_program(x)]
 
 
-def _is_program(x):
+def _is_program(x: object):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")

@@ -4,6 +4,9 @@ from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Shaped
+
+from psjax._types import AnyArray
 
 
 def runs_of(
@@ -35,7 +38,7 @@ def length_of(run: np.ndarray) -> int:
     return _common_length(run[1:] != run[:-1], len(run))
 
 
-def _common_length(changes, total):
+def _common_length(changes: Bool[np.ndarray, " n"], total: int):
     return int(np.gcd.reduce(np.flatnonzero(changes) + 1, initial=total))
 
 
@@ -48,7 +51,7 @@ def part_of_run(num_elements: int, run_length: int, n: int) -> int:
     return min(parts, key=lambda p: p * -(-num_elements // (n * p)) * (p + 1) / p)
 
 
-def cut(x, n: int, size: int, last=None):
+def cut(x: Shaped[AnyArray, "E ..."], n: int, size: int, last: bool | None = None):
     """`[E, ...] -> [n, size, ...]`, padded with the last row, or with `last`; NumPy's stay so."""
     xp = np if on_host(x) else jnp
     pad = n * size - x.shape[0]
@@ -58,13 +61,13 @@ def cut(x, n: int, size: int, last=None):
     return x.reshape(n, size, *x.shape[1:])
 
 
-def cut_each(x, run_length: int, cuts: int, size: int):
+def cut_each(x: Shaped[AnyArray, "E ..."], run_length: int, cuts: int, size: int):
     """Every run in `cuts` parts of `size`, padded with its last row: `[runs * cuts, size, ...]`."""
     runs = x.reshape(-1, run_length, *x.shape[1:])
     places = np.minimum(np.arange(cuts * size), run_length - 1)
     return runs[:, places].reshape(-1, size, *x.shape[1:])
 
 
-def on_host(x) -> bool:
+def on_host(x: object) -> bool:
     """Whether an array is NumPy's."""
     return isinstance(x, np.ndarray | np.generic)

@@ -5,17 +5,25 @@ A part of the elements, `[E]`, with runs of equal rows; or one element, `[]`. Th
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from psjax._leaf import gather_leaf, selected
 from psjax._notation import names
 from psjax._runs import on_host
+from psjax._types import Spec
+
+if TYPE_CHECKING:
+    from psjax._selection import Selection
 
 
-def see(selection, leaves):
+def see(selection: "Selection", leaves: Sequence[ArrayLike]):
     """What the elements see of the leaves, what they share once.
 
     Returns:
@@ -32,7 +40,7 @@ def see(selection, leaves):
     ]
 
 
-def over(selection, fn, seen):
+def over(selection: "Selection", fn: Callable[..., Any], seen: Sequence[Array]):
     """`fn(*leaves)` of every element, from what `see` returned: `[E, ...]`."""
     if not selection.valid.ndim:
         return fn(*seen)
@@ -54,7 +62,7 @@ def over(selection, fn, seen):
     return jax.tree.map(lambda y: y.reshape(E, *y.shape[2:]), out)
 
 
-def give_back(selection, totals, seen):
+def give_back(selection: "Selection", totals: Sequence[Array], seen: Sequence[Array]):
     """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
     if not selection.valid.ndim:
         return selection.add_to(totals, seen, jnp.asarray(selection.valid))
@@ -69,7 +77,7 @@ def give_back(selection, totals, seen):
     return out
 
 
-def settled(selection):
+def settled(selection: "Selection"):
     """The same, in which elements that are not valid see what a valid one sees.
 
     Their values are masked, but a NaN among them would get past a mask in derivatives. An
@@ -88,7 +96,7 @@ def settled(selection):
     return dataclasses.replace(selection, indices=indices)
 
 
-def _heads(selection):
+def _heads(selection: "Selection"):
     """The first element of every run, valid where any of its run is."""
     r = selection.run_length
     if r == 1:
@@ -100,7 +108,7 @@ def _heads(selection):
     )
 
 
-def _in_run(selection, spec):
+def _in_run(selection: "Selection", spec: Spec):
     """Whether the elements of a run see the same rows of such a leaf."""
     own = [name for name in names(spec) if name in selection.indices]
     return bool(own) and set(own) <= set(selection.run_axes)

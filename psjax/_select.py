@@ -1,17 +1,19 @@
-"""Index sets from the user, checked on the host: select, replicas, pairs of classes."""
+"""Index sets from the user, checked on the host: select, replicas."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
+from jaxtyping import Bool, Integer
 
 from psjax._notation import is_plain, names, size_of, solved, terms
 from psjax._runs import runs_of
 from psjax._selection import Selection, is_spec
+from psjax._types import Params, Sizes, Spec
 
 
 def select(
@@ -139,37 +141,10 @@ def replicas(like: Any, num_elements: int) -> Selection:
     return Selection({}, np.ones(num_elements, bool), (P(),) * len(paths), paths, ())
 
 
-def ordered_pairs(num_classes: int) -> np.ndarray:
-    """All ordered pairs (k, j), k != j: int32 `[C * (C - 1), 2]`, sorted; the elements of (6b).
-
-    Raises:
-      ValueError: fewer than two classes have no pairs.
-    """
-    _check_classes("ordered_pairs", num_classes)
-    k, j = np.nonzero(~np.eye(num_classes, dtype=bool))
-    return np.stack([k, j], axis=1).astype(np.int32)
-
-
-def unordered_pairs(num_classes: int) -> np.ndarray:
-    """All pairs k < j: int32 `[C * (C - 1) / 2, 2]`, sorted; one for h_kj and h_jk together.
-
-    Raises:
-      ValueError: fewer than two classes have no pairs.
-    """
-    _check_classes("unordered_pairs", num_classes)
-    return np.stack(np.triu_indices(num_classes, 1), axis=1).astype(np.int32)
-
-
 def check_count(call: str, name: str, number: Any, least: int = 1) -> None:
     """Raise unless a number of something is an integer, `least` or more."""
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
         msg = f"{call}({name}={number!r}): write {least} or more."
-        raise ValueError(msg)
-
-
-def _check_classes(call, num_classes):
-    if num_classes < 2:
-        msg = f"{call}({num_classes}): one class has no pairs; write 2 or more."
         raise ValueError(msg)
 
 
@@ -211,7 +186,7 @@ def is_function(axes: Any) -> bool:
     return isinstance(axes, Callable) and not any(isinstance(x, P) for x in held)
 
 
-def _spread(call, entries, like):
+def _spread(call: str, entries: Sequence[tuple[KeyPath, Any]], like: Params):
     """The entry of every leaf: that of the leaf itself, or of a subtree that the leaf is in."""
     as_keys = lambda path: tuple(map(str, path))
     given = {as_keys(path): spec for path, spec in entries}
@@ -244,7 +219,7 @@ def _spread(call, entries, like):
     return found
 
 
-def _check_spec(call, path, spec):
+def _check_spec(call: str, path: str, spec: Any):
     if spec is not None and (
         not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec)
     ):
@@ -294,7 +269,7 @@ def axis_sizes(
     return specs, paths, sizes
 
 
-def _shape(call, path, x):
+def _shape(call: str, path: str, x: Any):
     if not (hasattr(x, "shape") and hasattr(x, "dtype")) and not np.isscalar(x):
         msg = (
             f"{call}(like=...): {path} is {x!r}, which is no array; pass the arrays alone, the "
@@ -313,12 +288,18 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return folded[found[0]] if found else None
 
 
-def _solve(call, paths, shapes, specs, sizes):
+def _solve(
+    call: str,
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    specs: Sequence[Spec],
+    sizes: dict[str, int],
+):
     """Sizes of axes that stand only in products and sums, from those that are known."""
     dims = [
         (path, d, entry, shape[d])
         for path, shape, spec in zip(paths, shapes, specs)
-        for d, entry in enumerate(spec)
+        for d, entry in enumerate(spec or ())
         if entry is not None and not is_plain(P(entry))
     ]
     left = dims
@@ -347,7 +328,7 @@ def _solve(call, paths, shapes, specs, sizes):
             raise ValueError(_unfit(call, *dim, sizes))
 
 
-def _unfit(call, path, d, entry, size, sizes):
+def _unfit(call: str, path: str, d: int, entry: str, size: int, sizes: Sizes):
     known = {name: sizes[name] for name in names(P(entry)) if name in sizes}
     return (
         f"{call}(axes=...): dimension {d} of {path} has size {size}, but {entry!r} with the sizes "
@@ -355,7 +336,7 @@ def _unfit(call, path, d, entry, size, sizes):
     )
 
 
-def _index_array(call, name, index) -> tuple[np.ndarray, np.ndarray]:
+def _index_array(call: str, name: str, index: Any) -> tuple[np.ndarray, np.ndarray]:
     """The index sets as one array, and which of its places are filled."""
     if isinstance(index, np.ma.MaskedArray):
         rows, filled = [np.ma.getdata(index)], ~np.ma.getmaskarray(index)
@@ -383,7 +364,7 @@ def _index_array(call, name, index) -> tuple[np.ndarray, np.ndarray]:
     return array, filled
 
 
-def _rows(index):
+def _rows(index: Any):
     """The index sets as one array, in a list, or as one array per element: of several lengths."""
     try:
         return [np.asarray(index)]
@@ -391,7 +372,7 @@ def _rows(index):
         return [np.asarray(row) for row in index]
 
 
-def _check_lengths(call, arrays):
+def _check_lengths(call: str, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]):
     if not arrays:
         msg = f"{call}(indices={{}}): nothing is selected; psjax.replicas(like, n) shares "
         raise ValueError(msg + "everything.")
@@ -401,7 +382,7 @@ def _check_lengths(call, arrays):
         raise ValueError(msg)
 
 
-def _check_name(call, name, in_params):
+def _check_name(call: str, name: str, in_params: Sequence[str]):
     """Refuse a slip of an axis of the parameters, which would select samples."""
     other = nearest(name, in_params)
     if other is not None:
@@ -413,7 +394,13 @@ def _check_name(call, name, in_params):
         raise ValueError(msg)
 
 
-def _check_range(call, name, index, filled, size):
+def _check_range(
+    call: str,
+    name: str,
+    index: Integer[np.ndarray, "E ..."],
+    filled: Bool[np.ndarray, "E ..."],
+    size: int,
+):
     bad = filled & ((index < 0) | (index >= size))
     if bad.any():
         at = tuple(np.argwhere(bad)[0])
@@ -425,7 +412,9 @@ def _check_range(call, name, index, filled, size):
         raise ValueError(msg)
 
 
-def _check_repeats(call, name, index, filled):
+def _check_repeats(
+    call: str, name: str, index: Integer[np.ndarray, "E ..."], filled: Bool[np.ndarray, "E ..."]
+):
     if index.ndim == 1:
         return
     empty = -1 - np.arange(index.shape[1])  # each different from all rows, and from one another
@@ -441,7 +430,7 @@ def _check_repeats(call, name, index, filled):
         raise ValueError(msg)
 
 
-def _no_row_twice(index, size):
+def _no_row_twice(index: Integer[np.ndarray, "E ..."], size: int):
     """Whether no two elements hold the same row, known on the host: a partition, or a part of it.
 
     Elements of different numbers of rows return by a scatter: padding would need a place.

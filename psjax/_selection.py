@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 from flax import serialization
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
+from jaxtyping import Bool, PyTree
 
 from psjax._holders import holders_of
 from psjax._leaf import gather_leaf, selected
@@ -20,6 +22,7 @@ from psjax._placement import placed, whole
 from psjax._runs import cut, cut_each, length_of, on_host, part_of_run
 from psjax._seen import over, see
 from psjax._sums import mean_of, narrowed, wide_zeros
+from psjax._types import AnyArray, AxisName, Mask, Params, Spec, Struct
 
 is_spec = lambda x: isinstance(x, P) or x is None
 
@@ -92,7 +95,7 @@ class Selection:
 
     # -------------------------------------------------------------------------- the three matrices
 
-    def gather(self, params):
+    def gather(self, params: Params):
         """$U_e w$ of every element: `[...] -> [E, ...]`.
 
         Args:
@@ -106,7 +109,7 @@ class Selection:
         params = whole(params)
         valid = jnp.asarray(self.valid)
 
-        def leaf(spec, x):
+        def leaf(spec: P, x: ArrayLike):
             y = gather_leaf(jnp.asarray(x), spec, self.indices, 1, self.sizes)
             if not selected(spec, self.indices):
                 y = jnp.broadcast_to(y, (self.num_elements, *y.shape))
@@ -114,7 +117,7 @@ class Selection:
 
         return _map(leaf, self.specs, self.masked(params))
 
-    def scatter_add(self, stacked, like):
+    def scatter_add(self, stacked: Params, like: Params):
         r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
 
         Summed in float32 where the parameters are narrower, and rounded once. Of bools, whether any
@@ -128,7 +131,13 @@ class Selection:
         total = self.add_to(wide_zeros(like), whole(stacked), jnp.asarray(self.valid))
         return placed(narrowed(self.masked(total), like), like)
 
-    def scatter_mean(self, stacked, params, where=None, axis_name=None):
+    def scatter_mean(
+        self,
+        stacked: Params,
+        params: Params,
+        where: Bool[AnyArray, " E"] | None = None,
+        axis_name: AxisName | None = None,
+    ):
         r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
 
         Args:
@@ -149,14 +158,14 @@ class Selection:
         valid = jnp.asarray(self.valid)
         valid = valid if where is None else valid & where
 
-        def sums(stacked, like):
+        def sums(stacked: Params, like: Params):
             total = self.masked(self.add_to(wide_zeros(like), stacked, valid))
             return total if axis_name is None else jax.lax.psum(total, axis_name)
 
         counts = self._counts(params, valid, axis_name)
         return placed(mean_of(sums, whole(stacked), whole(params), counts), params)
 
-    def counts(self, params):
+    def counts(self, params: Params):
         """How many elements hold each entry: a tree like `params`, int32."""
         self.check("Selection.counts(params)", params)
         counts = self._counts(params, jnp.asarray(self.valid))
@@ -211,13 +220,13 @@ class Selection:
         valid = each(self.valid) & real.reshape(-1, size)
         return dataclasses.replace(self, indices=indices, valid=valid, keep=None, run_length=size)
 
-    def __getitem__(self, rows) -> "Selection":
+    def __getitem__(self, rows: Any) -> "Selection":
         """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
         host = isinstance(rows, np.ndarray | np.integer | int | slice | list)
         if self.valid.ndim > 1:
             return jax.tree.map(lambda x: (x if host else jnp.asarray(x))[rows], self)
         rows = np.asarray(rows) if isinstance(rows, list) else rows
-        take = lambda x: np.asarray(x)[rows] if host and on_host(x) else jnp.asarray(x)[rows]
+        take = lambda x: (np if host and on_host(x) else jnp).asarray(x)[rows]
         indices = {name: take(index) for name, index in self.indices.items()}
         runs = {"run_length": 1, "run_axes": ()}
         if host and self.run_length > 1:
@@ -235,7 +244,9 @@ class Selection:
 
     # ------------------------------------------ the same elements, and what they see of other trees
 
-    def of(self, specs, tree, keep=None) -> "Selection":
+    def of(
+        self, specs: Sequence[Spec], tree: PyTree, keep: Sequence[Mask] | None = None
+    ) -> "Selection":
         """The same elements, and what they see of another tree: a batch, an optimizer's state.
 
         Args:
@@ -247,14 +258,14 @@ class Selection:
         keep = tuple(keep) if keep and any(k is not None for k in keep) else None
         return dataclasses.replace(self, specs=tuple(specs), paths=paths, keep=keep)
 
-    def only(self, leaves) -> "Selection":
+    def only(self, leaves: Sequence[int]) -> "Selection":
         """Of some leaves alone, by number; their tree is then a list."""
         pick = lambda xs: tuple(xs[i] for i in leaves)
         keep = None if self.keep is None else pick(self.keep)
         paths = tuple(f"[{i}]" for i in range(len(leaves)))
         return dataclasses.replace(self, specs=pick(self.specs), paths=paths, keep=keep)
 
-    def map(self, fn, leaves):
+    def map(self, fn: Callable[..., Any], leaves: Sequence[ArrayLike]):
         """`fn` of what every element sees of the leaves: `[E, ...]`; of one element, `[...]`.
 
         What elements share is not repeated: the map passes it whole to every element of a run, or
@@ -262,7 +273,7 @@ class Selection:
         """
         return over(self, fn, see(self, leaves))
 
-    def drop(self, keep) -> "Selection":
+    def drop(self, keep: PyTree) -> "Selection":
         """The same elements, none of which sees the weights that `keep` drops: dropout.
 
         A dropped weight is 0 to every element and nobody holds it: its gradient is 0,
@@ -304,7 +315,7 @@ class Selection:
             )
         return dataclasses.replace(self, keep=masks)
 
-    def masked(self, tree):
+    def masked(self, tree: PyTree):
         """A tree like the parameters with 0 for every weight that is dropped."""
         if self.keep is None:
             return tree
@@ -327,7 +338,7 @@ class Selection:
         parts += ["some weights dropped"] if self.keep is not None else []
         return f"Selection({'; '.join(parts)})"
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         """Whether the index sets, masks and leaves are the same; of tracers, the same object."""
         if not isinstance(other, Selection) or self is other:
             return self is other
@@ -340,7 +351,7 @@ class Selection:
     def __hash__(self) -> int:
         return hash((self.specs, self.paths, self.axis_sizes, jnp.shape(self.valid)))
 
-    def check(self, call, params):
+    def check(self, call: str, params: Params):
         """Raise unless these are the parameters that `select` was given, and no split selection."""
         if self.valid.ndim != 1:
             msg = (
@@ -352,21 +363,24 @@ class Selection:
 
     # ------------------------------------------------------------------------------------- parts
 
-    def holders(self, valid, axis_name=None):
+    def holders(self, valid: Bool[AnyArray, "..."], axis_name: AxisName | None = None):
         """Who holds each entry, of the elements that are `valid`; over devices with `axis_name`."""
         known = (self.sizes, self.disjoint, self.distinct)
         return holders_of(self.indices, valid, *known, axis_name)
 
-    def add_to(self, totals, stacked, valid):
+    def add_to(self, totals: Params, stacked: Params, valid: Bool[AnyArray, "..."]):
         """Add what the elements that are `valid` hold to `totals`, without masks."""
         holders = self.holders(valid)
-        return _map(lambda spec, total, y: holders.add(total, y, spec), self.specs, totals, stacked)
+        add = lambda spec, total, y: holders.add(total, jnp.asarray(y), spec)
+        return _map(add, self.specs, totals, stacked)
 
-    def _counts(self, params, valid, axis_name=None):
+    def _counts(
+        self, params: Params, valid: Bool[AnyArray, " E"], axis_name: AxisName | None = None
+    ):
         """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
         mine, everywhere = self.holders(valid), self.holders(valid, axis_name)
 
-        def leaf(spec, keep, x):
+        def leaf(spec: P, keep: Mask, x: Struct):
             if keep is None and mine.alone(spec):
                 return everywhere.number(x, spec)
             count = kept(keep, mine.number(x, spec))  # this device's, whose masks may be its own
@@ -390,14 +404,14 @@ serialization.register_serialization_state(
 )
 
 
-def _map(fn, specs, *trees):
+def _map(fn: Callable[..., Any], specs: Sequence[Spec], *trees: Params):
     """`fn(spec, *leaves)` over the leaves of trees shaped like `specs` (a flat tuple of specs)."""
     leaves, treedef = jax.tree.flatten(trees[0])
     rest = [treedef.flatten_up_to(tree) for tree in trees[1:]]
     return treedef.unflatten([fn(*args) for args in zip(specs, leaves, *rest, strict=True)])
 
 
-def along(valid, y):
+def along(valid: Bool[AnyArray, "..."], y: AnyArray):
     return valid.reshape((*valid.shape, *(1,) * (y.ndim - valid.ndim)))
 
 
@@ -406,7 +420,7 @@ def repeat(x: Any, n: int):
     return (np if on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
 
 
-def check_like(call, selection, params):
+def check_like(call: str, selection: Selection, params: Params):
     """The parameters must be those that `select` was given: a wrong size would gather zeros."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(keystr(path) for path, _ in leaves)

@@ -7,19 +7,21 @@ updates for large structured optimization problems*, 1982.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, PyTree
 
 from psjax._chunk import chunk_sizes
 from psjax._elements import check_chunk_size, over_chunks, view
 from psjax._placement import placed, vary, whole
 from psjax._seen import give_back, over, see, settled
-from psjax._selection import along
+from psjax._selection import Selection, along
 from psjax._sums import narrowed, wide, wide_zeros
+from psjax._types import ElementFn, Params
 
 
 def value_and_grad(
@@ -69,7 +71,7 @@ def value_and_grad(
     call = "value_and_grad"
     check_chunk_size(call, chunk_size)
 
-    def fn(params, selection, *args):
+    def fn(params: Params, selection: Selection, *args: PyTree):
         operands = whole((params, *args))
         seen = view(call, selection, in_axes, params, args)
         treedef = jax.tree.structure(params)
@@ -103,7 +105,7 @@ def element_value_and_grad(
     call = "element_value_and_grad"
     check_chunk_size(call, chunk_size)
 
-    def fn(params, selection, *args):
+    def fn(params: Params, selection: Selection, *args: PyTree):
         operands = whole((params, *args))
         seen = view(call, selection, in_axes, params, args)
         element, leaves, _, sizes = _of_leaves(
@@ -117,7 +119,7 @@ def element_value_and_grad(
         of_params = seen.only(argnums)
         both = jax.value_and_grad(lambda *xs: element(*xs)[0], argnums)
 
-        def body(carry, part, leaves):
+        def body(carry: PyTree, part: Selection, leaves: Sequence[Array]):
             values, grads = part.map(both, leaves)
             grads = [jnp.where(along(part.valid, g), g, jnp.zeros_like(g)) for g in grads]
             if masks:
@@ -159,7 +161,9 @@ def partially_separable(
     call = "partially_separable"
     check_chunk_size(call, chunk_size)
 
-    def evaluate(params, selection, args, argnums):
+    def evaluate(
+        params: Params, selection: Selection, args: tuple[Any, ...], argnums: Sequence[int]
+    ):
         operands = whole((params, *args))
         seen = view(call, selection, in_axes, params, args)
         value, grads, _ = _evaluate(call, element_fn, seen, operands, argnums, chunk_size)
@@ -167,18 +171,18 @@ def partially_separable(
         return value, [placed(g, like[i]) for i, g in zip(argnums, grads)]
 
     @jax.custom_jvp
-    def fn(params, selection, args):
+    def fn(params: Params, selection: Selection, args: PyTree):
         return evaluate(params, selection, args, ())[0]
 
-    def jvp(primals, tangents):
+    def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
         params, selection, args = primals
-        tangents = jax.tree.leaves((tangents[0], *tangents[2]))
-        moved = [i for i, t in enumerate(tangents) if type(t) is not SymbolicZero]
+        moves = jax.tree.leaves((tangents[0], *tangents[2]))
+        moved = [i for i, t in enumerate(moves) if type(t) is not SymbolicZero]
         value, grads = evaluate(params, selection, args, moved)
         tangent = jnp.zeros_like(value)
         for i, grad in zip(moved, grads):
             # Of a real function JAX's gradient is the derivative, not its conjugate.
-            tangent = tangent + jnp.real(jnp.sum(grad * tangents[i])).astype(value.dtype)
+            tangent = tangent + jnp.real(jnp.sum(grad * moves[i])).astype(value.dtype)
         return value, tangent
 
     fn.defjvp(jvp, symbolic_zeros=True)
@@ -186,7 +190,15 @@ def partially_separable(
     return lambda params, selection, *args: fn(arrays(params), selection, arrays(args))
 
 
-def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
+def _evaluate(
+    call: str,
+    element_fn: ElementFn,
+    seen: Selection,
+    args: tuple[Any, ...],
+    argnums: Sequence[int],
+    chunk_size: int | None,
+    has_aux: bool = False,
+):
     """Sum of the elements' values, what they return besides, and gradients of some leaves.
 
     `argnums` are numbers of leaves of `args`, which `seen` says how the elements see.
@@ -199,11 +211,11 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
     leaves = vary(leaves, (seen, leaves))
     seen = settled(seen)
 
-    def body(carry, part, leaves):
+    def body(carry: PyTree, part: Selection, leaves: Sequence[Array]):
         value, totals = carry
         of_part = see(part, leaves)
 
-        def total(*own):
+        def total(*own: Array):
             full = list(of_part)
             for i, x in zip(argnums, own):
                 full[i] = x
@@ -227,7 +239,14 @@ def _evaluate(call, element_fn, seen, args, argnums, chunk_size, has_aux=False):
     return value.astype(dtype), narrowed(totals, moved), aux
 
 
-def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
+def _of_leaves(
+    call: str,
+    element_fn: ElementFn,
+    seen: Selection,
+    args: tuple[Any, ...],
+    chunk_size: int | None,
+    has_aux: bool,
+):
     """The element function of flat leaves, the leaves (0 where dropped), the dtype of a value.
 
     And how many elements to evaluate at once, on a CPU and elsewhere.
@@ -235,7 +254,7 @@ def _of_leaves(call, element_fn, seen, args, chunk_size, has_aux):
     leaves, treedef = jax.tree.flatten(args)
     leaves = seen.masked([jnp.asarray(x) for x in leaves])
 
-    def element(*leaves):
+    def element(*leaves: Array):
         out = element_fn(*treedef.unflatten(leaves))
         return out if has_aux else (out, ())
 

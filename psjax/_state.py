@@ -5,17 +5,20 @@ one bit of every dimension's number at a time. The dimensions of the state that 
 dimension of a parameter are that dimension; names, paths and coincidences of shape play no part.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
+from jaxtyping import PyTree
 
 from psjax._select import flat_specs
+from psjax._types import Mask, OptState, Params, Spec
 
+Dim: TypeAlias = tuple[int, int] | int | str  # where a dimension of the state comes from
 _MIXED = "mixed"  # a dimension of the state that is made of several, such as a flattened one
 
 
@@ -65,7 +68,9 @@ def extra_arguments(value: Any, grad: Any, fn: Callable[[Any], Any]) -> dict[str
       fn: the loss as a function of the parameters.
     """
 
-    def value_fn(params, obj_fn=None):  # a line search hands on what it does not know
+    def value_fn(
+        params: Params, obj_fn: Any = None
+    ):  # a line search hands on what it does not know
         del obj_fn
         return fn(params)
 
@@ -147,22 +152,30 @@ def check_element_state(call: str, optimizer: Any, params: Any, opt_state: Any) 
         raise ValueError(msg)
 
 
-def _dtype(x):
+def _dtype(x: Any):
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
-def _entry(spec, dim):
+def _entry(spec: Spec, dim: Dim):
     names = spec or ()
     return names[dim[1]] if isinstance(dim, tuple) and dim[1] < len(names) else None
 
 
-def _is_complete(own, owner, leaves):
+def _is_complete(own: Sequence[Dim], owner: int, leaves: Sequence[tuple[int, ...]]):
     """Whether a leaf ends with all dimensions of one parameter, in their order."""
     dims = tuple((owner, d) for d in range(len(leaves[owner])))
     return own[len(own) - len(dims) :] == dims
 
 
-def _reduced_over(own, owners, specs, leaves, keep, divided, names):
+def _reduced_over(
+    own: Sequence[Dim],
+    owners: Sequence[int],
+    specs: Sequence[Spec],
+    leaves: Sequence[tuple[int, ...]],
+    keep: Sequence[Mask],
+    divided: Callable[[Any], bool],
+    names: Sequence[str],
+):
     """In words, the divided axes without which a leaf of the state cannot travel."""
     if _MIXED in own:
         owners = range(len(specs))
@@ -180,7 +193,7 @@ def _reduced_over(own, owners, specs, leaves, keep, divided, names):
     return over + [f"dropped weights of {names[i]}" for i in owners if keep[i] is not None]
 
 
-def _refusal(call, path, shape, over):
+def _refusal(call: str, path: str, shape: tuple[int, ...], over: Sequence[str]):
     return (
         f"{call}(optimizer=...): the optimizer's state {path}, of shape {shape}, is reduced over "
         f"{', '.join(over[:3])}{' ...' if len(over) > 3 else ''}. An element sees a part of that "
@@ -190,7 +203,12 @@ def _refusal(call, path, shape, over):
     )
 
 
-def _check_state(call, origins, leaves, found):
+def _check_state(
+    call: str,
+    origins: Sequence[tuple[str, tuple[Dim, ...]]],
+    leaves: Sequence[tuple[int, ...]],
+    found: Sequence[tuple[KeyPath, Any]],
+):
     """The state must be what the parameters' shapes say."""
     size = lambda d: leaves[d[0]][d[1]] if isinstance(d, tuple) else d
     want = [(path, tuple(map(size, dims))) for path, dims in origins]
@@ -210,13 +228,15 @@ def _check_state(call, origins, leaves, found):
     raise ValueError(msg)
 
 
-def _first_difference(own, want):
+def _first_difference(
+    own: Sequence[tuple[str, tuple[Dim, ...]]], want: Sequence[tuple[str, tuple[Dim, ...]]]
+):
     longest = max(len(own), len(want))
     pad = lambda xs: [*xs, *[("nothing", ())] * (longest - len(xs))]
     return next((a, b) for a, b in zip(pad(own), pad(want)) if a != b)
 
 
-def _origins(call, optimizer, like):
+def _origins(call: str, optimizer: optax.GradientTransformation, like: Params):
     """The path of every leaf of the state, and where each of its dimensions comes from.
 
     A dimension is `(parameter, dimension)`, a number if its size is fixed, or `_MIXED`.
@@ -227,7 +247,7 @@ def _origins(call, optimizer, like):
     number = {dim: k + 1 for k, dim in enumerate(dims)}
     step = lambda n: -1 if n % 2 and n > 1 else 1  # past no even size, where optimizers decide
 
-    def probe(changed):
+    def probe(changed: Callable[[int], bool]):
         shapes = [
             tuple(n + step(n) * changed(number[i, d]) for d, n in enumerate(shape))
             for i, shape in enumerate(base)
@@ -249,13 +269,15 @@ def _origins(call, optimizer, like):
         )
         raise ValueError(msg)
 
-    def origin(k, d):
+    def origin(k: int, d: int) -> Dim:
         size = none[k][1][d]
         code = sum(1 << bit for bit in bits if one[bit][k][1][d] != size)
         if not code and every[k][1][d] == size:
             return size
-        i, own = dims[code - 1] if 1 <= code <= len(dims) else (0, None)
-        alone = own is not None and base[i][own] == size and every[k][1][d] == size + step(size)
+        if not 1 <= code <= len(dims):
+            return _MIXED
+        i, own = dims[code - 1]
+        alone = base[i][own] == size and every[k][1][d] == size + step(size)
         return (i, own) if alone else _MIXED
 
     return [
@@ -264,7 +286,7 @@ def _origins(call, optimizer, like):
     ]
 
 
-def _apart(shape):
+def _apart(shape: tuple[int, ...]):
     """Sizes in the order of the shape's, so far apart that a step of one changes no order."""
     sizes, last = list(shape), None
     for d in sorted(range(len(shape)), key=lambda d: shape[d]):
@@ -273,7 +295,12 @@ def _apart(shape):
     return tuple(sizes)
 
 
-def _reached(optimizer, params, opt_state, candidates):
+def _reached(
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    opt_state: OptState,
+    candidates: Sequence[bool],
+):
     """Which of the candidates' numbers gradients, weights or losses reach in an update.
 
     `jax.vmap` follows the data flow: what it leaves without a batch axis depends on no batch.
@@ -286,8 +313,8 @@ def _reached(optimizer, params, opt_state, candidates):
     value = jax.ShapeDtypeStruct((2,), jnp.result_type(float))
     data = jax.tree.map(lambda x: struct(x, (2,)), (params, params)), value
 
-    def reaches(outputs):
-        def fn(data, state):
+    def reaches(outputs: Sequence[int]):
+        def fn(data: Any, state: PyTree):
             (grads, params), value = data
             size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
             options = extra_arguments(value, grads, lambda p: value * size(p))

@@ -1,12 +1,18 @@
 """Sums and means that are exact enough: in 32 bits at least, rounded once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Integer, PyTree
+
+from psjax._types import Params
 
 
-def wide(dtype) -> Any:
+def wide(dtype: DTypeLike) -> Any:
     """The dtype in which sums are accumulated: 32 bits at least; of bools, int32."""
     if jnp.issubdtype(dtype, jnp.bool_):
         return jnp.dtype(jnp.int32)
@@ -17,17 +23,22 @@ def wide(dtype) -> Any:
     return dtype
 
 
-def wide_zeros(like):
+def wide_zeros(like: Params):
     """Where sums of such leaves are accumulated."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
 
 
-def narrowed(total, like):
+def narrowed(total: Params, like: PyTree):
     """Sums in the dtypes of `like`, arrays or dtypes; of bools, whether any was True."""
     return jax.tree.map(lambda t, x: t.astype(x.dtype), total, like)
 
 
-def mean_of(sums, stacked, params, counts):
+def mean_of(
+    sums: Callable[[Params, Params], Params],
+    stacked: Params,
+    params: Params,
+    counts: PyTree[Integer[Array, "..."]],
+):
     """The mean over the holders of each entry; an entry without any keeps its bits.
 
     A mean of integers is rounded down, and of bools it is whether all are True. Sums of integers of
@@ -47,7 +58,7 @@ def mean_of(sums, stacked, params, counts):
     low = sums(jax.tree.map(low_of, stacked), params)
     high = sums(jax.tree.map(high_of, stacked), params) if any(halves) else low
 
-    def mean(w, low, high, count):
+    def mean(w: Array, low: Array, high: Array, count: Integer[Array, "..."]):
         holders = jnp.maximum(count, 1).astype(low.dtype)
         if bits := half(w):
             new = ((high // holders) << bits) + (((high % holders) << bits) + low) // holders
@@ -59,6 +70,6 @@ def mean_of(sums, stacked, params, counts):
     return jax.tree.map(mean, params, low, high, counts)
 
 
-def _half(dtype):
+def _half(dtype: np.dtype):
     """Bits of a half of integers that are summed in two halves; 0 of other dtypes."""
     return {4: 16, 8: 32}.get(dtype.itemsize, 0) if jnp.issubdtype(dtype, jnp.integer) else 0

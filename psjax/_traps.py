@@ -1,16 +1,21 @@
 """Mistakes of a round of training that raise no error by themselves, seen while it is traced."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, Literal
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from psjax._placement import varying
 from psjax._programs import programs_in
+from psjax._selection import Selection
 from psjax._state import extra_arguments
+from psjax._types import Batch, InAxes, OptState, Params
 
 # Not the same with a zero more, whatever the values are.
 _ORDERED = {
@@ -60,7 +65,9 @@ def check_low_precision(call: str, optimizer: Any, params: Any) -> None:
         raise ValueError(msg)
 
 
-def _finite(optimizer, params, cast):
+def _finite(
+    optimizer: optax.GradientTransformation, params: Params, cast: Callable[[Any], DTypeLike]
+):
     """Whether an update of small parameters along a gradient of zero is finite."""
     with jax.ensure_compile_time_eval():
         small = lambda x: jnp.ones((2,) * jnp.ndim(x), cast(jnp.result_type(x)))
@@ -99,11 +106,11 @@ def check_padding(call: str, optimizer: Any, with_padding: Any, without: Any) ->
         raise ValueError(msg)
 
 
-def _constants(optimizer, params):
+def _constants(optimizer: optax.GradientTransformation, params: Params):
     """The primitives of an update, each with its constants."""
     update = optax.with_extra_args_support(optimizer).update
 
-    def fn(grads, params, state, value):
+    def fn(grads: Params, params: Params, state: OptState, value: Array):
         size = lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
         options = extra_arguments(value, grads, lambda p: value * size(p))
         return update(grads, state, params, **options)
@@ -112,7 +119,7 @@ def _constants(optimizer, params):
     value = jax.ShapeDtypeStruct((), jnp.result_type(float))
     found = []
 
-    def walk(jaxpr):
+    def walk(jaxpr: Jaxpr):
         for eqn in jaxpr.eqns:
             values = [np.asarray(x.val).tolist() for x in eqn.invars if isinstance(x, Literal)]
             found.append((eqn.primitive.name, repr(values)))  # as text: NaN equals itself
@@ -123,3 +130,36 @@ def _constants(optimizer, params):
     walk(program.jaxpr)
     scalars = [np.asarray(x).tolist() for x in program.consts if not np.ndim(x)]
     return [*found, ("constants", repr(scalars))]
+
+
+def check_steps(seen: Selection, first: int, in_axes: InAxes, batches: Batch):
+    """Every leaf of the batches that an element sees begins with the same J, 1 or more."""
+    leaves, E = jax.tree.leaves(batches), seen.num_elements
+    one = seen.only(range(first, len(seen.specs)))[0]
+    shapes = jax.eval_shape(lambda xs: one.map(lambda *xs: list(xs), xs), leaves)
+    shapes = [x.shape for x in shapes]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if not shapes:
+        msg = f"local_update: batches has no array; give [{E}, J, ...]."
+        raise ValueError(msg)
+    if len(lengths) != 1 or None in lengths:
+        msg = (
+            f"local_update: leaves of batches have shapes {[jnp.shape(x) for x in leaves]}; an "
+            f"element sees {shapes} (in_axes={in_axes!r}); all must begin with J, the number of "
+            f"local steps: [{E}, J, ...] with in_axes=0."
+        )
+        raise ValueError(msg)
+    if lengths == {0}:
+        msg = "local_update: batches has J = 0 local steps; give one or more."
+        raise ValueError(msg)
+
+
+def check_mutable(mutable: tuple[str, ...], params: Params):
+    missing = [name for name in mutable if not isinstance(params, dict) or name not in params]
+    if missing:
+        have = sorted(params) if isinstance(params, dict) else type(params).__name__
+        msg = (
+            f"local_update(mutable={mutable}): the parameters have no {missing}; they are {have}. "
+            "Give the whole variables, such as {'params': ..., 'batch_stats': ...}."
+        )
+        raise ValueError(msg)

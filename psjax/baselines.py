@@ -16,11 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Inexact
 
 from psjax._local import LocalMetrics, all_finite, local_update
+from psjax._selection import Selection
 from psjax._separable import value_and_grad
 from psjax._state import extra_arguments
 from psjax._traps import check_axis_name, check_low_precision
+from psjax._types import Batch, InAxes, OptState, Params
 from psjax.plan._scores import score_exchange as score_exchange
 
 
@@ -57,7 +60,7 @@ def local_sgd(
     options: Any = dict(mutable=mutable, has_aux=has_aux, chunk_size=chunk_size)
     update = local_update(loss_fn, optimizer, in_axes, axis_name, **options)
 
-    def checked(params, opt_state, selection, batches):
+    def checked(params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         _check_replicas("local_sgd", selection)
         return update(params, opt_state, selection, batches)
 
@@ -105,13 +108,15 @@ def data_parallel(
         msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
         raise ValueError(msg)
 
-    def wide_loss(wide, batch, like):  # low precision is differentiated as it is, summed as float32
+    def wide_loss(
+        wide: Params, batch: Batch, like: Params
+    ):  # low precision is differentiated as it is, summed as float32
         params = jax.tree.map(lambda x, p: x.astype(p.dtype), wide, like)
         return _wide(loss_fn(params, batch))
 
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(params, opt_state, selection, batches):
+    def update(params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         _check_replicas("data_parallel", selection)
         _check_rows(selection, batches, in_axes)
         check_axis_name("data_parallel", axis_name, params, (selection, batches))
@@ -122,7 +127,7 @@ def data_parallel(
         if axis_name is not None:
             workers = jax.lax.psum(workers, axis_name)
 
-        def mean(params, batch):
+        def mean(params: Params, batch: Batch):
             fn = lambda wide, batch: wide_loss(wide, batch, params)
             # Together, gradients of what workers share are added in the dtype that fn computes in.
             narrow = any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params))
@@ -134,7 +139,7 @@ def data_parallel(
             loss, grads = jax.tree.map(lambda x: x / workers.astype(x.dtype), (loss, grads))
             return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-        def step(carry, batch):
+        def step(carry: tuple[Params, OptState], batch: Batch):
             params, opt_state = carry
             loss, grads = mean(params, batch)
             options = extra_arguments(loss, grads, _with_gradient(lambda w: mean(w, batch)))
@@ -149,11 +154,11 @@ def data_parallel(
     return update
 
 
-def _wide(x):
+def _wide(x: Inexact[Array, "..."]):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _with_gradient(value_and_grad):
+def _with_gradient(value_and_grad: Callable[[Params], tuple[Array, Params]]):
     """The value as a function with the gradient given: JAX's own would be n-fold over devices."""
     fn = jax.custom_vjp(lambda params: value_and_grad(params)[0])
     scaled = lambda grads, ct: jax.tree.map(lambda g: (ct * g).astype(g.dtype), grads)
@@ -161,7 +166,7 @@ def _with_gradient(value_and_grad):
     return fn
 
 
-def _check_replicas(call, selection):
+def _check_replicas(call: str, selection: Selection):
     if selection.indices:
         msg = (
             f"{call}: the selection divides {sorted(selection.indices)}; every worker must see the "
@@ -170,7 +175,7 @@ def _check_replicas(call, selection):
         raise ValueError(msg)
 
 
-def _check_rows(selection, batches, in_axes):
+def _check_rows(selection: Selection, batches: Batch, in_axes: InAxes):
     lead = [selection.num_elements] if in_axes == 0 else []
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
     steps = {shape[len(lead)] if len(shape) > len(lead) else 0 for shape in shapes}

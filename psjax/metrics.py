@@ -8,9 +8,18 @@ NumPy on the host, float64: for all samples of a split at once, not for batches 
 """
 
 import numpy as np
+from jaxtyping import Float, Integer, Num, Shaped
+
+from psjax._types import AnyArray
 
 
-def _hits(call, predictions, labels, num_labels, k):
+def _hits(
+    call: str,
+    predictions: Shaped[AnyArray, "..."],
+    labels: Shaped[AnyArray, "..."],
+    num_labels: int,
+    k: int,
+):
     """Top predictions `[N, k]`, labels `[N, K]`, and whether each prediction is a label."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim != 2 or labels.ndim != 2 or len(predictions) != len(labels):
@@ -53,7 +62,7 @@ def _hits(call, predictions, labels, num_labels, k):
     return top, labels, hits & (top < num_labels)
 
 
-def _top_k(call, scores, num_labels, k):
+def _top_k(call: str, scores: Shaped[np.ndarray, "N P"], num_labels: int, k: int):
     """Ids of the k largest scores of each row, best first; of equal ones, the lowest id first."""
     if scores.shape[1] != num_labels or not np.issubdtype(scores.dtype, np.floating):
         msg = (
@@ -72,7 +81,9 @@ def _top_k(call, scores, num_labels, k):
     return top
 
 
-def precision_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarray:
+def precision_at_k(
+    predictions: Num[AnyArray, "N P"], labels: Integer[AnyArray, "N K"], num_labels: int, k: int = 5
+) -> np.ndarray:
     r"""Precision at 1, ..., k: the share of the first k predictions that are labels.
 
     With $y_{il}$ = 1 if l is a label of sample i and $r_1, r_2, \dots$ its predictions, best first,
@@ -102,11 +113,13 @@ def precision_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarr
     return _precision(hits)
 
 
-def _precision(gains):
+def _precision(gains: Num[np.ndarray, "N k"]):
     return (np.cumsum(gains, axis=1) / np.arange(1, gains.shape[1] + 1)).mean(axis=0)
 
 
-def ndcg_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarray:
+def ndcg_at_k(
+    predictions: Num[AnyArray, "N P"], labels: Integer[AnyArray, "N K"], num_labels: int, k: int = 5
+) -> np.ndarray:
     r"""Normalised discounted cumulative gain at 1, ..., k.
 
     $\mathrm{nDCG}@k = \frac{1}{N}\sum_i \frac{\sum_{j \le k} y_{i r_j} / \log_2(j + 1)}
@@ -134,7 +147,9 @@ def ndcg_at_k(predictions, labels, num_labels: int, k: int = 5) -> np.ndarray:
     return np.divide(gained, best, out=np.zeros_like(best), where=best > 0).mean(axis=0)
 
 
-def propensities(label_counts, num_points: int, a: float = 0.55, b: float = 1.5) -> np.ndarray:
+def propensities(
+    label_counts: Num[AnyArray, " L"], num_points: int, a: float = 0.55, b: float = 1.5
+) -> np.ndarray:
     r"""How likely a label that is true is also recorded, from how often it is.
 
     $p_l = 1 / (1 + C e^{-A \log(N_l + B)})$, $C = (\log N - 1)(B + 1)^A$, natural logarithms.
@@ -166,7 +181,12 @@ def propensities(label_counts, num_points: int, a: float = 0.55, b: float = 1.5)
     return 1 / (1 + c * (counts + b) ** -a)
 
 
-def propensity_scored_precision_at_k(predictions, labels, propensities, k: int = 5) -> np.ndarray:
+def propensity_scored_precision_at_k(
+    predictions: Num[AnyArray, "N P"],
+    labels: Integer[AnyArray, "N K"],
+    propensities: Float[AnyArray, " L"],
+    k: int = 5,
+) -> np.ndarray:
     r"""Precision at 1, ..., k with each hit worth 1/p_l, relative to the best attainable.
 
     $\mathrm{PSP}@k = \frac{\sum_i \sum_{j \le k} y_{i r_j} / p_{r_j}}

@@ -27,12 +27,16 @@ layer has an axis of its own, `hidden_0`, `hidden_1`, ...; the subnet of one of 
 """
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Integer, Num
 
 from psjax import losses
 from psjax import nn as psnn
+from psjax._types import AnyArray
 from psjax.nn._annotate import annotated
 
 
@@ -61,7 +65,7 @@ class PSNet(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         sizes = [(k, k) for k in self.kernel_sizes]
         for i, features in enumerate(self.trunk):
             layer = psnn.Conv(features, sizes[i], self.pools[i], self.implementation)
@@ -103,7 +107,7 @@ class LeNet(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         for features, k, pool in zip(self.kernels, self.kernel_sizes, self.pools):
             x = psnn.sigmoid(psnn.Conv(features, (k, k), pool, self.implementation)(x))
         x = x.reshape(x.shape[0], -1)
@@ -163,7 +167,7 @@ class MLP(_Divided):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Num[AnyArray, "..."], train: bool = False):
         return _dense_layers(self, x.reshape(x.shape[0], -1), train)
 
 
@@ -192,7 +196,7 @@ class VGG11(_Divided):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Num[AnyArray, "..."], train: bool = False):
         init = nn.initializers.he_normal()
         for i, features in enumerate(self.convolutions):
             if not features:
@@ -205,7 +209,7 @@ class VGG11(_Divided):
         return _dense_layers(self, x.reshape(x.shape[0], -1), train)
 
 
-def _dense_layers(self, x, train):
+def _dense_layers(self, x: Num[AnyArray, "B F"], train: bool):
     before = None
     for i, features in enumerate(self.hidden):
         axis = f"hidden_{i}"
@@ -250,24 +254,32 @@ class SparseMLP(_Divided):
         self.kernel = self.param("kernel", kernel, (width, self.num_labels))
         self.bias = self.param("bias", nn.initializers.zeros, (self.num_labels,))
 
-    def _features(self, ids, values, train):
+    def _features(self, ids: Integer[AnyArray, "B K"], values: Float[AnyArray, "B K"], train: bool):
         rows = jnp.asarray(self.embedding).at[ids].get(mode="fill", fill_value=0)
         bad = (ids < 0) | (ids > self.num_features)  # F itself is padding
         x = jnp.einsum("bk,bkh->bh", jnp.where(bad, jnp.nan, values), rows)
         return nn.relu(self.norm(x, train))
 
-    def __call__(self, ids, values, train: bool = False):
+    def __call__(
+        self, ids: Integer[AnyArray, "B K"], values: Float[AnyArray, "B K"], train: bool = False
+    ):
         """All scores `[B, L]` of rows `ids` int32 `[B, K]`, `values` `[B, K]`."""
         return self._features(ids, values, train) @ self.kernel + self.bias
 
-    def loss(self, ids, values, labels, train: bool = True):
+    def loss(
+        self,
+        ids: Integer[AnyArray, "B K"],
+        values: Float[AnyArray, "B K"],
+        labels: Integer[AnyArray, "B M"],
+        train: bool = True,
+    ):
         """`psjax.losses.many_label_cross_entropy` of every row: `[B]`; `labels` int32 `[B, M]`."""
         x = self._features(ids, values, train)
         return losses.many_label_cross_entropy(
             x, self.kernel, self.bias, labels, chunk_size=self.chunk_size
         )
 
-    def top_k(self, ids, values, k: int):
+    def top_k(self, ids: Integer[AnyArray, "B K"], values: Float[AnyArray, "B K"], k: int):
         """The k best labels of every row, int32 `[B, k]`."""
         x = self._features(ids, values, False)
         return losses.top_k_labels(x, self.kernel, self.bias, k, chunk_size=self.chunk_size)
@@ -287,7 +299,7 @@ _LENET = {
 }
 
 
-def _preset(call, presets, name):
+def _preset(call: str, presets: Mapping[str, tuple[Any, ...]], name: str):
     if name not in presets:
         near = difflib.get_close_matches(str(name), presets, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

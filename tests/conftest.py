@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, before JAX looks at them; data where it is."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -7,7 +8,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import jaxtyping
 import pytest
+
+# Types are checked at every call, where beartype is installed; an int is a float.
+if importlib.util.find_spec("beartype") is not None:
+    jaxtyping.install_import_hook(
+        "psjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 
 jax.config.update("jax_num_cpu_devices", 8)
 # What is compiled here runs once or twice: LLVM's optimizations take longer than they save.
@@ -31,3 +39,12 @@ def strict():
     """No silent promotion of dtypes or ranks: for tests of the core, which does neither."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def any_type():
+    """No check of types: for tests that pass a wrong one and expect psjax's own error."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -501,6 +501,7 @@ FACTORIES = [psjax.value_and_grad, psjax.element_value_and_grad, psjax.partially
 every_factory = pytest.mark.parametrize("factory", FACTORIES)
 
 
+@pytest.mark.usefixtures("any_type")
 @every_factory
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0])
 def test_chunk_size_is_a_positive_integer(factory, chunk_size):
@@ -520,6 +521,7 @@ def test_an_element_is_a_floating_scalar(factory):
         factory(lambda u: jnp.sum(u["x"] > 0))(w, selection)
 
 
+@pytest.mark.usefixtures("any_type")
 @every_factory
 @pytest.mark.parametrize(
     ("in_axes", "message"),

@@ -124,7 +124,8 @@ def hundred_classes(repeats: int) -> Iterator[_timing.Ratio]:
     batch = {"image": jnp.asarray(images), "weight": jnp.full((C, L // C), 1.0 / L)}
 
     def h(w, batch):
-        return psjax.losses.pair(two.apply({"params": w}, batch["image"]), batch["weight"])
+        scores: Any = two.apply({"params": w}, batch["image"])
+        return psjax.losses.pair(scores, batch["weight"])
 
     def fused(params, batch):
         x, y = batch["image"].reshape(L, *shape), jnp.repeat(jnp.arange(C), L // C)

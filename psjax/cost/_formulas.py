@@ -184,14 +184,21 @@ def printed_independent_subnets(
     return Cost(weights / local_steps, 4 * batch_size * weights, n * batch_size)
 
 
-def _replicas(matrices, batch_size, num_workers, vectors):
+def _replicas(matrices: Sequence[int], batch_size: int, num_workers: int, vectors: int):
     floats = 2 * (num_workers - 1) * (sum(matrices) + vectors)
     samples = num_workers * batch_size
     flops = samples * (6 * sum(matrices) - 2 * matrices[0])
     return Cost(float(floats), float(flops), samples)
 
 
-def _matrices(call, least, widths, batch_size, num_workers, local_steps=1):
+def _matrices(
+    call: str,
+    least: int,
+    widths: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    local_steps: int = 1,
+):
     if len(widths) < least:
         layer = "layer" if least == 2 else "hidden layer"
         msg = f"{call}(widths={tuple(widths)}): write (N_0, ..., N_t) with one {layer} at least."

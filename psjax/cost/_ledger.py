@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,7 +146,29 @@ def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = No
     )
 
 
-def _memory(stats):
+class _Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self):
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self):
+        bits = 8 if self.dtype == "pred" else int(_search(r"(\d+)", self.dtype))
+        return -(-self.elements * bits // 8)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    arrays: list[_Array]
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+
+def _memory(stats: Any):
     if stats is None:
         return None
     return Memory(*(int(getattr(stats, f"{name}_size_in_bytes")) for name in Memory._fields))
@@ -160,14 +183,14 @@ class _Count:
     flops: int = 0
     custom_calls: frozenset[str] = frozenset()
 
-    def __add__(self, other):
+    def __add__(self, other: "_Count"):
         return _Count(
             self.collectives + other.collectives,
             self.flops + other.flops,
             self.custom_calls | other.custom_calls,
         )
 
-    def times(self, n):
+    def times(self, n: int):
         scale = lambda c: dataclasses.replace(c, count=c.count * n, bytes=c.bytes * n)
         return _Count(tuple(map(scale, self.collectives)), self.flops * n, self.custom_calls)
 
@@ -175,7 +198,7 @@ class _Count:
 class _Program:
     """The computations of a program's text, and what each costs."""
 
-    def __init__(self, text, trip_count):
+    def __init__(self, text: str, trip_count: int | None):
         self.computations, self.entry = _parse(text)
         self.trip_count = trip_count
         header = text.split("\n", 1)[0]
@@ -184,14 +207,14 @@ class _Program:
         self.num_devices = self.num_partitions * self.num_replicas
         self.counts = {}
 
-    def count(self, computation):
+    def count(self, computation: str):
         if computation not in self.counts:
             shapes = {x.name: x.arrays for x in self.computations[computation]}
             counts = (self._instruction(x, shapes) for x in self.computations[computation])
             self.counts[computation] = sum(counts, start=_Count())
         return self.counts[computation]
 
-    def _instruction(self, x, shapes):
+    def _instruction(self, x: _Instruction, shapes: Mapping[str, Sequence[_Array]]):
         kind = x.opcode.removesuffix("-start")  # of a pair the start is the operation
         if x.opcode.endswith(("-done", "-update")):
             return _Count()
@@ -213,7 +236,7 @@ class _Program:
             return _Count(most.collectives, max(c.flops for c in called), names)
         return sum(called, start=_work(kind, x, operands))
 
-    def _loop(self, x):
+    def _loop(self, x: _Instruction):
         condition, body = (
             self.count(_search(rf"\b{name}=%?([^\s,]+)", x.attributes))
             for name in ("condition", "body")
@@ -231,7 +254,7 @@ class _Program:
             raise ValueError(msg)
         return condition.times(trips + 1) + body.times(trips)
 
-    def _collectives(self, kind, x, operands):
+    def _collectives(self, kind: str, x: _Instruction, operands: Sequence[_Array]):
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", _search(r"pairs=(\{\}|\{.*?\}\})", x.attributes))
             groups, senders = [2], sum(a != b for a, b in pairs)
@@ -250,7 +273,7 @@ class _Program:
             for a in operands
         )
 
-    def _groups(self, kind, x):
+    def _groups(self, kind: str, x: _Instruction):
         sizes = _group_sizes(x.attributes, self.num_devices)
         if sum(sizes) == self.num_replicas < self.num_devices and kind != "all-to-all":
             together = "channel_id=" in x.attributes  # the partitions of these replicas
@@ -265,7 +288,7 @@ class _Program:
         return sizes
 
 
-def _group_sizes(attributes, num_devices):
+def _group_sizes(attributes: str, num_devices: int):
     """Devices in each group of a collective; XLA writes four ways, and nothing for all devices."""
     groups = _search(r"replica_groups=(.*)", attributes, "{}")
     if found := re.match(r"\{(\{[\d,{}]+\})\}", groups):  # {{0,1},{2,3}}
@@ -281,7 +304,7 @@ def _group_sizes(attributes, num_devices):
     return [num_devices] if groups.startswith("{}") else []
 
 
-def _work(kind, x, operands):
+def _work(kind: str, x: _Instruction, operands: Sequence[_Array]):
     if kind == "dot":
         return _Count(flops=_product(x, operands, r"lhs_contracting_dims=\{([\d,]*)\}"))
     if kind == "convolution":
@@ -295,12 +318,12 @@ def _work(kind, x, operands):
     return _Count()
 
 
-def _product(x, operands, pattern):
+def _product(x: _Instruction, operands: Sequence[_Array], pattern: str):
     contracted = re.findall(r"\d+", _search(pattern, x.attributes))
     return 2 * x.arrays[0].elements * math.prod(operands[0].dims[int(d)] for d in contracted)
 
 
-def _convolution(x, image, kernel):
+def _convolution(x: _Instruction, image: _Array, kernel: _Array):
     """Twice the pairs of an output and a weight that meet an entry of the image."""
     output = x.arrays[0]
     window = {
@@ -329,29 +352,7 @@ def _convolution(x, image, kernel):
 # --------------------------------------------------------------------------------------- the text
 
 
-class _Array(NamedTuple):
-    dtype: str
-    dims: tuple[int, ...]
-
-    @property
-    def elements(self):
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self):
-        bits = 8 if self.dtype == "pred" else int(_search(r"(\d+)", self.dtype))
-        return -(-self.elements * bits // 8)
-
-
-class _Instruction(NamedTuple):
-    name: str
-    arrays: list[_Array]
-    opcode: str
-    operands: list[str]
-    attributes: str
-
-
-def _parse(text):
+def _parse(text: str):
     """`{computation: [instruction, ...]}` and the name of the first to run."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
@@ -374,7 +375,7 @@ def _parse(text):
     return computations, entry
 
 
-def _closing(text):
+def _closing(text: str):
     """Where the parenthesis ends that was opened before."""
     depth = 1
     for bracket in re.finditer(r"[()]", text):
@@ -384,12 +385,12 @@ def _closing(text):
     return len(text)
 
 
-def _arrays(shape):
+def _arrays(shape: str):
     found = re.findall(r"\b(pred|(?:bf|[fsuc])\d+\w*)\[([\d,<=]*)\]", shape)
     return [_Array(x, tuple(int(d) for d in re.findall(r"\d+", dims))) for x, dims in found]
 
 
-def _called(attributes):
+def _called(attributes: str):
     """Names of the computations that an instruction calls, but a loop's."""
     names = re.findall(r"\b(?:to_apply|calls|\w+_computation)=%?([^\s,}]+)", attributes)
     for several in re.findall(r"\b(?:branch|called)_computations=\{([^}]*)\}", attributes):
@@ -397,11 +398,11 @@ def _called(attributes):
     return names
 
 
-def _op_name(x):
+def _op_name(x: _Instruction):
     return _search(r'op_name="([^"]*)"', x.attributes, "")
 
 
-def _search(pattern, text, default=None):
+def _search(pattern: str, text: str, default: str | None = None):
     found = re.search(pattern, text)
     if found is None:
         if default is None:

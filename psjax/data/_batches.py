@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Integer
+
+from psjax._types import Labels
 
 
-def check_labels(labels, num_classes: int) -> np.ndarray:
+def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
     """The labels as int32, checked on the host: inside `jit` nothing can raise.
 
     Raises:
@@ -22,7 +25,7 @@ def check_labels(labels, num_classes: int) -> np.ndarray:
     return labels_of(f"check_labels(labels, num_classes={num_classes})", labels, num_classes)
 
 
-def labels_of(call, labels, num_classes):
+def labels_of(call: str, labels: Labels, num_classes: int):
     labels = np.asarray(labels)
     if labels.ndim != 1 or not labels.size:
         msg = f"{call}: labels have shape {labels.shape}; write a non-empty [N]."
@@ -59,7 +62,7 @@ class Batches(NamedTuple):
         return float(self.weights.size / np.count_nonzero(self.weights))
 
 
-def _flat(labels, batch_size, order):
+def _flat(labels: Integer[np.ndarray, " N"], batch_size: int, order: Labels | None):
     """The epoch's samples as `[steps, batch_size]`, -1 where the last batch has none."""
     order = np.arange(len(labels)) if order is None else _check_order(order, len(labels))
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(order):
@@ -71,7 +74,7 @@ def _flat(labels, batch_size, order):
     return flat.reshape(steps, batch_size)
 
 
-def _check_order(order, num_samples):
+def _check_order(order: Labels, num_samples: int):
     order = np.asarray(order)
     if order.ndim != 1 or not order.size:
         msg = (
@@ -92,7 +95,7 @@ def _check_order(order, num_samples):
     return order
 
 
-def _weights(filled):
+def _weights(filled: Bool[np.ndarray, "..."]):
     """1/L where a slot is filled, L counted over all axes except the first."""
     sizes = filled.sum(axis=tuple(range(1, filled.ndim)), keepdims=True)
     return (filled / sizes).astype(jnp.result_type(float))
@@ -118,7 +121,7 @@ class _Runs(NamedTuple):
     length: np.ndarray
 
 
-def _runs(labels, batch_size, order) -> _Runs:
+def _runs(labels: Integer[np.ndarray, " N"], batch_size: int, order: Labels | None) -> _Runs:
     flat = _flat(labels, batch_size, order)
     samples = flat[flat >= 0]
     step, own = np.arange(len(samples)) // batch_size, labels[samples]
@@ -132,7 +135,7 @@ def _runs(labels, batch_size, order) -> _Runs:
     return _Runs(len(flat), samples, run, place, step[starts], own[starts], length)
 
 
-def batches(labels, batch_size: int, order=None) -> Batches:
+def batches(labels: Labels, batch_size: int, order: Labels | None = None) -> Batches:
     """Flat batches, `indices [steps, batch_size]`; the last one may be short, nothing is dropped.
 
     Args:
@@ -152,14 +155,20 @@ def batches(labels, batch_size: int, order=None) -> Batches:
     return Batches(indices, _weights(flat >= 0), own)
 
 
-def most_of_a_label(labels, num_classes: int, batch_size: int, order=None) -> int:
+def most_of_a_label(
+    labels: Labels, num_classes: int, batch_size: int, order: Labels | None = None
+) -> int:
     """The largest count of one label in one batch of the epoch: the slots that drop nothing."""
     labels = check_labels(labels, num_classes)
     return int(_runs(labels, batch_size, order).length.max())
 
 
 def batches_by_label(
-    labels, num_classes: int, batch_size: int, order=None, slots: int | None = None
+    labels: Labels,
+    num_classes: int,
+    batch_size: int,
+    order: Labels | None = None,
+    slots: int | None = None,
 ) -> Batches:
     """Batches sorted by label, `indices [steps, C, slots]`: row k holds the samples labelled k.
 
@@ -194,7 +203,12 @@ def batches_by_label(
 
 
 def tiles_by_label(
-    labels, num_classes: int, batch_size: int, tile: int, order=None, tiles: int | None = None
+    labels: Labels,
+    num_classes: int,
+    batch_size: int,
+    tile: int,
+    order: Labels | None = None,
+    tiles: int | None = None,
 ) -> Batches:
     """Batches cut into tiles of `tile` samples of one label each, `indices [steps, tiles, tile]`.
 
@@ -235,7 +249,7 @@ def tiles_by_label(
     return Batches(indices, _weights(indices < len(labels)), tile_labels)
 
 
-def stratified_order(labels, num_classes: int, batch_size: int, seed: int) -> np.ndarray:
+def stratified_order(labels: Labels, num_classes: int, batch_size: int, seed: int) -> np.ndarray:
     """A random order in which every batch has each label in its share of the data, to one sample.
 
     The samples of each label are shuffled and dealt out evenly over the epoch, so batches by label

@@ -1,11 +1,14 @@
 """Images and labels of a data set in memory: digits, and the sets of TensorFlow Datasets."""
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Integer, Shaped
 
+from psjax._types import AnyArray
 from psjax.data import _records
 from psjax.data._batches import labels_of
 
@@ -69,7 +72,10 @@ class OwnRows(NamedTuple):
 
 
 def load_classes(
-    classes, name: str = "digits", split: str = "train", data_dir: str | None = None
+    classes: Sequence[int] | Integer[np.ndarray, " n"],
+    name: str = "digits",
+    split: str = "train",
+    data_dir: str | None = None,
 ) -> OwnRows:
     """The images of some classes; the others are not decoded, and not kept.
 
@@ -109,11 +115,11 @@ def load_classes(
     return OwnRows(own, labels, places)
 
 
-def _needs(package, name):
+def _needs(package: str, name: str):
     return f"load({name!r}) needs {package}: pip install 'psjax[data]'."
 
 
-def _load_digits(split):
+def _load_digits(split: str):
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -125,7 +131,7 @@ def _load_digits(split):
     return Dataset("digits", images[order], labels[order].astype(np.int32), 10, 1 / 16)
 
 
-def _load_tfds(name, split, data_dir, rows=None):
+def _load_tfds(name: str, split: str, data_dir: str | None, rows: Sequence[int] | None = None):
     records, num_classes = _tfds_records(name, split, data_dir, rows)
     labels = _labels_of(records, name, split, num_classes)
     images = [record["image"] for record in records]
@@ -140,18 +146,20 @@ def _load_tfds(name, split, data_dir, rows=None):
     return Dataset(name, np.stack(images), labels, num_classes, 1 / 255)
 
 
-def _tfds_labels(name, split, data_dir):
+def _tfds_labels(name: str, split: str, data_dir: str | None):
     """Labels and their number, without decoding an image."""
     records, num_classes = _tfds_records(name, split, data_dir, None, skip=True)
     return _labels_of(records, name, split, num_classes), num_classes
 
 
-def _labels_of(records, name, split, num_classes):
+def _labels_of(records: Sequence[Mapping[str, Any]], name: str, split: str, num_classes: int):
     call = f"load({name!r}, split={split!r})"
     return labels_of(call, [record["label"] for record in records], num_classes)
 
 
-def _tfds_records(name, split, data_dir, rows, skip=False):
+def _tfds_records(
+    name: str, split: str, data_dir: str | None, rows: Sequence[int] | None, skip: bool = False
+):
     try:
         import array_record.python.array_record_module  # noqa: F401, what TFDS reads with
         import tensorflow_datasets as tfds
@@ -212,7 +220,9 @@ def _tfds_records(name, split, data_dir, rows, skip=False):
         raise shards.blame(error) from error
 
 
-def take(x, indices, scale=None):
+def take(
+    x: Shaped[AnyArray, "N ..."], indices: Integer[AnyArray, "..."], scale: float | None = None
+):
     """Rows of `x` on the device, zeros for empty slots: `[N, ...] -> [*indices.shape, ...]`.
 
     For use inside `jit`: `take(images, batch_indices, dataset.scale)`.

@@ -6,8 +6,10 @@ Each has `sample_rate`, `num_classes`, `fingerprint` (of what is in its files), 
 import functools
 import hashlib
 import json
+import pathlib
 import re
 import wave
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class Records:
     `tf.train.Example` in array_record, for which TFDS brings the message class along.
     """
 
-    def __init__(self, call, name, data_dir, split):
+    def __init__(self, call: str, name: str, data_dir: str | None, split: str):
         try:
             from array_record.python import array_record_data_source
             from tensorflow_datasets.proto import tf_example_pb2
@@ -80,14 +82,14 @@ class Records:
         names = self._get(rows, lambda x: x["audio/filename"].bytes_list.value[0].decode())
         return [row for row in rows if self._is_test(names[row]) == (self._split == "test")]
 
-    def _is_test(self, name):
+    def _is_test(self, name: str):
         match = re.fullmatch(r"\d_[a-z]+_(\d+)\.wav", name)
         if not match:
             msg = f"{self._call}: file name {name!r} is not 'digit_speaker_index.wav'."
             raise ValueError(msg)
         return int(match[1]) < 5
 
-    def _get(self, rows, part):
+    def _get(self, rows: Sequence[int], part: Callable[..., Any]):
         """That part of the features of each of these records."""
         try:
             records = self._source.__getitems__(list(rows))
@@ -98,7 +100,7 @@ class Records:
     def __len__(self):
         return len(self._rows)
 
-    def read(self, places):
+    def read(self, places: Sequence[int]):
         """Waveforms and labels."""
         rows = [self._rows[i] for i in places]
         waveform = lambda x: np.array(x["audio"].int64_list.value, np.float32)
@@ -120,7 +122,7 @@ class Folders:
     sample_rate = 16000
     num_classes = len(WORDS)
 
-    def __init__(self, call, data_dir, split, split_by):
+    def __init__(self, call: str, data_dir: str | None, split: str, split_by: str):
         self._call = call
         folder = Path(data_dir or ".").expanduser()
         missing = [word for word in WORDS if not (folder / word).is_dir()]
@@ -157,14 +159,14 @@ class Folders:
     def __len__(self):
         return len(self._names)
 
-    def read(self, places):
+    def read(self, places: Sequence[int]):
         """Waveforms and labels."""
         return [
             (self._wav(n), WORDS.index(n.split("/")[0]))
             for n in map(self._names.__getitem__, places)
         ]
 
-    def _wav(self, name):
+    def _wav(self, name: str):
         try:
             with wave.open(str(self._folder / name), "rb") as file:
                 kind = (file.getnchannels(), file.getsampwidth(), file.getframerate())
@@ -188,14 +190,14 @@ class Folders:
         return np.frombuffer(samples, "<i2").astype(np.float32)
 
 
-def _in_a_fifth(name):
+def _in_a_fifth(name: str):
     """The rule of the archive's README, for 20 %: all recordings of a speaker are together."""
     speaker = re.sub(r"_nohash_.*$", "", name.split("/")[-1])
     number = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % 2**27
     return number * 100 / (2**27 - 1) < 20
 
 
-def _digest(files):
+def _digest(files: Iterable[pathlib.Path]):
     """Of what is in the files, in their order."""
     whole = hashlib.sha256()
     for file in files:

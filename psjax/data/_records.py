@@ -1,8 +1,9 @@
 """Sets that TensorFlow Datasets has prepared: where they are, and whether their files are whole."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 def folder_of(name: str, data_dir: str | None) -> Path:
@@ -74,7 +75,7 @@ class Shards(NamedTuple):
         )
         return ValueError(msg)
 
-    def _read(self, file, get):
+    def _read(self, file: Any, get: Callable[..., Any]):
         import array_record.python.array_record_module as array_record_module
 
         try:

@@ -4,12 +4,17 @@ Bhatia, Dahiya, Jain, Kar, Mittal, Prabhu, Varma: *The extreme classification re
 multi-label datasets and code*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
 """
 
+import pathlib
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+from psjax._types import Labels
 
 _BLOCK = 1 << 24  # bytes parsed at once
 _HEADER = re.compile(rb"\s*(\d+)\s+(\d+)\s+(\d+)\s*")
@@ -115,16 +120,22 @@ def read_xc(
     return data if split_file is None else _take(data, _read_split(split_file, column, num_points))
 
 
-def _show(line):
+def _show(line: bytes):
     text = line.decode("utf-8", "replace").strip("\r\n")
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _indptr(counts):
+def _indptr(counts: Sequence[int] | Integer[np.ndarray, " n"]):
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _arrays(counts, indices, values, label_counts, labels):
+def _arrays(
+    counts: Sequence[int] | Integer[np.ndarray, " n"],
+    indices: Sequence[int] | Integer[np.ndarray, " nnz"],
+    values: Sequence[float] | Float[np.ndarray, " nnz"],
+    label_counts: Sequence[int] | Integer[np.ndarray, " n"],
+    labels: Sequence[int] | Integer[np.ndarray, " m"],
+):
     return (
         np.asarray(counts, np.int64),
         np.asarray(indices, np.int32),
@@ -134,7 +145,7 @@ def _arrays(counts, indices, values, label_counts, labels):
     )
 
 
-def _parse_block(block, num_features, num_labels):
+def _parse_block(block: bytes, num_features: int, num_labels: int):
     """Whole lines by array operations; None where anything is unusual, for `_parse_lines`."""
     text = np.frombuffer(block, np.uint8)
     if ((text < _SPACE) & (text != _NEWLINE)).any():
@@ -180,7 +191,11 @@ def _parse_block(block, num_features, num_labels):
     return _arrays(parsed[0], parsed[1], numbers, parsed[2], parsed[3])
 
 
-def _integers(text, starts, ends):
+def _integers(
+    text: UInt8[np.ndarray, " size"],
+    starts: Integer[np.ndarray, " n"],
+    ends: Integer[np.ndarray, " n"],
+):
     """Tokens of at most nine digits as int64; None if one is anything else."""
     lengths = ends - starts
     total = np.zeros(len(ends), np.int64)
@@ -193,7 +208,7 @@ def _integers(text, starts, ends):
     return total
 
 
-def _parse_lines(block, num_features, num_labels, call, first_line):
+def _parse_lines(block: bytes, num_features: int, num_labels: int, call: str, first_line: int):
     """What `_parse_block` does, line by line: slow, but it knows where it is."""
     counts, indices, values, label_counts, labels = [], [], [], [], []
     for number, line in enumerate(block[:-1].split(b"\n"), first_line):
@@ -227,7 +242,7 @@ def _parse_lines(block, num_features, num_labels, call, first_line):
     return _arrays(counts, indices, values, label_counts, labels)
 
 
-def _id(token, where, what, size):
+def _id(token: bytes, where: str, what: str, size: int):
     if not re.fullmatch(rb"\d+", token):
         msg = f"{where} {what} {_show(token)} is not an integer."
         raise ValueError(msg)
@@ -241,16 +256,16 @@ def _id(token, where, what, size):
     return number
 
 
-def _integer(digits):
+def _integer(digits: bytes):
     """The number that these digits are; of more than `int` takes, one that is larger than any."""
     return int(digits) if len(digits.lstrip(b"0")) <= 18 else 10**18
 
 
-def _digits(token):
+def _digits(token: bytes):
     return _show(token.lstrip(b"0") or b"0").strip("'")
 
 
-def _read_split(path, column, num_points):
+def _read_split(path: str | pathlib.Path, column: int | None, num_points: int):
     call = f"read_xc(split_file={str(path)!r}, column={column})"
     rows, seen = [], {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
@@ -273,8 +288,8 @@ def _read_split(path, column, num_points):
     return np.asarray(rows, np.int64)
 
 
-def _take(data, rows):
-    def positions(indptr):
+def _take(data: SparseDataset, rows: Integer[np.ndarray, " n"]):
+    def positions(indptr: Integer[np.ndarray, " N1"]):
         counts = np.diff(indptr)[rows]
         new = _indptr(counts)
         return new, np.arange(new[-1]) + np.repeat(indptr[rows] - new[:-1], counts)
@@ -318,7 +333,12 @@ def write_xc(path: str | Path, data: SparseDataset) -> None:
 
 
 def pad_rows(
-    indptr, indices, values, rows, width: int, pad_id: int
+    indptr: Integer[np.ndarray, " N1"],
+    indices: Integer[np.ndarray, " nnz"],
+    values: Float[np.ndarray, " nnz"] | None,
+    rows: Labels,
+    width: int,
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compressed rows as arrays of one width, for batches of a fixed shape; nothing is dropped.
 

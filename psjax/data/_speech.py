@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from psjax.data._recordings import Folders, Records
 
@@ -63,13 +65,13 @@ class LogMel:
         return self.num_mels * self.num_frames
 
 
-def _hz(mel):
+def _hz(mel: np.ndarray):
     """Slaney's scale: 3 mels every 200 Hz up to 1000 Hz, then 27 for every factor 6.4."""
     return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 @functools.cache
-def _filters(sample_rate, window, num_mels):
+def _filters(sample_rate: int, window: int, num_mels: int):
     """Triangles of area 1 in Hz, `[window // 2 + 1, num_mels]` float32."""
     half = sample_rate / 2
     top = half * 3 / 200 if half < 1000 else 15 + 27 * np.log(half / 1000) / np.log(6.4)
@@ -88,7 +90,7 @@ def _filters(sample_rate, window, num_mels):
     return filters.astype(np.float32)
 
 
-def log_mel(waveform, sample_rate: int, settings: LogMel = LogMel()):
+def log_mel(waveform: ArrayLike, sample_rate: int, settings: LogMel = LogMel()):
     r"""Log-mel power of recordings in dB below each one's own maximum, flattened.
 
     The waveform is padded with zeros or cut at its end to `duration_ms` (of a longer recording
@@ -245,7 +247,7 @@ def load_speech(
     return SpeechDataset(name, features, targets, source.num_classes)
 
 
-def _compute(source, settings, only_full, chunk=128):
+def _compute(source: Records | Folders, settings: LogMel, only_full: bool, chunk: int = 128):
     """Features and labels of all recordings, `chunk` at a time in one compiled program."""
     rate = source.sample_rate
     size = rate * settings.duration_ms // 1000
@@ -262,7 +264,7 @@ def _compute(source, settings, only_full, chunk=128):
     return np.concatenate(features), np.asarray(targets, np.int32)
 
 
-def _read_cache(file, settings):
+def _read_cache(file: pathlib.Path, settings: LogMel):
     """Features and labels, or None where there is no file or a damaged one, which is removed."""
     if not file.exists():
         return None
@@ -278,7 +280,7 @@ def _read_cache(file, settings):
     return None
 
 
-def _write_cache(file, features, labels):
+def _write_cache(file: pathlib.Path, features: np.ndarray, labels: np.ndarray):
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
+
+from psjax._types import OptState, Params
 
 
 class ScaleByAdamState(NamedTuple):
@@ -37,18 +40,18 @@ def scale_by_adam(
       >>> optimizer = optax.chain(psjax.ist.scale_by_adam(), optax.scale_by_learning_rate(1e-3))
     """
 
-    def init(params):
+    def init(params: Params):
         zeros = jax.tree.map(jnp.zeros_like, params)
         count = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
         return ScaleByAdamState(count, zeros, zeros)
 
-    def update(updates, state, params=None):
+    def update(updates: Params, state: OptState, params: Params | None = None):
         del params
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
         count = jax.tree.map(lambda n: n + 1, state.count)
 
-        def step(m, v, n):
+        def step(m: Array, v: Array, n: Array):
             first, second = (1 - b ** n.astype(m.dtype) for b in (b1, b2))
             return (m / first) / (jnp.sqrt(v / second) + eps)
 

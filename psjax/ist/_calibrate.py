@@ -1,12 +1,13 @@
 """Statistics of every normalisation in the whole network, before it predicts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.tree_util import keystr
+from jaxtyping import Array, PyTree
 
 
 def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
@@ -48,11 +49,11 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
         raise ValueError(msg)
     stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["batch_stats"])
 
-    def moments(args):
+    def moments(args: tuple[Any, ...]):
         variables = {"params": params, "batch_stats": stats}
         return model.apply(variables, *args, mutable=["moments"], **kwargs)[1].get("moments", {})
 
-    def pool(mean, var, count):
+    def pool(mean: Array, var: Array, count: Array):
         weight = (count / jnp.sum(count))[:, None]
         pooled = jnp.sum(weight * mean, axis=0)
         return pooled, jnp.sum(weight * (var + (mean - pooled) ** 2), axis=0)
@@ -76,6 +77,6 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     return stats
 
 
-def _norm_paths(tree, is_norm):
+def _norm_paths(tree: PyTree, is_norm: Callable[[Any], bool]):
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_norm)
     return {keystr(path) for path, _ in leaves}

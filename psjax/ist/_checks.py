@@ -1,16 +1,19 @@
 """Whether a subnet computes what the whole network does with its neurons alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from psjax._masks import kept
 from psjax._notation import names
 from psjax._select import axis_sizes
 from psjax._selection import Selection
+from psjax._types import Mask, Params, Spec
 from psjax.axes import coupled_axes
 
 
@@ -66,11 +69,11 @@ def check_subnets(
     return None
 
 
-def _near(params, seed):
+def _near(params: Params, seed: int):
     """Every weight times a positive random number, zeros a little above zero."""
     rng = np.random.default_rng(seed)
 
-    def leaf(x):
+    def leaf(x: Array):
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
@@ -80,7 +83,14 @@ def _near(params, seed):
     return jax.tree.map(leaf, params)
 
 
-def _check_at(fn, subnet_fn, params, selection, args, tolerance):
+def _check_at(
+    fn: Callable[..., Any],
+    subnet_fn: Callable[..., Any],
+    params: Params,
+    selection: Selection,
+    args: tuple[Any, ...],
+    tolerance: float,
+):
     """The comparisons of `check_subnets` at some parameters."""
     seen = selection.gather(params)
     leaves, treedef = jax.tree.flatten(selection.masked(params))
@@ -114,10 +124,10 @@ def _check_at(fn, subnet_fn, params, selection, args, tolerance):
     return None
 
 
-def _rows_of(selection, e, leaves):
+def _rows_of(selection: Selection, e: int | np.integer, leaves: Sequence[Any]):
     """What element e holds of every leaf: masks that broadcast to them, None for shared leaves."""
 
-    def mask(spec, ndim):
+    def mask(spec: Spec, ndim: int):
         held = None
         for d, name in enumerate(spec or ()):
             if name in selection.indices:
@@ -129,7 +139,14 @@ def _rows_of(selection, e, leaves):
     return [mask(spec, jnp.ndim(x)) for spec, x in zip(selection.specs, leaves, strict=True)]
 
 
-def _check_together(fn, leaves, selection, masks, scores, tolerance):
+def _check_together(
+    fn: Callable[..., Any],
+    leaves: Sequence[Any],
+    selection: Selection,
+    masks: Sequence[Sequence[Mask]],
+    scores: Sequence[np.ndarray],
+    tolerance: float,
+):
     """The second and third comparison of `check_subnets`: masks and scores of the valid subnets."""
     any_of = [None if own[0] is None else np.any(own, axis=0) for own in zip(*masks)]
     leaves = list(map(kept, any_of, leaves))
@@ -145,7 +162,7 @@ def _check_together(fn, leaves, selection, masks, scores, tolerance):
     return _coupled(fn, leaves, selection)
 
 
-def _coupled(fn, leaves, selection):
+def _coupled(fn: Callable[..., Any], leaves: Sequence[Any], selection: Selection):
     """Raise if the program couples the rows of a divided axis; a line where it does not tell."""
     divided = {n for spec in selection.specs for n in names(spec)} & set(selection.indices)
     sizes = axis_sizes("check_subnets", list(selection.specs), leaves, selection.sizes)[2]
@@ -165,11 +182,11 @@ def _coupled(fn, leaves, selection):
     return None
 
 
-def _distance(a, b, largest):
+def _distance(a: ArrayLike, b: ArrayLike, largest: float):
     return float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) / largest
 
 
-def _reduces(what, selection):
+def _reduces(what: str, selection: Selection):
     return (
         f"check_subnets: the scores {what}. A layer reduces over an axis that is divided, one of "
         f"{sorted(selection.indices)} (a LayerNorm, a softmax, a norm, a maximum); normalise each "
@@ -177,7 +194,7 @@ def _reduces(what, selection):
     )
 
 
-def _shares_no_row(selection):
+def _shares_no_row(selection: Selection):
     """Whether no two elements hold the same row of a divided axis."""
     names = {name for spec in selection.specs for name in spec or ()} & set(selection.indices)
     for name in names:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from psjax._leaf import selected
 from psjax._local import LocalUpdate, first_good, routes_home
 from psjax._select import replicas
-from psjax._selection import is_spec
+from psjax._selection import Selection, is_spec
+from psjax._types import Batch, OptState, Params
 
 _HOME = " at home"  # suffix of the name of the axis along which a leaf is sharded
 
@@ -31,7 +34,7 @@ def store_specs(axes: Any, sizes: Mapping[str, int], axis_name: str) -> Any:
       which every worker holds.
     """
 
-    def leaf(spec):
+    def leaf(spec: P):
         home = _home(spec, sizes)
         return P() if home is None else P(*[None] * home, axis_name)
 
@@ -71,7 +74,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         )
         raise TypeError(msg)
 
-    def exchanged(params, opt_state, selection, batches):
+    def exchanged(params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         _check(selection, n)
         opt_state = jax.tree.map(jnp.asarray, opt_state)
@@ -133,10 +136,10 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
     return exchanged
 
 
-def _whole(params, selection):
+def _whole(params: Params, selection: Selection):
     """The shapes of the whole parameters, of which these are one worker's shards."""
 
-    def leaf(spec, x):
+    def leaf(spec: P, x: Array):
         names = [*(spec or ()), *[None] * x.ndim]
         shape = [selection.sizes.get(name, n) for name, n in zip(names, x.shape)]
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
@@ -145,16 +148,16 @@ def _whole(params, selection):
     return treedef.unflatten(map(leaf, selection.specs, leaves))
 
 
-def _home(spec, sizes):
+def _home(spec: P, sizes: Mapping[str, Any]):
     """The dimension along which a leaf is sharded: its first divided axis, or None."""
     return next((d for d, name in enumerate(spec or ()) if name in sizes), None)  # not a product
 
 
-def _at_home(spec, home):
+def _at_home(spec: P, home: int | None):
     return P(*[name + _HOME if d == home else name for d, name in enumerate(spec)])
 
 
-def _part(selection, me, n):
+def _part(selection: Selection, me: ArrayLike, n: int):
     """What each subnet sees of this worker's shards: its rows of mine, and all its others."""
     indices, sizes = dict(selection.indices), dict(selection.axis_sizes)
     for name, index in selection.indices.items():
@@ -170,7 +173,7 @@ def _part(selection, me, n):
     )
 
 
-def _check(selection, n):
+def _check(selection: Selection, n: int):
     if selection.keep is not None:
         msg = (
             "exchange: the selection drops weights (Selection.drop), which does not work with "
@@ -186,7 +189,7 @@ def _check(selection, n):
         raise ValueError(msg)
 
 
-def _check_shards(params, selection, n):
+def _check_shards(params: Params, selection: Selection, n: int):
     for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(params), selection.specs):
         home = _home(spec, selection.indices)
         for d, name in enumerate(spec or ()):

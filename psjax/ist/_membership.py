@@ -49,7 +49,7 @@ def membership(
     return partition_of("membership", key, axes, sizes, count, stratified, like)
 
 
-def _check_divisible(axes, sizes):
+def _check_divisible(axes: Axes, sizes: Mapping[str, Any]):
     if not isinstance(axes, Axes):
         return
     for name in sizes:
@@ -63,7 +63,7 @@ def _check_divisible(axes, sizes):
             raise ValueError(msg)
 
 
-def _check_number(name, x):
+def _check_number(name: str, x: Any):
     if isinstance(x, Tracer):
         return
     if (

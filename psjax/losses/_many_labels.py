@@ -5,16 +5,26 @@ and their gradient as much again. Here at most two blocks `[B, chunk]` exist at 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, Integer, PyTree, Shaped
 
 from psjax._placement import vary
+from psjax._types import AnyArray
 from psjax.losses._labels import int32_labels
 
 
-def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 8192):
+def many_label_cross_entropy(
+    hidden: Float[AnyArray, "B H"],
+    kernel: Float[AnyArray, "H L"],
+    bias: Float[AnyArray, " L"] | None,
+    labels: Integer[AnyArray, "B K"],
+    chunk_size: int = 8192,
+):
     r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
 
     $Y$ is the sample's list of labels: this is the cross entropy of the softmax against the uniform
@@ -84,7 +94,13 @@ def many_label_cross_entropy(hidden, kernel, bias, labels, chunk_size: int = 819
     return jnp.where(empty, 0, loss * jnp.where(wrong, jnp.nan, 1).astype(loss.dtype))
 
 
-def top_k_labels(hidden, kernel, bias, k: int, chunk_size: int = 8192):
+def top_k_labels(
+    hidden: Float[AnyArray, "B H"],
+    kernel: Float[AnyArray, "H L"],
+    bias: Float[AnyArray, " L"] | None,
+    k: int,
+    chunk_size: int = 8192,
+):
     """The `k` labels of highest score `hidden @ kernel + bias`, in chunks of the labels.
 
     Equal to `jax.lax.top_k(hidden @ kernel + bias, k)[1]`, of equal scores the lower label first,
@@ -120,11 +136,13 @@ def top_k_labels(hidden, kernel, bias, k: int, chunk_size: int = 8192):
         raise ValueError(msg)
     hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias))
 
-    def best(start, size):
+    def best(start: int | Integer[Array, ""], size: int):
         values, places = lax.top_k(_scores(hidden, kernel, bias, start, size), k)
         return values, (start + places).astype(jnp.int32)
 
-    def merge(old, new):  # the old ones are lower labels: first, they win ties
+    def merge(
+        old: tuple[Array, Array], new: tuple[Array, Array]
+    ):  # the old ones are lower labels: first, they win ties
         values, labels = (jnp.concatenate(both, axis=1) for both in zip(old, new))
         values, places = lax.top_k(values, k)
         return values, jnp.take_along_axis(labels, places, axis=1)
@@ -143,14 +161,26 @@ def top_k_labels(hidden, kernel, bias, k: int, chunk_size: int = 8192):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(chunk, hidden, kernel, bias, labels):
+def _cross_entropy(
+    chunk: int,
+    hidden: Float[Array, "B H"],
+    kernel: Float[Array, "H L"],
+    bias: Float[Array, " L"] | None,
+    labels: Int32[Array, "B K"],
+):
     return _forward(chunk, hidden, kernel, bias, labels)[0]
 
 
-def _forward(chunk, hidden, kernel, bias, labels):
+def _forward(
+    chunk: int,
+    hidden: Float[Array, "B H"],
+    kernel: Float[Array, "H L"],
+    bias: Float[Array, " L"] | None,
+    labels: Int32[Array, "B K"],
+):
     weights = _label_weights(labels, kernel.shape[1], _wide(hidden.dtype))
 
-    def part(start, size):
+    def part(start: int | Integer[Array, ""], size: int):
         """Of one chunk: maximum, sum of exponentials relative to it, weighted sum of own scores."""
         scores = _scores(hidden, kernel, bias, start, size)
         # Labels masked by a score of -inf could be a whole chunk, whose maximum is no number.
@@ -160,7 +190,7 @@ def _forward(chunk, hidden, kernel, bias, labels):
         own = jnp.take_along_axis(scores, jnp.where(inside, labels - start, 0), axis=1)
         return top, total, jnp.sum(jnp.where(inside, weights * own, 0), axis=1)
 
-    def merge(a, b):
+    def merge(a: tuple[Array, ...], b: tuple[Array, ...]):
         top = jnp.maximum(a[0], b[0])
         total = a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
         return top, total, a[2] + b[2]
@@ -172,12 +202,16 @@ def _forward(chunk, hidden, kernel, bias, labels):
     return normalizer - own, (hidden, kernel, bias, labels, normalizer)
 
 
-def _backward(chunk, residuals, cotangent):
+def _backward(
+    chunk: int,
+    residuals: tuple[Array, Array, Array | None, Array, Array],
+    cotangent: Float[Array, " B"],
+):
     hidden, kernel, bias, labels, normalizer = residuals
     weights = _label_weights(labels, kernel.shape[1], normalizer.dtype)
     rows = jnp.arange(hidden.shape[0])[:, None]
 
-    def part(start, size, grads):
+    def part(start: int | Integer[Array, ""], size: int, grads: tuple[Array, Array, Array | None]):
         scores = _scores(hidden, kernel, bias, start, size)
         error = jnp.exp(scores - normalizer[:, None])
         inside = (labels >= start) & (labels < start + size)
@@ -204,18 +238,26 @@ def _backward(chunk, residuals, cotangent):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _first(num_labels, chunk):
+def _first(num_labels: int, chunk: int):
     """Size of the first chunk, 1 to `chunk`: what whole chunks leave."""
     return (num_labels - 1) % chunk + 1
 
 
-def _over_chunks(num_labels, first, chunk, body, carry):
+def _over_chunks(
+    num_labels: int, first: int, chunk: int, body: Callable[[Array, PyTree], PyTree], carry: PyTree
+):
     """`carry = body(start, carry)` over the whole chunks that follow the first."""
     step = lambda i, carry: body(first + chunk * i.astype(jnp.int32), carry)
     return lax.fori_loop(0, (num_labels - first) // chunk, step, carry)
 
 
-def _scores(hidden, kernel, bias, start, size):
+def _scores(
+    hidden: Float[AnyArray, "B H"],
+    kernel: Float[AnyArray, "H L"],
+    bias: Float[AnyArray, " L"] | None,
+    start: int | Integer[AnyArray, ""],
+    size: int,
+):
     """Scores `[B, size]` of the labels from `start`, in float32 at least."""
     columns = lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
     scores = jnp.matmul(hidden, columns, preferred_element_type=_wide(hidden.dtype))
@@ -224,17 +266,23 @@ def _scores(hidden, kernel, bias, start, size):
     return scores + lax.dynamic_slice_in_dim(bias, start, size).astype(scores.dtype)[None]
 
 
-def _label_weights(labels, num_labels, dtype):
+def _label_weights(labels: Int32[Array, "B K"], num_labels: int, dtype: DTypeLike):
     """`[B, K]`: one over the number of the sample's labels, 0 for what is none."""
     held = ((labels >= 0) & (labels < num_labels)).astype(dtype)
     return held / jnp.maximum(jnp.sum(held, axis=1, keepdims=True), 1)
 
 
-def _wide(dtype):
+def _wide(dtype: DTypeLike):
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def _check_layer(call, hidden, kernel, bias, chunk_size):
+def _check_layer(
+    call: str,
+    hidden: Shaped[AnyArray, "..."],
+    kernel: Shaped[AnyArray, "..."],
+    bias: Shaped[AnyArray, "..."] | None,
+    chunk_size: int,
+):
     hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim != 2 or kernel.ndim != 2 or hidden.shape[1] != kernel.shape[0]:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Integer, Shaped
 
+from psjax._types import AnyArray
 from psjax.losses._labels import int32_labels
 
 # Beyond the bound the exponential goes on as its tangent. Adam squares gradients: in float32 they
@@ -15,7 +18,7 @@ from psjax.losses._labels import int32_labels
 _BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
 
 
-def exponential(z, bound: float | None = None):
+def exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
     r"""$e^{\min(z, B)} (1 + \max(z - B, 0))$: $e^z$ up to $B$, its tangent beyond.
 
     The tangent is taken margin by margin, so the loss stays partially separable. In float32 the
@@ -37,12 +40,12 @@ def exponential(z, bound: float | None = None):
     return jnp.where(beyond, slope * (1 + (z - bound)), below)
 
 
-def squared_exponential(z, bound: float | None = None):
+def squared_exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
     r"""$\varphi(z) = e^{2z}$, the loss that the paper's authors ran; safe as `exponential` is."""
     return exponential(2 * z, bound)
 
 
-def bounded_exponential(z, bound: float = 4.0):
+def bounded_exponential(z: Float[ArrayLike, "*shape"], bound: float = 4.0):
     r"""`exponential` with a bound low enough to change training: another loss, on purpose.
 
     One misclassified sample then weighs at most about $e^B$ times a sample on the boundary. What
@@ -53,12 +56,12 @@ def bounded_exponential(z, bound: float = 4.0):
     return exponential(z, bound)
 
 
-def softplus(z):
+def softplus(z: Float[ArrayLike, "*shape"]):
     r"""$\log(1 + e^z)$: one-vs-each (Titsias, 2016, arXiv:1609.07410), gradients in [0, 1]."""
     return jax.nn.softplus(z)
 
 
-def squared_hinge(z):
+def squared_hinge(z: Float[ArrayLike, "*shape"]):
     r"""$\max(0, 1 + z)^2$: the squared multiclass hinge of Weston and Watkins (1999)."""
     return jnp.square(jnp.maximum(1 + z, 0))
 
@@ -66,7 +69,11 @@ def squared_hinge(z):
 MarginFn = Callable[[jax.Array], jax.Array]
 
 
-def psl_with_integer_labels(scores, labels, margin_fn: MarginFn = exponential):
+def psl_with_integer_labels(
+    scores: Float[AnyArray, "*batch C"],
+    labels: Integer[AnyArray, "*batch"],
+    margin_fn: MarginFn = exponential,
+):
     r"""$\sum_{j \ne y} \varphi(c_j - c_y)$ of each sample, from all scores; (6b) of the paper.
 
     With $\varphi = \exp$ and $p_y$ the softmax probability of the label it is $1/p_y - 1$, that is
@@ -100,7 +107,9 @@ def psl_with_integer_labels(scores, labels, margin_fn: MarginFn = exponential):
     return _nan_outside(labels) * jnp.sum(values, axis=-1)
 
 
-def nll_with_integer_labels(scores, labels):
+def nll_with_integer_labels(
+    scores: Float[AnyArray, "*batch C"], labels: Integer[AnyArray, "*batch"]
+):
     """Negative log-likelihood (2) of each sample, the plain method; needs every score at once.
 
     Args and errors as `psl_with_integer_labels`.
@@ -110,7 +119,9 @@ def nll_with_integer_labels(scores, labels):
     return _nan_outside(labels) * loss
 
 
-def one_vs_all_with_integer_labels(scores, labels):
+def one_vs_all_with_integer_labels(
+    scores: Float[AnyArray, "*batch C"], labels: Integer[AnyArray, "*batch"]
+):
     r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: C elements of one score each.
 
     Fully separable: no element shares a class's weights with another.
@@ -122,7 +133,7 @@ def one_vs_all_with_integer_labels(scores, labels):
     return _nan_outside(labels) * jnp.sum(one_score(scores, own), axis=-1)
 
 
-def one_score(score, own):
+def one_score(score: Float[AnyArray, "*batch"], own: Bool[AnyArray, "*batch"]):
     """One-vs-all loss of one class: `softplus(-score)` where the sample is the class's own.
 
     Args:
@@ -132,7 +143,11 @@ def one_score(score, own):
     return jax.nn.softplus(jnp.where(own, -score, score))
 
 
-def pair(scores, weight, margin_fn: MarginFn = exponential):
+def pair(
+    scores: Float[AnyArray, "*batch 2"],
+    weight: Float[AnyArray, "*batch"],
+    margin_fn: MarginFn = exponential,
+):
     r"""Element $h_{kj}$ (6c): two scores, the samples labelled $k$.
 
     Args:
@@ -155,7 +170,12 @@ def pair(scores, weight, margin_fn: MarginFn = exponential):
     return _weighted(weight, margin_fn, scores[..., 1] - scores[..., 0])
 
 
-def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
+def block(
+    scores: Float[AnyArray, "l slots s"],
+    weight: Float[AnyArray, "l slots"],
+    pairs: Shaped[AnyArray, "l s"],
+    margin_fn: MarginFn = exponential,
+):
     r"""Sum of the elements $h_{ab}$ among $s$ classes for which `pairs[a, b]` is not 0.
 
     Args:
@@ -184,13 +204,13 @@ def block(scores, weight, pairs, margin_fn: MarginFn = exponential):
     return _weighted(used, margin_fn, scores - own)
 
 
-def _weighted(weight, margin_fn, margins):
+def _weighted(weight: Float[AnyArray, "..."], margin_fn: MarginFn, margins: Float[AnyArray, "..."]):
     """An empty slot holds no image: whatever its scores are, it counts 0, and so in derivatives."""
     used = weight != 0
     return jnp.sum(jnp.where(used, weight, 0) * margin_fn(jnp.where(used, margins, 0)))
 
 
-def _check(call, scores, labels):
+def _check(call: str, scores: Shaped[AnyArray, "..."], labels: Shaped[AnyArray, "..."]):
     scores, labels = jnp.asarray(scores), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         msg = f"{call}(scores, labels): labels are {labels.dtype}; write integers in [0, C)."
@@ -207,7 +227,7 @@ def _check(call, scores, labels):
     return scores, int32_labels(labels, scores.shape[-1] - 1)
 
 
-def _nan_outside(labels):
+def _nan_outside(labels: Integer[AnyArray, "*batch"]):
     """1, but NaN for a label out of range: as a factor it reaches the gradient too."""
     return jnp.where(labels >= 0, 1.0, jnp.nan)
 

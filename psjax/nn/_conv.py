@@ -5,9 +5,20 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from psjax._types import AnyArray
 
 
-def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = None):
+def conv(
+    x: Float[AnyArray, "batch height width in"],
+    kernel: Float[AnyArray, "kernel_height kernel_width in out"],
+    bias: Float[AnyArray, " out"] | None = None,
+    *,
+    pool: int = 1,
+    implementation: str | None = None,
+):
     r"""Convolution ('VALID', stride 1) and, folded into it, average pooling.
 
     A convolution followed by the mean over `pool x pool` windows is one convolution with the mean
@@ -31,6 +42,7 @@ def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = No
       ValueError: if the shapes do not fit or no output is left.
     """
     _check_conv(x, kernel, pool, implementation)
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if implementation is None:
         y = jax.lax.platform_dependent(x, kernel, cpu=_patches(pool), default=_native(pool))
     else:
@@ -38,7 +50,12 @@ def conv(x, kernel, bias=None, *, pool: int = 1, implementation: str | None = No
     return y if bias is None else y + bias
 
 
-def _check_conv(x, kernel, pool, implementation):
+def _check_conv(
+    x: Shaped[AnyArray, "..."],
+    kernel: Shaped[AnyArray, "..."],
+    pool: int,
+    implementation: str | None,
+):
     call = f"conv(x={jnp.shape(x)}, kernel={jnp.shape(kernel)}, pool={pool})"
     if implementation not in (None, "native", "patches"):
         msg = f"{call}: implementation={implementation!r}; write 'native', 'patches' or None."
@@ -51,13 +68,16 @@ def _check_conv(x, kernel, pool, implementation):
         raise ValueError(msg)
 
 
-def _native(pool):
+def _native(pool: int):
     """XLA's convolution with stride `pool` and the mean of the `pool**2` shifted kernels."""
 
-    def apply(x, kernel):
+    def apply(
+        x: Float[Array, "batch height width in"],
+        kernel: Float[Array, "kernel_height kernel_width in out"],
+    ):
         shifts = [(i, j) for i in range(pool) for j in range(pool)]
         pads = [((i, pool - 1 - i), (j, pool - 1 - j), (0, 0), (0, 0)) for i, j in shifts]
-        folded = sum(jnp.pad(kernel, pad) for pad in pads) / pool**2
+        folded = jnp.asarray(sum(jnp.pad(kernel, pad) for pad in pads)) / pool**2
         dims = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
             x, folded, (pool, pool), "VALID", dimension_numbers=dims
@@ -66,10 +86,13 @@ def _native(pool):
     return apply
 
 
-def _patches(pool):
+def _patches(pool: int):
     """Blocks of `pool x pool` pixels become channels of one; then stride 1, slices, one product."""
 
-    def apply(x, kernel):
+    def apply(
+        x: Float[Array, "batch height width in"],
+        kernel: Float[Array, "kernel_height kernel_width in out"],
+    ):
         kh, kw, channels, features = kernel.shape
         gh, gw = ((k + 2 * (pool - 1)) // pool for k in (kh, kw))  # blocks the folded kernel spans
         rows, cols = ((n - k + 1) // pool for n, k in zip(x.shape[1:3], (kh, kw)))
@@ -92,7 +115,7 @@ def _patches(pool):
     return apply
 
 
-def _fold_matrix(kh, kw, pool):
+def _fold_matrix(kh: int, kw: int, pool: int):
     """From the kernel's taps to those of the folded one, in the order of the patches' channels."""
     gh, gw = ((k + 2 * (pool - 1)) // pool for k in (kh, kw))
     fold = np.zeros((gh, gw, pool, pool, kh, kw))
@@ -103,7 +126,7 @@ def _fold_matrix(kh, kw, pool):
 
 
 @jax.custom_jvp
-def sigmoid(x):
+def sigmoid(x: Float[ArrayLike, "*shape"]):
     """The logistic function; its derivative is written so that XLA's CPU backend computes it once.
 
     Value and derivative are those of `jax.nn.sigmoid`, whose cotangent `g * (y * (1 - y))` is fused
@@ -115,7 +138,7 @@ def sigmoid(x):
 
 
 @sigmoid.defjvp
-def _sigmoid_jvp(primals, tangents):
+def _sigmoid_jvp(primals: tuple[Array], tangents: tuple[Array]):
     y = sigmoid(*primals)
     (g,) = tangents
     return y, g * y - (g * y) * y

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Num, Shaped
 
+from psjax._types import AnyArray
 from psjax.nn._annotate import annotated
 from psjax.nn._conv import conv
 
 
-def split_groups(x, num_groups: int):
+def split_groups(x: Shaped[AnyArray, "... features"], num_groups: int):
     """Divide the last axis among groups: `[..., features]` to `[..., num_groups, features/group]`.
 
     Raises:
@@ -26,7 +28,7 @@ def split_groups(x, num_groups: int):
     return x.reshape(*x.shape[:-1], num_groups, features // num_groups)
 
 
-def _check_groups(layer, x, rank, shape):
+def _check_groups(layer: "SeparableDense | SeparableConv", x: AnyArray, rank: int, shape: str):
     if jnp.ndim(x) != rank or x.shape[-2] != layer.groups:
         msg = (
             f"{type(layer).__name__}(groups={layer.groups}): x has shape {jnp.shape(x)}, but must "
@@ -36,7 +38,7 @@ def _check_groups(layer, x, rank, shape):
         raise ValueError(msg)
 
 
-def _glorot(**axes) -> Callable[..., Any]:
+def _glorot(**axes: int | tuple[int, ...]) -> Callable[..., Any]:
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **axes)
 
 
@@ -48,7 +50,7 @@ _separable_init = _glorot(batch_axis=(0,))
 _zeros = nn.initializers.zeros
 
 
-def _grouped(init, axis: str, rank: int) -> Callable[..., Any]:
+def _grouped(init: Callable[..., Any], axis: str, rank: int) -> Callable[..., Any]:
     """An initializer whose array is annotated with the group axis first."""
     return annotated(init, axis, *[None] * (rank - 1))
 
@@ -66,7 +68,7 @@ class Conv(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         kernel = self.param("kernel", _plain_init, (*self.kernel_size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv(x, kernel, bias, pool=self.pool, implementation=self.implementation)
@@ -78,7 +80,7 @@ class Dense(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         kernel = self.param("kernel", _plain_init, (x.shape[-1], self.features))
         return x @ kernel + self.param("bias", nn.initializers.zeros, (self.features,))
 
@@ -99,7 +101,7 @@ class FanOutConv(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", _grouped(_fan_out_init, self.axis, len(shape)), shape)
         bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
@@ -124,7 +126,7 @@ class SeparableConv(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         _check_groups(self, x, 5, "[batch, height, width, groups, in]")
         shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", _grouped(_separable_init, self.axis, len(shape)), shape)
@@ -150,7 +152,7 @@ class FanOutDense(nn.Module):
     axis: str = "class"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         shape = (self.groups, x.shape[-1], self.features)
         kernel = self.param("kernel", _grouped(_fan_out_init, self.axis, len(shape)), shape)
         bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
@@ -178,7 +180,7 @@ class SeparableDense(nn.Module):
     out_axis: str | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "..."]):
         _check_groups(self, x, 3, "[batch, groups, in]")
         shape = (self.groups, x.shape[-1], self.features)
         names = self.axis, self.in_axis, self.out_axis
@@ -188,7 +190,7 @@ class SeparableDense(nn.Module):
         return jnp.einsum("bgi,gio->bgo", x, kernel) + bias
 
 
-def flatten_groups(x):
+def flatten_groups(x: Shaped[AnyArray, "batch height width groups features"]):
     """`[batch, height, width, groups, features] -> [batch, groups, height * width * features]`."""
     x = jnp.moveaxis(x, -2, 1)
     return x.reshape(*x.shape[:2], -1)

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Num
 
+from psjax._types import AnyArray
 from psjax.nn._annotate import annotated
 
 
@@ -33,7 +35,7 @@ class SubnetDense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Num[AnyArray, "... in"]):
         name, init = "kernel", nn.initializers.he_normal()
         names, shape = (self.in_axis, self.out_axis), (x.shape[-1], self.features)
         rows_first = self.in_axis is None and self.out_axis is not None
@@ -89,7 +91,7 @@ class SubnetNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Num[AnyArray, "... in"], train: bool):
         """Normalise by the batch if `train`, else by the collection `batch_stats`.
 
         Raises:
@@ -116,14 +118,14 @@ class SubnetNorm(nn.Module):
             y = y + self.param("bias", annotated(nn.initializers.zeros, self.axis), shape)
         return y
 
-    def _running(self, features):
+    def _running(self, features: int):
         """The running mean and variance, made where they are not there yet."""
         return [
             self.variable("batch_stats", name, annotated(init, self.axis), None, (features,))
             for name, init in (("mean", nn.initializers.zeros), ("var", nn.initializers.ones))
         ]
 
-    def _train(self, x):
+    def _train(self, x: Num[AnyArray, "... in"]):
         moments = _moments(x)
         if self.is_mutable_collection("batch_stats"):
             for running, new in zip(self._running(x.shape[-1]), moments):
@@ -132,7 +134,7 @@ class SubnetNorm(nn.Module):
                     running.value = self.momentum * old + (1 - self.momentum) * new
         return moments
 
-    def _predict(self, x):
+    def _predict(self, x: Num[AnyArray, "... in"]):
         missing = [x for x in ("mean", "var") if not self.has_variable("batch_stats", x)]
         if missing and not self.is_initializing():
             msg = (
@@ -146,6 +148,6 @@ class SubnetNorm(nn.Module):
         return mean, var
 
 
-def _moments(x):
+def _moments(x: Num[AnyArray, "... in"]):
     over = tuple(range(x.ndim - 1))
     return jnp.mean(x, axis=over), jnp.var(x, axis=over)

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 
 from psjax.plan._cost import (
+    Prediction,
     Table,
     check_numbers,
     least_of,
@@ -75,21 +76,21 @@ def best(
         "local_steps": local_steps,
     }
     check_numbers("best", **numbers)
-    slots = slots_of("best", slots, batch_size, num_classes)
+    each = slots_of("best", slots, batch_size, num_classes)
     work = workload(model, num_classes, inputs)
     store = Store(work.axes, work.like, num_workers)
 
-    def row_of(plan):
-        row = plan_row(work, plan, store, batch_size, slots, moments)
+    def row_of(plan: Plan):
+        row = plan_row(work, plan, store, batch_size, each, moments)
         return row._replace(seconds=seconds_of(row, flops, bandwidth))
 
-    def least(size):  # a little less, for the rounding
-        computed, received = least_of(work, num_classes, num_workers, slots, size)
+    def least(size: int):  # a little less, for the rounding
+        computed, received = least_of(work, num_classes, num_workers, each, size)
         return 0.999999 * (computed / flops + 2 * received / bandwidth)
 
     kinds = candidates(num_classes, num_workers)
     plans = [_fastest(kind, row_of, least, memory) for kind in kinds.values()]
-    costs = table(work, plans, memory=memory, slots=slots, **numbers)
+    costs = table(work, plans, memory=memory, slots=each, **numbers)
     rows = [row for row in costs.rows if row.plan is not None]
     if costs.best is None:
         small = min(rows, key=lambda row: row.memory)
@@ -106,7 +107,12 @@ def best(
     return dataclasses.replace(costs, rows=(first, *shown, *others))
 
 
-def _fastest(kind, row_of, least, memory):
+def _fastest(
+    kind: Sequence["Candidate"],
+    row_of: Callable[[Plan], Prediction],
+    least: Callable[[int], float],
+    memory: float | None,
+):
     """The fastest plan of a kind that fits into the memory; where none does, the smallest.
 
     Plans are made in the order of the least time that their tasks can take, until no other can be

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from flax import linen as nn
 
 from psjax import structure
 from psjax._partition import random_partition
+from psjax._types import Params, Sizes, Struct
+from psjax.plan._plan import Plan
 from psjax.plan._routes import Routes
 from psjax.plan._store import Store
 
@@ -197,13 +200,13 @@ def table(
         local_steps=local_steps,
     )
     store = Store(work.axes, work.like, num_workers)
-    slots = slots_of("table", slots, batch_size, store.num_classes)
-    rows = [plan_row(work, plan, store, batch_size, slots, moments) for plan in plans]
+    each = slots_of("table", slots, batch_size, store.num_classes)
+    rows = [plan_row(work, plan, store, batch_size, each, moments) for plan in plans]
     rows.append(_data_parallel(work, store, batch_size, moments))
     rows.append(_score_exchange(work, store, batch_size, moments))
     subnets, note = _subnets(work, store, batch_size, moments, local_steps)
     rows += [subnets] if subnets is not None else []
-    note = f"plans: operations of {slots} slots for every label of a batch\n{note}"
+    note = f"plans: operations of {each} slots for every label of a batch\n{note}"
     timed = (row._replace(seconds=seconds_of(row, flops, bandwidth)) for row in rows)
     return Table(tuple(timed), note, memory)
 
@@ -211,7 +214,7 @@ def table(
 # ------------------------------------------------------------------------------------------------
 
 
-def check_numbers(call, **numbers):
+def check_numbers(call: str, **numbers: Any):
     for name, value in numbers.items():
         least = 0 if name == "moments" else 1
         real = name in ("bandwidth", "flops")
@@ -221,7 +224,7 @@ def check_numbers(call, **numbers):
             raise ValueError(msg)
 
 
-def slots_of(call, slots, batch_size, num_classes):
+def slots_of(call: str, slots: int | None, batch_size: int, num_classes: int) -> int:
     """Slots of a label; as many as equally many samples of each label need, or what is given."""
     least = math.ceil(batch_size / num_classes)
     if slots is not None and slots < least:
@@ -233,20 +236,20 @@ def slots_of(call, slots, batch_size, num_classes):
     return least if slots is None else slots
 
 
-def _operations(model, inputs):
+def _operations(model: nn.Module, inputs: Struct):
     """Of value and gradient for one sample, by XLA's count of the program, not compiled."""
     image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
     params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), image(1)))["params"]
     fn = lambda params, x: jnp.sum(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
 
-    def flops(batch):
+    def flops(batch: int):
         analysis = jax.jit(jax.value_and_grad(fn)).lower(params, image(batch)).cost_analysis()
         return float(analysis["flops"])  # pyright: ignore
 
     return (flops(16) - flops(8)) / 8
 
 
-def _share(store, like):
+def _share(store: Store, like: Params):
     """Common weights that a worker keeps, what a leaf is padded with included."""
     leaves = [like[i] for i in range(len(like)) if i not in store.class_leaves]
     return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
@@ -273,7 +276,9 @@ def least_of(work: Workload, num_classes: int, num_workers: int, slots: int, siz
     return flops, work.itemsize * work.private * received
 
 
-def plan_row(work, plan, store, batch_size, slots, moments) -> Prediction:
+def plan_row(
+    work: Workload, plan: Plan, store: Store, batch_size: int, slots: int, moments: int
+) -> Prediction:
     """The `Prediction` of a plan, without its seconds."""
     W, T, rows, s = plan.pairs.shape
     m, share = store.rows.shape[1], _share(store, jax.tree.leaves(work.like))
@@ -306,7 +311,7 @@ def plan_row(work, plan, store, batch_size, slots, moments) -> Prediction:
     )
 
 
-def _data_parallel(work, store, batch_size, moments):
+def _data_parallel(work: Workload, store: Store, batch_size: int, moments: int):
     W, n = store.num_workers, work.common + store.num_classes * work.private
     ring = work.itemsize * n * (W - 1) / W
     each = math.ceil(batch_size / W)
@@ -315,7 +320,7 @@ def _data_parallel(work, store, batch_size, moments):
     return Prediction("data parallel", None, memory, ring, ring, flops, 1, each, W, math.nan)
 
 
-def _score_exchange(work, store, batch_size, moments):
+def _score_exchange(work: Workload, store: Store, batch_size: int, moments: int):
     W, m = store.rows.shape
     share = _share(store, jax.tree.leaves(work.like))
     kept = m * work.private + share
@@ -333,7 +338,7 @@ def _score_exchange(work, store, batch_size, moments):
     )
 
 
-def _subnets(work, store, batch_size, moments, local_steps):
+def _subnets(work: Workload, store: Store, batch_size: int, moments: int, local_steps: int):
     """Independent subnets: what `psjax.ist.exchange` sends in a round, a step's share of it."""
     W, title = store.num_workers, "independent subnets"
     sizes = {}
@@ -379,7 +384,7 @@ def _subnets(work, store, batch_size, moments, local_steps):
     return row, note
 
 
-def _narrow(work, sizes, num_subnets, shapes):
+def _narrow(work: Workload, sizes: Sizes, num_subnets: int, shapes: Sequence[tuple[int, ...]]):
     """The module whose parameters have the shapes of a subnet's, or None."""
     hidden = getattr(work.model, "hidden", None)
     if not isinstance(hidden, tuple):

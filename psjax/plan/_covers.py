@@ -56,7 +56,7 @@ def difference_cover(num_groups: int) -> tuple[int, ...]:
     return tuple(sorted({mark % modulus for mark in marks}))
 
 
-def _ruler(num_groups, r):
+def _ruler(num_groups: int, r: int):
     """Marks, r and least s of a ruler that measures half of the residues, and so covers them."""
     shortest = 4 * r * (r + 2) + 3
     s = max(0, -((shortest - num_groups // 2) // (4 * r + 3)))

@@ -1,12 +1,16 @@
 """Several arrays as one of each dtype, so that they move in one collective."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+
+from psjax._types import Struct
 
 
-def by_dtype(leaves):
+def by_dtype(leaves: Sequence[Struct]):
     """Positions of the leaves, in groups of one dtype."""
     groups = {}
     for i, x in enumerate(leaves):
@@ -14,7 +18,7 @@ def by_dtype(leaves):
     return list(groups.values())
 
 
-def pack(leaves):
+def pack(leaves: Sequence[Array]):
     """Leaves `[rows, ...]` side by side, `[rows, p]`, one array a dtype."""
     return [
         jnp.concatenate([leaves[i].reshape(leaves[i].shape[0], -1) for i in group], axis=1)
@@ -22,7 +26,7 @@ def pack(leaves):
     ]
 
 
-def unpack(packed, like):
+def unpack(packed: Sequence[Array], like: Sequence[Struct]):
     out: list[Any] = [None] * len(like)
     for group, x in zip(by_dtype(like), packed):
         sizes = [int(np.prod(like[i].shape[1:])) for i in group]

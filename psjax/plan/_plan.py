@@ -5,9 +5,11 @@ import itertools
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 
 from psjax import data
-from psjax._select import ordered_pairs, selection_of, unordered_pairs
+from psjax._pairs import ordered_pairs, unordered_pairs
+from psjax._select import selection_of
 from psjax._selection import Selection
 from psjax.plan._covers import difference_cover
 
@@ -339,7 +341,7 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
     return dataclasses.replace(plan, base=base, num_groups=num)
 
 
-def _plan(kind, num_workers, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
+def _plan(kind: str, num_workers: int, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
     """The tasks of pairs of groups, dealt to the workers.
 
     The classes stand in groups of `sizes`, in order. `task_of` is int `[G, G]`: which task has the
@@ -379,7 +381,13 @@ def _plan(kind, num_workers, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
     return _dealt(kind, W, C, classes, mask)
 
 
-def _dealt(kind, num_workers, num_classes, classes, mask):
+def _dealt(
+    kind: str,
+    num_workers: int,
+    num_classes: int,
+    classes: Integer[np.ndarray, "tasks size"],
+    mask: np.ndarray,
+):
     """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
 
     `classes` are those of every task, int `[n, s]`; `mask` its pairs, bool `[n, l, s]`, or `[l, s]`
@@ -400,7 +408,9 @@ def _dealt(kind, num_workers, num_classes, classes, mask):
     return Plan(kind, num_classes, own_classes.astype(np.int32), own_mask, share.astype(np.int32))
 
 
-def _runs_of_labels(worker, label, num_classes):
+def _runs_of_labels(
+    worker: Integer[np.ndarray, " n"], label: Integer[np.ndarray, " n"], num_classes: int
+):
     """Runs of sorted entries: start, length, number among its worker's; and each one's place."""
     starts = np.flatnonzero(np.diff(worker * num_classes + label, prepend=-1))
     counts = np.diff(np.append(starts, len(worker)))
@@ -408,12 +418,12 @@ def _runs_of_labels(worker, label, num_classes):
     return starts, counts, of_worker, np.arange(len(worker)) - np.repeat(starts, counts)
 
 
-def _distinct(keys):
+def _distinct(keys: Integer[np.ndarray, " n"]):
     keys = np.sort(keys)
     return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
 
 
-def _each(*sizes):
+def _each(*sizes: Integer[np.ndarray, " n"]):
     """All indices of blocks of these sizes, and which block each belongs to."""
     total = np.prod(sizes, axis=0)
     at = np.repeat(np.arange(len(total)), total)
@@ -425,7 +435,7 @@ def _each(*sizes):
     return tuple(reversed(found)), at
 
 
-def _describe(plan):
+def _describe(plan: Plan):
     lines = [
         f"{plan.kind}: {plan.num_tasks} tasks of {plan.num_classes} classes on {plan.num_workers} "
         f"workers, {plan.num_turns} turn{'s' if plan.num_turns > 1 else ''}"
@@ -439,7 +449,7 @@ def _describe(plan):
     return "\n".join(lines)
 
 
-def check_classes(call, num_classes, num_workers):
+def check_classes(call: str, num_classes: int, num_workers: int):
     if num_classes < 2:
         msg = f"{call}(num_classes={num_classes}): one class has no pairs; write 2 or more."
         raise ValueError(msg)

@@ -1,13 +1,17 @@
 """Which rows of the weights go from which worker to which, turn by turn."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from psjax._leaf import gather_leaf, scatter_leaf
-from psjax.plan._store import ROW
+from psjax._types import AxisName, Rows
+from psjax.plan._plan import Plan
+from psjax.plan._store import ROW, Store
 
 
 class Routes:
@@ -16,7 +20,7 @@ class Routes:
     `shifts` lists `(distance, rows)`: worker w gets so many rows of worker w - distance.
     """
 
-    def __init__(self, plan, store):
+    def __init__(self, plan: Plan, store: Store):
         W, T, s = plan.classes.shape
         owner, row = np.zeros((2, store.num_classes), int)
         w, i = np.nonzero(store.rows < store.num_classes)
@@ -62,19 +66,21 @@ class Routes:
         """Rows of one class that a worker sends, and receives, at each turn, padding included."""
         return sum(width for d, width in self.shifts if d)
 
-    def fetch(self, tables, own, axis_name):
+    def fetch(self, tables: Sequence[Rows], own: Array, axis_name: AxisName | None):
         """`[m, p]` of every worker to the `[s, p]` of this worker's task."""
         sent = [gather_leaf(own, ROW, {"row": table["send"]}, 0, {}) for table in tables]
         moved = self._move(sent, axis_name, 1)
         zeros = jnp.zeros((self.block_size, *own.shape[1:]), own.dtype)
         return _add_rows(zeros, moved, tables, "put")
 
-    def give_back(self, tables, grads, total, axis_name):
+    def give_back(
+        self, tables: Sequence[Rows], grads: Array, total: Array, axis_name: AxisName | None
+    ):
         """The transpose: gradients `[s, p]` of the task, added to the `[m, p]` of their owners."""
         sent = [gather_leaf(grads, ROW, {"row": table["put"]}, 0, {}) for table in tables]
         return _add_rows(total, self._move(sent, axis_name, -1), tables, "send")
 
-    def _move(self, sent, axis_name, direction):
+    def _move(self, sent: Sequence[Array], axis_name: AxisName | None, direction: int):
         """Rows for each distance to the worker at that distance, or back."""
         W = self.num_workers
         if not self.by_all_to_all:
@@ -91,7 +97,7 @@ class Routes:
         return list(x[(me - direction * distances) % W])
 
 
-def _add_rows(total, moved, tables, name):
+def _add_rows(total: Array, moved: Sequence[Array], tables: Sequence[Rows], name: str):
     for table, y in zip(tables, moved):
         total = scatter_leaf(total, y, ROW, {"row": table[name]}, jnp.asarray(True), {})
     return total

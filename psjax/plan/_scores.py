@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psjax._placement import vary
+from psjax._types import Batch, Params
 from psjax.plan._store import Store
 
 
@@ -39,7 +40,7 @@ def score_exchange(
       ValueError: at the call, shards that are not the store's, or scores of another shape.
     """
 
-    def fn(shards, batch):
+    def fn(shards: Params, batch: Batch):
         store.check("score_exchange", shards)
         me = jax.lax.axis_index(axis_name)
         W, m = store.rows.shape
@@ -59,7 +60,7 @@ def score_exchange(
         everyone = jax.lax.all_gather(own, axis_name)  # [W, B, m]
         places = np.argsort(store.rows.ravel(), kind="stable")[: store.num_classes]
 
-        def whole(everyone):
+        def whole(everyone: Any):
             scores = jnp.moveaxis(everyone, 0, 1).reshape(own.shape[0], W * m)[:, places]
             return loss_fn(scores, batch)
 

@@ -5,9 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from psjax._placement import vary
+from psjax._types import AxisName, Batch, Params
 from psjax.plan._pack import pack, unpack
+from psjax.plan._plan import Plan
 from psjax.plan._routes import Routes
 from psjax.plan._store import Store
 
@@ -50,7 +53,7 @@ def value_and_grad(
         raise ValueError(msg)
     routes = Routes(plan, store)
 
-    def fn(shards, batch):
+    def fn(shards: Params, batch: Batch):
         _check_call(plan, store, shards, batch, axis_name)
         me = jax.lax.axis_index(axis_name)
         leaves, treedef = jax.tree.flatten(shards)
@@ -64,7 +67,7 @@ def value_and_grad(
         init = jax.tree.map(jnp.zeros_like, (value, own, common))
         own, common, init = vary((own, common, init), (me, batch))
 
-        def turn(carry, xs):
+        def turn(carry: PyTree, xs: PyTree):
             value, totals, common_totals = carry
             tables, pairs, batch = xs
             held = [routes.fetch(tables, x, axis_name) for x in own]
@@ -96,7 +99,7 @@ def value_and_grad(
     return fn
 
 
-def _check_call(plan, store, shards, batch, axis_name):
+def _check_call(plan: Plan, store: Store, shards: Params, batch: Batch, axis_name: AxisName | None):
     size = jax.lax.axis_size(axis_name)
     if size != store.num_workers:
         msg = (

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from psjax._leaf import gather_leaf
 from psjax._notation import Layout, is_plain, names
 from psjax._select import axis_sizes, flat_specs
+from psjax._types import AnyArray, Axes, Params, Struct
 from psjax.plan._pack import by_dtype
 
 ROW = P("row")
@@ -89,7 +91,7 @@ class Store:
         """
         rows = self.rows.ravel()
 
-        def leaf(spec, x):
+        def leaf(spec: P, x: Any):
             if not jnp.ndim(x):
                 return x
             if self.axis not in names(spec):
@@ -113,8 +115,8 @@ class Store:
         rows = self.rows.ravel()
         places = np.argsort(rows, kind="stable")[: self.num_classes]
 
-        def leaf(spec, x, like):
-            if not jnp.ndim(like):
+        def leaf(spec: P, x: Any, like: Struct):
+            if not like.shape:
                 return x
             if self.axis not in names(spec):
                 return jnp.asarray(x)[: int(np.prod(like.shape))].reshape(like.shape)
@@ -191,21 +193,21 @@ class Store:
                 out[i] = x
         return out
 
-    def _common(self, shards):
+    def _common(self, shards: Params):
         """Places among all leaves, and the shares, of leaves that are flat."""
         leaves = jax.tree.leaves(shards)
         places = [i for i, x in enumerate(leaves) if i not in self.class_leaves and x.ndim]
         return places, [leaves[i] for i in places]
 
-    def _full(self, call, axes, tree):
+    def _full(self, call: str, axes: Axes, tree: PyTree):
         return jax.tree.structure(tree).unflatten(flat_specs(call, axes, tree)[0])
 
-    def _by_class(self, spec, x, num):
+    def _by_class(self, spec: P, x: AnyArray, num: int):
         if is_plain(spec):
             return jnp.moveaxis(x, tuple(spec).index(self.axis), 0)
         return Layout(spec, x.ndim, {**self.sizes, self.axis: num}).rows(x, self.axis)
 
-    def _of_classes(self, spec, rows, shape, num):
+    def _of_classes(self, spec: P, rows: AnyArray, shape: tuple[int, ...], num: int):
         if is_plain(spec):
             return jnp.moveaxis(rows, 0, tuple(spec).index(self.axis))
         layout = Layout(spec, len(shape), {**self.sizes, self.axis: num})
@@ -224,10 +226,10 @@ class Store:
         """Which leaves, counted flat, have the class axis."""
         return tuple(i for i, spec in enumerate(self.leaf_specs) if self.axis in names(spec))
 
-    def by_class(self, i: int, x, num: int):
+    def by_class(self, i: int, x: AnyArray, num: int):
         """Leaf i of a model with `num` classes, class by class: `[num, ...]`."""
         return self._by_class(self.leaf_specs[i], x, num)
 
-    def of_classes(self, i: int, rows, num: int):
+    def of_classes(self, i: int, rows: AnyArray, num: int):
         """The inverse of `by_class`."""
         return self._of_classes(self.leaf_specs[i], rows, self._flat_like[i].shape, num)

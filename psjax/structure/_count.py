@@ -9,6 +9,7 @@ import numpy as np
 from psjax._masks import kept
 from psjax._select import axis_sizes, replicas, selection_of
 from psjax._selection import check_like
+from psjax._types import Axes, Params
 from psjax.structure._overlap import num_weights
 
 
@@ -94,7 +95,7 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
     return treedef.unflatten([kept(k, x, -2) for k, x in zip(masks, leaves)])
 
 
-def _check_axis(call, axes, like, axis):
+def _check_axis(call: str, axes: Axes, like: Params, axis: str):
     sizes = axis_sizes(call, axes, like)[2]
     if axis not in sizes:
         msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."

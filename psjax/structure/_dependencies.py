@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax.tree_util import keystr
+from jaxtyping import Bool, PyTree
 
 from psjax._select import replicas
 from psjax._selection import check_like
+from psjax._types import Params
 from psjax.structure._count import WeightCounts
 from psjax.structure._from_program import Reading
 
@@ -258,16 +260,16 @@ def from_jacobians(
     scores = jax.eval_shape(first, like, *inputs)
     others = scores.shape[:dim] + scores.shape[dim + 1 :]
 
-    def score(own, args):
+    def score(own: PyTree, args: Any):
         full = dict(enumerate(leaves)) | dict(zip(real, own))
         result = first(treedef.unflatten([full[i] for i in range(len(leaves))]), *args)
         return jnp.moveaxis(result, dim, 0)
 
     @jax.jit
-    def nonzero(own, args, factors):
+    def nonzero(own: PyTree, args: Any, factors: PyTree):
         values, back = jax.vjp(lambda own: score(own, args), own)
 
-        def row(j):
+        def row(j: Any):
             (grads,) = back(jnp.zeros_like(values).at[j].set(factors))
             return [(g != 0) & jnp.isfinite(g) for g in grads]
 
@@ -293,7 +295,7 @@ def from_jacobians(
     return treedef.unflatten(masks)
 
 
-def _narrow(mask):
+def _narrow(mask: Bool[np.ndarray, "..."]):
     """A mask with size 1 along the dimensions of a leaf in which nothing changes."""
     for d in range(1, mask.ndim):
         first = mask.take([0], d) if mask.shape[d] else np.zeros_like(mask, shape=())
@@ -302,15 +304,15 @@ def _narrow(mask):
     return mask
 
 
-def _is_abstract(x):
+def _is_abstract(x: Any):
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _is_inexact(x):
+def _is_inexact(x: Any):
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _near(rng, x, spread):
+def _near(rng: np.random.Generator, x: Any, spread: float):
     """Random numbers near given ones, or instead of abstract ones."""
     if not _is_inexact(x):
         return x
@@ -325,7 +327,7 @@ def _near(rng, x, spread):
     return jnp.asarray(noise, jnp.result_type(x))
 
 
-def _check_numbers(params, inputs):
+def _check_numbers(params: Params, inputs: tuple[Any, ...]):
     """Raise for what cannot be drawn."""
     for path, x in jax.tree_util.tree_leaves_with_path((params, inputs)):
         weight = path[0].idx == 0
@@ -338,12 +340,16 @@ def _check_numbers(params, inputs):
             raise ValueError(msg)
 
 
-def _reading(call, apply, params, inputs, axis):
+def _reading(
+    call: str, apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], axis: int | None
+):
     like, first, dim = _scores(call, apply, params, inputs, axis)
     return like, Reading(first, like, inputs, dim)
 
 
-def _scores(call, apply, params, inputs, axis):
+def _scores(
+    call: str, apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], axis: int | None
+):
     """Shapes of the parameters, the function of the scores alone, and their dimension."""
     is_box = lambda x: isinstance(x, meta.AxisMetadata)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)

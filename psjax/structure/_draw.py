@@ -4,11 +4,12 @@ The public names are in `psjax.structure`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
 
 from psjax.structure._dependencies import Dependencies
 
@@ -35,7 +36,7 @@ class _Part:
     sizes: np.ndarray
     kept: np.ndarray
 
-    def __add__(self, other):
+    def __add__(self, other: "_Part"):
         return _Part(self.sizes + other.sizes, self.kept + other.kept)
 
 
@@ -93,7 +94,7 @@ def draw(
     return ax
 
 
-def _layers(dependencies, keep):
+def _layers(dependencies: Dependencies, keep: Any):
     """`{name: {kind: _Part}}`, in the order of depth; a bias is in the layer of its kernel."""
     order: dict[str, int] = {}
     found: dict[str, dict[str, _Part]] = {}
@@ -123,7 +124,7 @@ def _layers(dependencies, keep):
     }
 
 
-def _layer(path):
+def _layer(path: KeyPath):
     """The name of a leaf's layer: its path without the last key, unless that is all."""
     names = [keystr((key,), simple=True) for key in path]
     if len(names) > 1:
@@ -133,14 +134,14 @@ def _layer(path):
     return "/".join(names)
 
 
-def _number(n):
+def _number(n: float):
     return f"{int(n):,}".replace(",", "\u2009")
 
 
 class _Picture:
     """Draws layers, each 1 high and C wide, upwards."""
 
-    def __init__(self, ax, num_classes):
+    def __init__(self, ax: Any, num_classes: int):
         self.ax, self.C = ax, num_classes
         self.kinds: set[str] = set()
         self.colours = _COLOURS[:num_classes]
@@ -149,7 +150,7 @@ class _Picture:
 
             self.colours = [colormaps["turbo"](i / num_classes) for i in range(num_classes)]
 
-    def draw(self, layers):
+    def draw(self, layers: Mapping[str, Mapping[str, _Part]]):
         y = 0.0
         self._ends("input", y)
         y += 0.62
@@ -166,14 +167,14 @@ class _Picture:
         self.ax.axis("off")
         self._legend()
 
-    def _box(self, x, y, width, height, colour, **style):
+    def _box(self, x: float, y: float, width: float, height: float, colour: Any, **style: Any):
         from matplotlib.patches import Rectangle
 
         options: dict[str, Any] = {"zorder": 3, "facecolor": colour, "edgecolor": "white"}
         options |= {"linewidth": 0.6}
         self.ax.add_patch(Rectangle((x, y), width, height, **(options | style)))
 
-    def _layer(self, y, name, parts):
+    def _layer(self, y: float, name: str, parts: Mapping[str, _Part]):
         total = sum(part.sizes.sum() for part in parts.values())
         shares = {kind: max(part.sizes.sum() / total, _LEAST_PART) for kind, part in parts.items()}
         scale = _ROW / sum(shares.values())
@@ -189,7 +190,7 @@ class _Picture:
         number = _number(total) if kept == total else f"{_number(kept)} of {_number(total)}"
         self.ax.text(1.012 * self.C, middle, number, ha="left", fontsize=8.5, **text)
 
-    def _part(self, y, height, kind, part):
+    def _part(self, y: float, height: float, kind: str, part: _Part):
         """Blocks of one kind, the dropped weights above the kept ones."""
         width = self.C / len(part.sizes)
         colours = {"common": [_COMMON], "some": [_SOME], "unused": ["white"], "own": self.colours}
@@ -213,7 +214,7 @@ class _Picture:
                 low = y + height * share
                 self._box(x, low, wide, height * (1 - share), "none", **dotted)
 
-    def _bands(self, y, parts):
+    def _bands(self, y: float, parts: Mapping[str, _Part]):
         """From below to a layer: to each class's own block in its colour, to others in grey."""
         if "own" in parts:
             for j in np.flatnonzero(parts["own"].kept):
@@ -221,16 +222,16 @@ class _Picture:
         if any(parts[kind].kept.any() for kind in ("common", "some") if kind in parts):
             self._band(None, y, _COMMON)
 
-    def _band(self, j, y, colour):
+    def _band(self, j: int | np.integer | None, y: float, colour: Any):
         inset = 0.22
         x, width = (j + inset, 1 - 2 * inset) if j is not None else (0, self.C)
         self._box(x, y, width, _GAP, colour, zorder=1, alpha=0.3, linewidth=0)
 
-    def _ends(self, text, y):
+    def _ends(self, text: str, y: float):
         self._box(0, y, self.C, 0.62, "#EFEFEF", linewidth=0)
         self.ax.text(self.C / 2, y + 0.3, text, ha="center", va="center", fontsize=8.5, color=_TEXT)
 
-    def _scores(self, y):
+    def _scores(self, y: float):
         """The row of scores."""
         for j, colour in enumerate(self.colours):
             self._box(j + 0.04, y, 0.92, 0.62, colour, linewidth=0)
@@ -270,7 +271,7 @@ class _Picture:
         )
 
 
-def _on(colour):
+def _on(colour: Any):
     """Black or white, whichever is read better on a colour."""
     from matplotlib.colors import to_rgb
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.extend.core import Var
 
+from psjax.axes._atoms import Dim, Term
 from psjax.axes._couplings import Couplings
 from psjax.axes._rules import RULES
 from psjax.axes._walk import Program, Step, Walk
@@ -41,7 +42,7 @@ class Reading:
         self.own: list[int] = []
         self.reason = self._find(coupled)
 
-    def _find(self, coupled):
+    def _find(self, coupled: int):
         """The atoms of the scores, into `own`; or why they tell nothing."""
         atoms = self.walk.atoms
         terms = atoms.expand(self.out.dims[self.dim])
@@ -64,10 +65,10 @@ class Reading:
         read = _read(self.program, [True])
         return [self._mask(x) if own else self._none(x) for x, own in zip(self.params, read)]
 
-    def _none(self, x):
+    def _none(self, x: Any):
         return np.zeros((self.num_classes,) + (1,) * len(x.shape), bool)
 
-    def _mask(self, x):
+    def _mask(self, x: Any):
         if not self._once(x):
             self.reason = self.reason or "a parameter has the scores' rows twice"
             return None
@@ -82,7 +83,7 @@ class Reading:
                 mask = mask & rows.reshape(shape)
         return mask
 
-    def _once(self, x):
+    def _once(self, x: Any):
         """Whether no atom of the scores is in two dimensions of a leaf, or twice in a product."""
         atoms = self.walk.atoms
         count = lambda dim, own: max(
@@ -91,12 +92,12 @@ class Reading:
         )
         return all(sum(count(dim, own) for dim in x.dims) <= 1 for own in self.own)
 
-    def _rows(self, dim):
+    def _rows(self, dim: Dim):
         """Of a dimension, `bool[C, rows]`: which rows each score depends on."""
         terms = self.walk.atoms.expand(dim)
         return np.concatenate([self._term(term, len(terms) > 1) for term in terms], axis=1)
 
-    def _term(self, term, beside):
+    def _term(self, term: Term, beside: bool):
         atoms = self.walk.atoms
         mask = np.ones((self.num_classes, 1), bool)
         places = np.indices([atoms.size(a) for a in self.own]).reshape(len(self.own), -1)
@@ -122,7 +123,7 @@ class Reading:
         uses: dict[int, int] = {}
         count = 0
 
-        def visit(program):
+        def visit(program: Program):
             nonlocal count
             for step in program.steps:
                 for inner in step.inner[:1]:
@@ -166,7 +167,7 @@ def _read_by(step: Step, outs: list[bool]) -> list[bool]:
     return _read(step.inner[0], outs)
 
 
-def _turns(body, consts, carry, rest):
+def _turns(body: Program, consts: int, carry: list[bool], rest: list[bool]):
     """What a loop's body reads and what it carries on, the same from turn to turn."""
     while True:
         found = _read(body, [*carry, *rest])

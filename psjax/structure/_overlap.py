@@ -5,12 +5,14 @@ of all weights is made. The public names are in `psjax.structure`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from psjax._selection import Selection, check_like
+from psjax._types import Params
 
 
 def num_weights(selection: Selection, like: Any) -> np.ndarray:
@@ -69,7 +71,7 @@ def overlap(selection: Selection, like: Any) -> np.ndarray:
     return np.where(valid[:, None] & valid, total, 0).astype(np.int64)
 
 
-def _rows(call, selection, like):
+def _rows(call: str, selection: Selection, like: Params):
     """The rows of every axis that each element sees, `[E, m]`, on the host."""
     if selection.valid.ndim != 1:
         msg = (
@@ -86,7 +88,7 @@ def _rows(call, selection, like):
     }
 
 
-def _tables(selection, like):
+def _tables(selection: Selection, like: Params):
     """Of each leaf the selected axes, and how many kept weights there are in each of their rows.
 
     A table has one dimension an axis, of size 1 where the numbers are the same in all rows.
@@ -106,7 +108,7 @@ def _tables(selection, like):
         yield own, mask.sum(axis=rest, dtype=np.int64) * times
 
 
-def _same(names, table):
+def _same(names: Sequence[str], table: np.ndarray):
     """The axes along which a table is the same in all rows, and the others."""
     same = [name for name, n in zip(names, table.shape) if n == 1]
     return same, [name for name, n in zip(names, table.shape) if n > 1]

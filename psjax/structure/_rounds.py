@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Integer
 
 from psjax._selection import Selection, repeat
 from psjax.structure._overlap import overlap
@@ -98,7 +99,7 @@ def in_rounds(selection: Selection, like: Any) -> Selection:
     return dataclasses.replace(selection, indices=indices, valid=own, keep=keep, disjoint=disjoint)
 
 
-def _greedy(conflict, elements):
+def _greedy(conflict: Bool[np.ndarray, "E E"], elements: Integer[np.ndarray, " n"]):
     colour = np.full(len(conflict), -1)
     taken: list[np.ndarray] = []  # of each colour, which elements can no longer have it
     for e in elements[np.argsort(-conflict[elements].sum(axis=1), kind="stable")]:
@@ -110,7 +111,7 @@ def _greedy(conflict, elements):
     return [np.flatnonzero(colour == c) for c in range(len(taken))]
 
 
-def _circle(index, elements, num_rows):
+def _circle(index: Integer[np.ndarray, "..."], elements: Integer[np.ndarray, " n"], num_rows: int):
     """Rounds of pairs of rows by the circle method; of a pair that comes n times, n rounds."""
     at = np.zeros((num_rows, num_rows), int)
     for r, pairs in enumerate(rounds(num_rows)):
@@ -124,7 +125,7 @@ def _circle(index, elements, num_rows):
     return [np.array(found[key]) for key in sorted(found)]
 
 
-def _no_row_twice(index, own, size):
+def _no_row_twice(index: Integer[np.ndarray, "..."], own: Bool[np.ndarray, "..."], size: int):
     return all(
         np.bincount(row[ok].ravel(), minlength=size + 1)[:size].max(initial=0) <= 1
         for row, ok in zip(index, own)
