@@ -133,7 +133,7 @@ class Layout:
         name = lambda factor: factor if isinstance(factor, str) else None
         self.pieces = [P(*(name(f) for term in own for f in term)) for own in self.chosen]
 
-    def cut(self, x: Array):
+    def cut(self, x: AnyArray):
         """The pieces of the whole leaf, `[one dimension for each factor]`; or of a mask of it.
 
         Where a dimension of `x` has size 1, it stands for all.

@@ -1,11 +1,26 @@
 """Eight virtual CPU devices, before JAX looks at them; data where it is."""
 
+import atexit
+import gc
 import importlib.util
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Both workers and every process that a test starts share what one of them has compiled.
+    programs = tempfile.mkdtemp(prefix="psjax-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # XLA warns of the tuning flags `prefer-no-gather` and `-scatter` once per program.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
 
 import jax
 import jaxtyping
@@ -25,6 +40,17 @@ _here = pathlib.Path(__file__).resolve().parent.parent
 _shared = _here.parent / "shared" / "tensorflow_datasets"
 if "TFDS_DATA_DIR" not in os.environ and _shared.is_dir():
     os.environ["TFDS_DATA_DIR"] = str(_shared)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """Frees what a module has compiled.
+
+    JAX keeps the programs of 8192 jitted functions; with more, `_cache_size()` of a new one is 0.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
