@@ -1,0 +1,91 @@
+"""`results`: a table of chosen columns and rows of a committed CSV, read when the site is built."""
+
+import csv
+import pathlib
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+
+class Results(SphinxDirective):
+    """A CSV as a table; nobody types a number twice.
+
+    ```{results} ../../experiments/benchmarks/results/psl.csv
+    :columns: figure = what, ratio, goal
+    :where: unit == ms, figure ~ batch 100
+    :digits: 3
+    ```
+
+    A column may be renamed, `old = new`. `==`, `!=` and `~` (contains) choose rows. Numbers have
+    `digits` significant digits, 3 by default.
+    """
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    option_spec = {
+        "columns": directives.unchanged_required,
+        "where": directives.unchanged,
+        "digits": directives.positive_int,
+    }
+
+    def run(self):
+        """Read the file, and parse it as a Markdown table."""
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        pairs = [part.partition("=") for part in self.options["columns"].split(",")]
+        columns = {old.strip(): new.strip() or old.strip() for old, _, new in pairs}
+        missing = [name for name in columns if name not in rows[0]]
+        if missing:
+            raise self.error(f"{pathlib.Path(path).name} has no column {missing[0]!r}")
+        tests = [part for part in self.options.get("where", "").split(", ") if part]
+        rows = [row for row in rows if all(_holds(test, row) for test in tests)]
+        if not rows:
+            raise self.error(f"no row of {pathlib.Path(path).name} is left")
+        digits = self.options.get("digits", 3)
+        cells = [[_number(row[name], digits) for name in columns] for row in rows]
+        rule = ["--:" if _is_number(rows[0][name]) else "---" for name in columns]
+        lines = ["| " + " | ".join(row) + " |" for row in (columns.values(), rule, *cells)]
+        node = nodes.Element()
+        self.state.nested_parse(StringList(lines, source=path), 0, node)
+        return node.children
+
+
+def _holds(test, row):
+    for sign, holds in (
+        ("==", str.__eq__),
+        ("!=", str.__ne__),
+        ("~", lambda cell, part: part in cell),
+    ):
+        name, found, value = test.partition(sign)
+        if found:
+            return holds(row[name.strip()], value.strip())
+    msg = f"results: {test!r} is no condition; write a == b, a != b or a ~ b."
+    raise ValueError(msg)
+
+
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(text, digits):
+    if not _is_number(text):
+        return text.replace("|", r"\|")
+    value = float(text)
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    short = f"{value:.{digits}g}"
+    return short if "e" not in short or abs(value) >= 1e6 else f"{value:.0f}"
+
+
+def setup(app):
+    """Register the directive."""
+    app.add_directive("results", Results)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
