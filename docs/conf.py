@@ -38,8 +38,9 @@ nb_ipywidgets_js = {}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 

@@ -17,11 +17,18 @@ LINK = re.compile(r"\[([^\]]+)\]\s?\((https?://[^)\s]+)\)")
 def setup(app):
     """Before napoleon, which is connected with the standard priority of 500."""
     app.connect("autodoc-process-docstring", _process, priority=100)
+    app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _process(app, what, name, obj, options, lines):
     lines[:] = converted("\n".join(lines), name).split("\n")
+
+
+def _skip(app, what, name, obj, skip, options):
+    """The fields of a NamedTuple, which its docstring lists."""
+    alias = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if alias else None
 
 
 def converted(text: str, name: str) -> str:

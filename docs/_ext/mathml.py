@@ -4,7 +4,9 @@ Every current browser draws MathML itself. docutils' converter names what it doe
 that is a warning here, so a formula that is not drawn ends a build with `-W`.
 """
 
+import html
 import re
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math import latex2mathml
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 # What docutils does not know. A bracket of MathML grows by itself.
 SPELLINGS = {r"\texttt": r"\mathtt", r"\dots": r"\ldots", r"\Big": "", r"\big": ""}
+
+ENTITY = re.compile(r"&(?!lt;|gt;|amp;|quot;|#)\w+;")  # those that XML itself does not know
+ACCENTS = {"ˆ", "^", "~", "˜", "¯"}
+
+ElementTree.register_namespace("", "http://www.w3.org/1998/Math/MathML")
 
 
 def setup(app):
@@ -33,7 +40,26 @@ def convert(text: str, as_block: bool) -> str:
         lines = re.sub(rf"{re.escape(ours)}(?![A-Za-z])", lambda _, known=known: known, lines)
     if as_block and r"\\" in lines and r"\begin" not in lines:
         lines = rf"\begin{{aligned}}{lines}\end{{aligned}}"
-    return latex2mathml.tex2mathml(lines, as_block=as_block)
+    text = latex2mathml.tex2mathml(lines, as_block=as_block)
+    text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    tree = ElementTree.fromstring(text)
+    for parent in list(tree.iter()):
+        for i, child in enumerate(parent):
+            parent[i] = _accented(child)
+    return ElementTree.tostring(tree, encoding="unicode")
+
+
+def _accented(node):
+    """An accented letter with a subscript, which docutils writes below the letter."""
+    if not node.tag.endswith("}munderover") or (node[2].text or "") not in ACCENTS:
+        return node
+    letter, subscript, accent = node
+    tag = node.tag.removesuffix("munderover")
+    both = ElementTree.Element(f"{tag}msub")
+    over = ElementTree.SubElement(both, f"{tag}mover", {"accent": "true"})
+    over.extend([letter, accent])
+    both.append(subscript)
+    return both
 
 
 def _inline(self, node):

@@ -84,14 +84,14 @@ def resolve(text: str, name: str) -> str | None:
         if full in MODULES:
             return full
         if head in known and inspect.isclass(known[head]) and _is_documented(known[head], member):
-            return f"{entry(head)}.{member}"
+            full = f"{entry(head)}.{member}"
+            return None if full == name else full
     return None
 
 
 def _prefixes(name):
     parts = name.split(".")
-    modules = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return [f"{module}." for module in modules if module in MODULES]
+    return [".".join(parts[:n]) + "." for n in range(len(parts), 0, -1)]
 
 
 def _is_documented(cls, member):

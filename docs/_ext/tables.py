@@ -1,4 +1,4 @@
-"""`results`: a table of chosen columns and rows of a committed CSV, read when the site is built."""
+"""Tables of committed results, read when the site is built: nobody types a number twice."""
 
 import csv
 import pathlib
@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class Results(SphinxDirective):
-    """A CSV as a table; nobody types a number twice.
+    """Chosen columns and rows of a CSV.
 
     ```{results} ../../experiments/benchmarks/results/psl.csv
     :columns: figure = what, ratio, goal
@@ -54,6 +54,27 @@ class Results(SphinxDirective):
         return node.children
 
 
+class RowsOf(SphinxDirective):
+    """A committed Markdown file, of whose tables only the rows with one first cell are shown."""
+
+    required_arguments = 1
+    option_spec = {"first-cell": directives.unchanged_required}
+
+    def run(self):
+        """Read the file, leave rows out, and parse it."""
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        wanted = self.options["first-cell"].strip('"')
+        lines, in_table = [], 0
+        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+            in_table = in_table + 1 if line.startswith("|") else 0  # 1: the header, 2: its rule
+            if in_table <= 2 or line.split("|")[1].strip() == wanted:
+                lines.append(line)
+        node = nodes.Element()
+        self.state.nested_parse(StringList(lines, source=path), 0, node)
+        return node.children
+
+
 def _holds(test, row):
     for sign, holds in (
         ("==", str.__eq__),
@@ -86,6 +107,7 @@ def _number(text, digits):
 
 
 def setup(app):
-    """Register the directive."""
+    """Register the directives."""
     app.add_directive("results", Results)
+    app.add_directive("rows-of", RowsOf)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
