@@ -63,7 +63,7 @@ def _accented(node):
 
 
 def _inline(self, node):
-    self.body.append(_or_warning(node, as_block=False))
+    self.body.append(f'<span class="math-inline">{_or_warning(node, as_block=False)}</span>')
     raise nodes.SkipNode
 
 

@@ -25,7 +25,8 @@ class Raises(SphinxDirective):
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
         else:
-            raise self.error("this block raises nothing")
+            msg = "this block raises nothing"
+            raise self.error(msg)
         return [block, nodes.literal_block(said, said, language="text", classes=["said"])]
 
 

@@ -40,11 +40,13 @@ class Results(SphinxDirective):
         columns = {old.strip(): new.strip() or old.strip() for old, _, new in pairs}
         missing = [name for name in columns if name not in rows[0]]
         if missing:
-            raise self.error(f"{pathlib.Path(path).name} has no column {missing[0]!r}")
+            msg = f"{pathlib.Path(path).name} has no column {missing[0]!r}"
+            raise self.error(msg)
         tests = [part for part in self.options.get("where", "").split(", ") if part]
         rows = [row for row in rows if all(_holds(test, row) for test in tests)]
         if not rows:
-            raise self.error(f"no row of {pathlib.Path(path).name} is left")
+            msg = f"no row of {pathlib.Path(path).name} is left"
+            raise self.error(msg)
         digits = self.options.get("digits", 3)
         cells = [[_number(row[name], digits) for name in columns] for row in rows]
         rule = ["--:" if _is_number(rows[0][name]) else "---" for name in columns]
@@ -100,10 +102,12 @@ def _number(text, digits):
     if not _is_number(text):
         return text.replace("|", r"\|")
     value = float(text)
-    if value == int(value) and abs(value) < 1e6:
+    if abs(value) >= 1e6:
+        return f"{value:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
+    if value == int(value):
         return str(int(value))
     short = f"{value:.{digits}g}"
-    return short if "e" not in short or abs(value) >= 1e6 else f"{value:.0f}"
+    return short if "e" not in short else f"{value:.0f}"
 
 
 def setup(app):

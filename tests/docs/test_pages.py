@@ -21,9 +21,7 @@ def run_page(path):
         if match[1] == "python":
             exec(compile("\n" * line + match[2], str(path), "exec"), namespace)
             continue
-        test = doctest.DocTestParser().get_doctest(
-            match[2], namespace, path.name, str(path), line
-        )
+        test = doctest.DocTestParser().get_doctest(match[2], namespace, path.name, str(path), line)
         report = []
         failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(
             test, out=report.append, clear_globs=False
