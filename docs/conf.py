@@ -24,7 +24,7 @@ extensions = [
     "tables",
     "messages",
 ]
-exclude_patterns = ["_ext", "**.ipynb_checkpoints"]
+exclude_patterns = ["_ext", "api/examples", "**.ipynb_checkpoints"]
 nitpicky = True
 # What other packages define has its own site, which a build without network cannot ask.
 nitpick_ignore_regex = [(r"py:.*", r"(?!psjax\.).*"), (r"py:.*", r"psjax\.(\w+\.)*_.*")]

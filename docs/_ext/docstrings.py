@@ -5,6 +5,7 @@ Sphinx reads reStructuredText, where a name in single backticks is a role and a 
 
 import re
 
+import examples
 from public_names import resolve
 
 CODE = re.compile(r"(?<![`:\w])`(?!`)([^`\n]+(?:\n[^`\n]+)?)`(?![`_])(\w?)")
@@ -17,12 +18,27 @@ LINK = re.compile(r"\[([^\]]+)\]\s?\((https?://[^)\s]+)\)")
 def setup(app):
     """Before napoleon, which is connected with the standard priority of 500."""
     app.connect("autodoc-process-docstring", _process, priority=100)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _process(app, what, name, obj, options, lines):
-    lines[:] = converted("\n".join(lines), name).split("\n")
+    text, own = "\n".join(lines), examples.of(name)
+    if what == "data":  # its docstring is that of its type
+        text = "" if own is None else own.text
+    text = converted(text, name)
+    if own is not None and ">>>" not in text:
+        code = "".join(f"   {line}\n" for line in own.code.split("\n"))
+        text = f"{text}\n\n.. rubric:: Example\n\n.. code-block:: pycon\n\n{code}"
+    lines[:] = text.split("\n")
+
+
+def _signature(app, what, name, obj, options, signature, returned):
+    """Without what every Flax module takes, its parent and its name."""
+    if what == "class" and signature and ", parent: " in signature:
+        return signature[: signature.index(", parent: ")] + ")", returned
+    return None
 
 
 def _skip(app, what, name, obj, skip, options):

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import types
 
+import examples
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
@@ -121,6 +122,9 @@ def _lines(module):
     yield from (".. autosummary::", "   :nosignatures:", "")
     own = [name for name in names(module) if entry(f"{module}.{name}") == f"{module}.{name}"]
     yield from (f"   {name}" for name in own)
+    yield ""
+    yield from ("The short examples on this page begin with:", "", ".. code-block:: python", "")
+    yield from (f"   {line}" for line in examples.read(module).setup.split("\n"))
     yield ""
     for name in own:
         value = getattr(found, name)

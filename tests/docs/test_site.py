@@ -3,6 +3,7 @@
 import functools
 import html.parser
 import http.server
+import inspect
 import os
 import pathlib
 import posixpath
@@ -24,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "docs" / "_ext"))
 
 import docstrings  # noqa: E402
+import examples  # noqa: E402
 import mathml  # noqa: E402
 import public_names  # noqa: E402
 from sphinx.util.inventory import InventoryFile  # noqa: E402
@@ -129,6 +131,23 @@ def test_every_public_name_has_an_entry(site):
     described = {name for kind in inventory.values() for name in kind}
     assert not set(public_names.public()) - described
     assert not set(public_names.MODULES) - described
+
+
+def test_every_public_name_has_an_example_that_runs():
+    """In its docstring, in that of a method, or in `docs/api/examples`, which test_pages.py runs."""
+    missing = []
+    for name, value in public_names.public().items():
+        parts = vars(value).values() if inspect.isclass(value) else ()
+        texts = [value.__doc__, *(getattr(part, "__doc__", None) for part in parts)]
+        documented = any(isinstance(text, str) and ">>>" in text for text in texts)
+        if not documented and examples.of(public_names.entry(name)) is None:
+            missing.append(name)
+    assert not missing
+
+
+def test_every_example_is_of_a_public_name():
+    for module in public_names.MODULES:
+        assert set(examples.read(module).by_name) <= set(public_names.public())
 
 
 def test_the_modules_of_the_reference_are_all_of_them():
