@@ -134,7 +134,7 @@ def test_every_public_name_has_an_entry(site):
 
 
 def test_every_public_name_has_an_example_that_runs():
-    """In its docstring, in that of a method, or in `docs/api/examples`, which test_pages.py runs."""
+    """In its docstring, in that of a method, or in `docs/api/examples`; test_pages.py runs it."""
     missing = []
     for name, value in public_names.public().items():
         parts = vars(value).values() if inspect.isclass(value) else ()
