@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # this checkout, installed or not
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # this checkout, installed or not
 
 import psjax  # noqa: E402
 
@@ -18,13 +18,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "docstrings",
-    "mathml",
-    "public_names",
-    "tables",
-    "messages",
+    "sphinx_psjax.docstrings",
+    "sphinx_psjax.mathml",
+    "sphinx_psjax.public_names",
+    "sphinx_psjax.tables",
+    "sphinx_psjax.messages",
 ]
-exclude_patterns = ["_ext", "api/examples", "**.ipynb_checkpoints"]
+exclude_patterns = ["sphinx_psjax", "api/examples", "**.ipynb_checkpoints"]
 nitpicky = True
 # What other packages define has its own site, which a build without network cannot ask.
 nitpick_ignore_regex = [(r"py:.*", r"(?!psjax\.).*"), (r"py:.*", r"psjax\.(\w+\.)*_.*")]

@@ -47,9 +47,12 @@ def run_page(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_the_code_of_a_page_runs(path):
-    if "import equinox" in path.read_text(encoding="utf-8"):
-        pytest.importorskip("equinox")
-    run_page(path)
+    try:
+        run_page(path)
+    except ModuleNotFoundError as error:
+        if error.name != "equinox":
+            raise
+        pytest.skip("the rest of the page needs equinox")
 
 
 def test_there_are_pages_with_code():

@@ -22,13 +22,10 @@ pytest.importorskip("sphinx_book_theme")
 pytest.importorskip("myst_nb")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT / "docs" / "_ext"))
+sys.path.append(str(ROOT / "docs"))
 
-import docstrings  # noqa: E402
-import examples  # noqa: E402
-import mathml  # noqa: E402
-import public_names  # noqa: E402
 from sphinx.util.inventory import InventoryFile  # noqa: E402
+from sphinx_psjax import docstrings, examples, mathml, public_names  # noqa: E402
 
 SECONDS = 90  # for a build, on a machine that does nothing else
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -5,8 +5,8 @@ Sphinx reads reStructuredText, where a name in single backticks is a role and a 
 
 import re
 
-import examples
-from public_names import resolve
+from sphinx_psjax import examples
+from sphinx_psjax.public_names import resolve
 
 CODE = re.compile(r"(?<![`:\w])`(?!`)([^`\n]+(?:\n[^`\n]+)?)`(?![`_])(\w?)")
 INLINE = re.compile(r"(?<![\\$`])\$(?!\$)((?:[^$\\]|\\.)+?)\$(?!\$)", re.DOTALL)

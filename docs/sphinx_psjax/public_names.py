@@ -8,10 +8,11 @@ import importlib
 import inspect
 import types
 
-import examples
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+
+from sphinx_psjax import examples
 
 MODULES = (
     "psjax",
