@@ -17,11 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from psjax import _public
 from psjax._local import LocalMetrics, all_finite, local_update
 from psjax._separable import value_and_grad
 from psjax._state import extra_arguments
 from psjax._traps import check_axis_name, check_low_precision
 from psjax.plan._scores import score_exchange as score_exchange
+
+__all__ = ["data_parallel", "local_sgd", "score_exchange"]
+__dir__ = _public.listing(globals())
 
 
 def local_sgd(

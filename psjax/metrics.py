@@ -9,6 +9,11 @@ NumPy on the host, float64: for all samples of a split at once, not for batches 
 
 import numpy as np
 
+from psjax import _public
+
+__all__ = ["ndcg_at_k", "precision_at_k", "propensities", "propensity_scored_precision_at_k"]
+__dir__ = _public.listing(globals())
+
 
 def _hits(call, predictions, labels, num_labels, k):
     """Top predictions `[N, k]`, labels `[N, K]`, and whether each prediction is a label."""

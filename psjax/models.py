@@ -31,9 +31,12 @@ import difflib
 import jax.numpy as jnp
 from flax import linen as nn
 
-from psjax import losses
+from psjax import _public, losses
 from psjax import nn as psnn
 from psjax.nn._annotate import annotated
+
+__all__ = ["LeNet", "MLP", "PSNet", "SparseMLP", "VGG11", "lenet", "psnet"]
+__dir__ = _public.listing(globals())
 
 
 class PSNet(nn.Module):
