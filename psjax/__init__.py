@@ -1,5 +1,6 @@
 """Training neural networks in independent pieces: gather, map, scatter."""
 
+from psjax import _public
 from psjax import axes as axes
 from psjax import baselines as baselines
 from psjax import cost as cost
@@ -31,3 +32,4 @@ from psjax.axes import infer_axes as infer_axes
 from psjax.axes import narrow as narrow
 
 __version__ = "0.1.0"
+__dir__ = _public.listing(globals())

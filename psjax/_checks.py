@@ -208,7 +208,7 @@ class _Comparison:
         return "\n".join(lines)
 
 
-def _largest(x: np.ndarray):
+def _largest(x: np.ndarray | np.number):
     return float(np.abs(x).max(initial=0))
 
 

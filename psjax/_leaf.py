@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from psjax._notation import Layout, is_plain, names
-from psjax._types import AnyArray, Rows, Sizes
+from psjax._types import AnyArray, Indices, Rows, Sizes
 
 
 def selected(spec: P, indices: Rows) -> bool:
@@ -22,7 +22,7 @@ def selected(spec: P, indices: Rows) -> bool:
     return any(name in indices for name in names(spec))
 
 
-def gather_leaf(x: Array, spec: P, indices: Rows, lead: int, sizes: Sizes):
+def gather_leaf(x: Array, spec: P, indices: Indices, lead: int, sizes: Sizes):
     """`[...] -> [*lead, ...]`; a leaf without indexed axes comes back as it is, without `lead`."""
     if is_plain(spec) or not selected(spec, indices):
         return _gather(x, spec, indices, lead)
@@ -41,7 +41,7 @@ def scatter_leaf(
     total: Array,
     y: Array,
     spec: P,
-    indices: Rows,
+    indices: Indices,
     valid: Bool[AnyArray, "..."],
     sizes: Sizes,
     distinct: Sequence[str] = (),

@@ -6,7 +6,7 @@ A part of the elements, `[E]`, with runs of equal rows; or one element, `[]`. Th
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ from psjax._notation import names
 from psjax._runs import on_host
 from psjax._types import Spec
 
-if TYPE_CHECKING:
-    from psjax._selection import Selection
+Elements: TypeAlias = Any  # a `Selection`, whose module imports this one
 
 
-def see(selection: "Selection", leaves: Sequence[ArrayLike]):
+def see(selection: Elements, leaves: Sequence[ArrayLike]):
     """What the elements see of the leaves, what they share once.
 
     Returns:
@@ -40,7 +39,7 @@ def see(selection: "Selection", leaves: Sequence[ArrayLike]):
     ]
 
 
-def over(selection: "Selection", fn: Callable[..., Any], seen: Sequence[Array]):
+def over(selection: Elements, fn: Callable[..., Any], seen: Sequence[Array]):
     """`fn(*leaves)` of every element, from what `see` returned: `[E, ...]`."""
     if not selection.valid.ndim:
         return fn(*seen)
@@ -62,7 +61,7 @@ def over(selection: "Selection", fn: Callable[..., Any], seen: Sequence[Array]):
     return jax.tree.map(lambda y: y.reshape(E, *y.shape[2:]), out)
 
 
-def give_back(selection: "Selection", totals: Sequence[Array], seen: Sequence[Array]):
+def give_back(selection: Elements, totals: Sequence[Array], seen: Sequence[Array]):
     """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
     if not selection.valid.ndim:
         return selection.add_to(totals, seen, jnp.asarray(selection.valid))
@@ -77,7 +76,7 @@ def give_back(selection: "Selection", totals: Sequence[Array], seen: Sequence[Ar
     return out
 
 
-def settled(selection: "Selection"):
+def settled(selection: Elements):
     """The same, in which elements that are not valid see what a valid one sees.
 
     Their values are masked, but a NaN among them would get past a mask in derivatives. An
@@ -96,7 +95,7 @@ def settled(selection: "Selection"):
     return dataclasses.replace(selection, indices=indices)
 
 
-def _heads(selection: "Selection"):
+def _heads(selection: Elements):
     """The first element of every run, valid where any of its run is."""
     r = selection.run_length
     if r == 1:
@@ -108,7 +107,7 @@ def _heads(selection: "Selection"):
     )
 
 
-def _in_run(selection: "Selection", spec: Spec):
+def _in_run(selection: Elements, spec: Spec):
     """Whether the elements of a run see the same rows of such a leaf."""
     own = [name for name in names(spec) if name in selection.indices]
     return bool(own) and set(own) <= set(selection.run_axes)

@@ -21,7 +21,8 @@ AxisName: TypeAlias = str | tuple[str, ...]  # of `jax.pmap`, `jax.vmap` or `jax
 
 AnyArray: TypeAlias = Array | np.ndarray  # on a device, traced, or on the host
 Struct: TypeAlias = AnyArray | jax.ShapeDtypeStruct  # what has a shape and a dtype
-Mask: TypeAlias = Bool[AnyArray, "..."] | None  # of one leaf: what is kept; None: all of it
+# What is kept of one leaf; None: all of it.
+Mask: TypeAlias = Bool[AnyArray, "..."] | np.bool_ | None
 Labels: TypeAlias = Sequence[int] | Integer[AnyArray, "..."]  # of samples: numbers of classes
 Rows: TypeAlias = Mapping[str, Integer[AnyArray, "..."]]  # of named axes, as a `Selection` has them
 ElementFn: TypeAlias = Callable[..., Any]  # a function of what one element sees

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact
 
+from psjax import _public
 from psjax._local import LocalMetrics, all_finite, local_update
 from psjax._selection import Selection
 from psjax._separable import value_and_grad
@@ -25,6 +26,9 @@ from psjax._state import extra_arguments
 from psjax._traps import check_axis_name, check_low_precision
 from psjax._types import Batch, InAxes, OptState, Params
 from psjax.plan._scores import score_exchange as score_exchange
+
+__all__ = ["data_parallel", "local_sgd", "score_exchange"]
+__dir__ = _public.listing(globals())
 
 
 def local_sgd(

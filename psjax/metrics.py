@@ -7,16 +7,26 @@ gives the values at 1, 2, ..., k together, and a sample without labels counts as
 NumPy on the host, float64: for all samples of a split at once, not for batches whose means differ.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numpy as np
 from jaxtyping import Float, Integer, Num, Shaped
 
+from psjax import _public
 from psjax._types import AnyArray
+
+__all__ = ["ndcg_at_k", "precision_at_k", "propensities", "propensity_scored_precision_at_k"]
+__dir__ = _public.listing(globals())
+
+Scores: TypeAlias = Sequence[Sequence[float]] | Num[AnyArray, "N P"]  # or the numbers of labels
+Labels: TypeAlias = Sequence[Sequence[int]] | Integer[AnyArray, "N K"]
 
 
 def _hits(
     call: str,
-    predictions: Shaped[AnyArray, "..."],
-    labels: Shaped[AnyArray, "..."],
+    predictions: Scores,
+    labels: Labels,
     num_labels: int,
     k: int,
 ):
@@ -81,9 +91,7 @@ def _top_k(call: str, scores: Shaped[np.ndarray, "N P"], num_labels: int, k: int
     return top
 
 
-def precision_at_k(
-    predictions: Num[AnyArray, "N P"], labels: Integer[AnyArray, "N K"], num_labels: int, k: int = 5
-) -> np.ndarray:
+def precision_at_k(predictions: Scores, labels: Labels, num_labels: int, k: int = 5) -> np.ndarray:
     r"""Precision at 1, ..., k: the share of the first k predictions that are labels.
 
     With $y_{il}$ = 1 if l is a label of sample i and $r_1, r_2, \dots$ its predictions, best first,
@@ -113,13 +121,11 @@ def precision_at_k(
     return _precision(hits)
 
 
-def _precision(gains: Num[np.ndarray, "N k"]):
+def _precision(gains: Shaped[np.ndarray, "N k"]):
     return (np.cumsum(gains, axis=1) / np.arange(1, gains.shape[1] + 1)).mean(axis=0)
 
 
-def ndcg_at_k(
-    predictions: Num[AnyArray, "N P"], labels: Integer[AnyArray, "N K"], num_labels: int, k: int = 5
-) -> np.ndarray:
+def ndcg_at_k(predictions: Scores, labels: Labels, num_labels: int, k: int = 5) -> np.ndarray:
     r"""Normalised discounted cumulative gain at 1, ..., k.
 
     $\mathrm{nDCG}@k = \frac{1}{N}\sum_i \frac{\sum_{j \le k} y_{i r_j} / \log_2(j + 1)}
@@ -148,7 +154,10 @@ def ndcg_at_k(
 
 
 def propensities(
-    label_counts: Num[AnyArray, " L"], num_points: int, a: float = 0.55, b: float = 1.5
+    label_counts: Sequence[int] | Num[AnyArray, " L"],
+    num_points: int,
+    a: float = 0.55,
+    b: float = 1.5,
 ) -> np.ndarray:
     r"""How likely a label that is true is also recorded, from how often it is.
 
@@ -182,8 +191,8 @@ def propensities(
 
 
 def propensity_scored_precision_at_k(
-    predictions: Num[AnyArray, "N P"],
-    labels: Integer[AnyArray, "N K"],
+    predictions: Scores,
+    labels: Labels,
     propensities: Float[AnyArray, " L"],
     k: int = 5,
 ) -> np.ndarray:

@@ -34,10 +34,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float, Integer, Num
 
-from psjax import losses
+from psjax import _public, losses
 from psjax import nn as psnn
 from psjax._types import AnyArray
 from psjax.nn._annotate import annotated
+
+__all__ = ["LeNet", "MLP", "PSNet", "SparseMLP", "VGG11", "lenet", "psnet"]
+__dir__ = _public.listing(globals())
 
 
 class PSNet(nn.Module):

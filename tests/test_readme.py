@@ -1,7 +1,10 @@
-"""The README's code runs, block after block, as a reader would paste it."""
+"""The README's code runs, every block by itself, as a reader would paste it."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -14,20 +17,34 @@ def python_blocks(text):
     return [(text.count("\n", 0, m.start(1)) + 1, m[1]) for m in fence.finditer(text)]
 
 
-def run_blocks(path):
-    """Execute the blocks in order in one namespace; line numbers in a traceback are the file's."""
-    namespace = {"__name__": "readme"}
-    blocks = python_blocks(path.read_text(encoding="utf-8"))
-    for line, source in blocks:
-        code = compile("\n" * (line - 1) + source, str(path), "exec")
-        exec(code, namespace)
-    return len(blocks), namespace
+def run_block(path, line, source):
+    """Run a block as a fresh process would; line numbers in a traceback are the file's."""
+    code = f"exec(compile({chr(10) * (line - 1) + source!r}, {str(path)!r}, 'exec'))"
+    # Eight devices are the tests' setting; a reader has one, unless a block says otherwise.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent)
 
 
-def test_the_code_of_the_readme_runs():
-    if not README.exists() or not python_blocks(README.read_text(encoding="utf-8")):
-        pytest.skip("README.md has no python block")
-    run_blocks(README)
+BLOCKS = python_blocks(README.read_text(encoding="utf-8")) if README.exists() else []
+
+
+@pytest.mark.parametrize(("line", "source"), BLOCKS, ids=[f"line {line}" for line, _ in BLOCKS])
+def test_a_block_of_the_readme_runs_by_itself_and_prints(line, source):
+    done = run_block(README, line, source)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_readme_has_at_most_130_lines_and_every_file_it_links_to():
+    if not README.exists():
+        pytest.skip("there is no README.md beside the tests")
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = [link for link in links if "://" not in link]
+    assert local
+    assert [link for link in local if not (README.parent / link).exists()] == []
 
 
 SMALL = """\
@@ -38,8 +55,8 @@ this is no Python
 ```
 
 ```python
-import jax
 x = 2
+print(x)
 ```
 
 Text between.
@@ -49,25 +66,26 @@ def double(x):
     return 2 * x
 
 y = double(x)
-devices = jax.device_count()
+print(y)
 ```
 """
 
 
-def test_blocks_share_one_namespace_and_others_are_left_alone(tmp_path):
+def test_blocks_are_those_marked_python_and_do_not_share_names(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(SMALL)
-    count, namespace = run_blocks(path)
-    assert (count, namespace["y"], namespace["devices"]) == (2, 4, 8)
+    first, second = python_blocks(SMALL)
+    assert run_block(path, *first).stdout == "2\n"
+    done = run_block(path, *second)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "NameError: name 'x' is not defined" in done.stderr
 
 
 def test_a_block_that_fails_is_named_by_its_line(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(SMALL + "\n```python\nx = 1\nmissing\n```\n")
-    with pytest.raises(NameError, match="missing") as error:
-        run_blocks(path)
-    line = error.traceback[-1].lineno + 1
-    assert path.read_text().splitlines()[line - 1] == "missing"
+    path.write_text(SMALL)
+    line = SMALL.splitlines().index("y = double(x)") + 1
+    assert f'"{path}", line {line}, in <module>' in run_block(path, *python_blocks(SMALL)[1]).stderr
 
 
 def test_text_without_a_block_has_none():

@@ -238,6 +238,7 @@ def test_another_name_selects_samples(name):
 # --------------------------------------------------------------------------------------- numbers
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
 def test_sizes_are_positive_integers(size):
     message = rf"\(sizes=...\): axis 'class' has size {size}; pass an integer"
@@ -249,6 +250,7 @@ def test_sizes_are_positive_integers(size):
         ist.membership(0, 0, WHOLE, {"class": size}, 2)
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize(
     ("number", "message"),
     [

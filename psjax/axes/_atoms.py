@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from psjax.axes._source import source_of
 
 _MOST_DIVISIONS = 1000  # of two dimensions until they are alike
@@ -65,9 +67,9 @@ class Atoms:
         self._fixed.append(reason)
         return len(self._parent) - 1
 
-    def dim(self, size: int, reason: Reason | None = None) -> Dim:
+    def dim(self, size: int | np.integer, reason: Reason | None = None) -> Dim:
         """A dimension of one new atom; of no atom where it has one row."""
-        return [[]] if size == 1 else [[self.new(size, reason)]]
+        return [[]] if size == 1 else [[self.new(int(size), reason)]]
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The dimension of several in row-major order."""

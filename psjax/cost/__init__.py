@@ -14,6 +14,7 @@ workers together:
 and the memory that it plans on a device.
 """
 
+from psjax import _public
 from psjax.cost._formulas import Cost as Cost
 from psjax.cost._formulas import data_parallel as data_parallel
 from psjax.cost._formulas import independent_subnets as independent_subnets
@@ -24,3 +25,5 @@ from psjax.cost._ledger import Collective as Collective
 from psjax.cost._ledger import Ledger as Ledger
 from psjax.cost._ledger import Memory as Memory
 from psjax.cost._ledger import ledger as ledger
+
+__dir__ = _public.listing(globals())

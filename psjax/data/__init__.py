@@ -5,6 +5,7 @@ batches of an epoch: whole, by label, in tiles, stratified. Reading a set needs 
 `psjax[data]`; the batches need NumPy alone.
 """
 
+from psjax import _public
 from psjax.data._batches import Batches as Batches
 from psjax.data._batches import batches as batches
 from psjax.data._batches import batches_by_label as batches_by_label
@@ -26,3 +27,5 @@ from psjax.data._speech import LogMel as LogMel
 from psjax.data._speech import SpeechDataset as SpeechDataset
 from psjax.data._speech import load_speech as load_speech
 from psjax.data._speech import log_mel as log_mel
+
+__dir__ = _public.listing(globals())

@@ -132,7 +132,7 @@ def _indptr(counts: Sequence[int] | Integer[np.ndarray, " n"]):
 def _arrays(
     counts: Sequence[int] | Integer[np.ndarray, " n"],
     indices: Sequence[int] | Integer[np.ndarray, " nnz"],
-    values: Sequence[float] | Float[np.ndarray, " nnz"],
+    values: Sequence[float | np.floating] | Float[np.ndarray, " nnz"],
     label_counts: Sequence[int] | Integer[np.ndarray, " n"],
     labels: Sequence[int] | Integer[np.ndarray, " m"],
 ):
@@ -337,7 +337,7 @@ def pad_rows(
     indices: Integer[np.ndarray, " nnz"],
     values: Float[np.ndarray, " nnz"] | None,
     rows: Labels,
-    width: int,
+    width: int | np.integer,
     pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compressed rows as arrays of one width, for batches of a fixed shape; nothing is dropped.

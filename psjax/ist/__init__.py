@@ -18,6 +18,7 @@ Subnet Training*, arXiv:1910.02120. A round is `psjax.local_update` over `member
     scores = net.apply({"params": params, "batch_stats": statistics}, x)
 """
 
+from psjax import _public
 from psjax._state import state_axes as state_axes
 from psjax.ist._adam import ScaleByAdamState as ScaleByAdamState
 from psjax.ist._adam import scale_by_adam as scale_by_adam
@@ -29,3 +30,5 @@ from psjax.ist._exchange import exchange as exchange
 from psjax.ist._exchange import store_specs as store_specs
 from psjax.ist._membership import membership as membership
 from psjax.ist._membership import non_finite as non_finite
+
+__dir__ = _public.listing(globals())

@@ -49,7 +49,7 @@ def membership(
     return partition_of("membership", key, axes, sizes, count, stratified, like)
 
 
-def _check_divisible(axes: Axes, sizes: Mapping[str, Any]):
+def _check_divisible(axes: Any, sizes: Mapping[str, Any]):
     if not isinstance(axes, Axes):
         return
     for name in sizes:

@@ -16,6 +16,7 @@ elements equals the first, to rounding.
 And for very many labels, in chunks of them: `many_label_cross_entropy`, `top_k_labels`.
 """
 
+from psjax import _public
 from psjax.losses._many_labels import many_label_cross_entropy as many_label_cross_entropy
 from psjax.losses._many_labels import top_k_labels as top_k_labels
 from psjax.losses._margins import MarginFn as MarginFn
@@ -31,3 +32,5 @@ from psjax.losses._margins import psl_with_integer_labels as psl_with_integer_la
 from psjax.losses._margins import softplus as softplus
 from psjax.losses._margins import squared_exponential as squared_exponential
 from psjax.losses._margins import squared_hinge as squared_hinge
+
+__dir__ = _public.listing(globals())

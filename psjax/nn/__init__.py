@@ -10,6 +10,7 @@ partitioned neural network training*, G-2023-36, section 5.2; `features` counts 
 **one** group, where the paper counts all groups together.
 """
 
+from psjax import _public
 from psjax.nn._conv import conv as conv
 from psjax.nn._conv import sigmoid as sigmoid
 from psjax.nn._groups import Conv as Conv
@@ -22,3 +23,5 @@ from psjax.nn._groups import flatten_groups as flatten_groups
 from psjax.nn._groups import split_groups as split_groups
 from psjax.nn._subnet import SubnetDense as SubnetDense
 from psjax.nn._subnet import SubnetNorm as SubnetNorm
+
+__dir__ = _public.listing(globals())

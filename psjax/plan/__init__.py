@@ -20,6 +20,7 @@ tasks of a worker then share a label's trunk.
 costs, beside data parallelism, score exchange and independent subnets; `best` chooses.
 """
 
+from psjax import _public
 from psjax.plan._best import best as best
 from psjax.plan._cost import Prediction as Prediction
 from psjax.plan._cost import Table as Table
@@ -34,3 +35,5 @@ from psjax.plan._plan import elements as elements
 from psjax.plan._plan import pairs as pairs
 from psjax.plan._step import value_and_grad as value_and_grad
 from psjax.plan._store import Store as Store
+
+__dir__ = _public.listing(globals())

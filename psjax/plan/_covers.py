@@ -11,9 +11,10 @@ Processing Letters 75, 2000.
 
 import math
 import operator
+from typing import SupportsIndex
 
 
-def difference_cover(num_groups: int) -> tuple[int, ...]:
+def difference_cover(num_groups: SupportsIndex) -> tuple[int, ...]:
     r"""Residues D modulo W, few of them, with $D - D = \mathbb Z_W$.
 
     $|D| (|D| - 1) \ge W - 1$ whatever D. Up to W = 128 the cover comes from a table; up to W = 113

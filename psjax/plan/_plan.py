@@ -381,13 +381,7 @@ def _plan(kind: str, num_workers: int, task_of: np.ndarray, sizes: np.ndarray) -
     return _dealt(kind, W, C, classes, mask)
 
 
-def _dealt(
-    kind: str,
-    num_workers: int,
-    num_classes: int,
-    classes: Integer[np.ndarray, "tasks size"],
-    mask: np.ndarray,
-):
+def _dealt(kind: str, num_workers: int, num_classes: int, classes: np.ndarray, mask: np.ndarray):
     """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
 
     `classes` are those of every task, int `[n, s]`; `mask` its pairs, bool `[n, l, s]`, or `[l, s]`
@@ -408,9 +402,7 @@ def _dealt(
     return Plan(kind, num_classes, own_classes.astype(np.int32), own_mask, share.astype(np.int32))
 
 
-def _runs_of_labels(
-    worker: Integer[np.ndarray, " n"], label: Integer[np.ndarray, " n"], num_classes: int
-):
+def _runs_of_labels(worker: np.ndarray, label: np.ndarray, num_classes: int):
     """Runs of sorted entries: start, length, number among its worker's; and each one's place."""
     starts = np.flatnonzero(np.diff(worker * num_classes + label, prepend=-1))
     counts = np.diff(np.append(starts, len(worker)))

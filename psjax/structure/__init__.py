@@ -33,6 +33,7 @@ Array([6., 5., 4., 3.], dtype=float32)
 The sum is the whole gradient in any order; a round's gradient goes home without a scatter.
 """
 
+from psjax import _public
 from psjax.structure._count import WeightCounts as WeightCounts
 from psjax.structure._count import count as count
 from psjax.structure._count import dependence as dependence
@@ -44,3 +45,5 @@ from psjax.structure._overlap import overlap as overlap
 from psjax.structure._rounds import disjoint_rounds as disjoint_rounds
 from psjax.structure._rounds import in_rounds as in_rounds
 from psjax.structure._rounds import rounds as rounds
+
+__dir__ = _public.listing(globals())

@@ -108,7 +108,7 @@ def _tables(selection: Selection, like: Params):
         yield own, mask.sum(axis=rest, dtype=np.int64) * times
 
 
-def _same(names: Sequence[str], table: np.ndarray):
+def _same(names: Sequence[str], table: np.ndarray | np.integer):
     """The axes along which a table is the same in all rows, and the others."""
     same = [name for name, n in zip(names, table.shape) if n == 1]
     return same, [name for name, n in zip(names, table.shape) if n > 1]

@@ -243,6 +243,7 @@ def test_images_of_different_sizes_are_named(tmp_path):
         data.load("cifar100", data_dir=str(tmp_path))
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize(
     "read", [data.load, lambda *args, **kw: data.load_classes([3], *args, **kw)]
 )
@@ -341,6 +342,7 @@ ORDERED = {
 }
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("kind", ORDERED)
 @pytest.mark.parametrize(
     ("order", "error", "match"),
@@ -366,6 +368,7 @@ def test_an_order_may_leave_samples_out_and_draw_one_twice():
     np.testing.assert_allclose(batches.weights.sum(), 1)
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize(
     ("labels", "error", "match"),
     [
@@ -381,6 +384,7 @@ def test_labels_of_flat_batches_are_checked(labels, error, match):
         data.batches(labels, 2)
 
 
+@pytest.mark.usefixtures("any_type")
 def test_bad_input_is_named():
     for name in ("mnits", "MNIST", "Mnits"):
         with pytest.raises(ValueError, match="Did you mean 'mnist'"):

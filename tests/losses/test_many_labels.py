@@ -307,6 +307,7 @@ def test_top_k_under_vmap_and_shard_map(x64):
     np.testing.assert_array_equal(batched.reshape(6, 3), want)
 
 
+@pytest.mark.usefixtures("any_type")
 def test_bad_input_is_named():
     hidden, kernel, bias, labels = _case(dtype=np.float32)
     loss, top = losses.many_label_cross_entropy, losses.top_k_labels

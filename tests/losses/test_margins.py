@@ -266,6 +266,7 @@ def test_what_has_no_weight_has_no_part_in_any_derivative(x64, form, name):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("any_type")
 def test_bad_input_is_named():
     loss = losses.psl_with_integer_labels
     with pytest.raises(TypeError, match="labels are float32; write integers"):

@@ -134,6 +134,7 @@ def test_initial_kernels_are_xavier_uniform(layer, shape, fan_in, fan_out):
     assert abs(kernel.std() / (limit / np.sqrt(3)) - 1) < 5 * np.sqrt(0.2 / kernel.size)
 
 
+@pytest.mark.usefixtures("any_type")
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="10 features, which 4 groups cannot share evenly"):
         psnn.split_groups(jnp.zeros((2, 10)), 4)

@@ -1,0 +1,1 @@
+"""What the site needs of Sphinx: docstrings, mathematics, the reference, tables, errors."""
