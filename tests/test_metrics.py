@@ -124,7 +124,7 @@ def test_ties_are_broken_as_jax_does():
     )
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named(any_type):
     precision = metrics.precision_at_k
     with pytest.raises(ValueError, match=r"shape \(3, 3\) and labels \(2, 3\)"):
         precision(TOP, LABELS[:2], 5, 3)

@@ -82,7 +82,7 @@ def test_batches_by_label_and_tiles_are_those_of_plain_loops(seed):
     assert data.most_of_a_label(labels, num_classes, size, order) == rows[0].shape[2]
 
 
-def test_a_thousand_classes_cost_no_loop_over_them():
+def test_a_thousand_classes_cost_no_loop_over_them(any_type):
     """A batch has 100 samples of 1000 labels: per label and step there is nothing to do."""
     labels = np.random.default_rng(0).integers(0, 1000, 60_000)
     make = {
