@@ -69,8 +69,7 @@ def strict():
 
 @pytest.fixture
 def any_type():
-    """No check of types: for tests that pass a wrong one and expect psjax's own error, or that
-    count calls."""
+    """No check of types: for tests of psjax's own errors on wrong ones, and that count calls."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
