@@ -16,6 +16,7 @@ from psjax._select import select
 from psjax._selection import Selection
 from psjax._separable import value_and_grad
 from psjax._types import Params
+from psjax.axes import coupled_axes
 
 _SHOWN = 8  # leaves in a message
 
@@ -43,7 +44,7 @@ def check_elements(
     The message lists the leaves that differ and by how much, and a cause where one fits: samples
     chosen by the wrong index, a constant factor (a forgotten 1/L), a constant term, a loss that
     couples the samples of a batch (a batch normalisation), or one that couples more rows than any
-    element holds (a norm or a softmax over the scores).
+    element holds (a norm or a softmax over the scores), with the line of the program that does so.
 
     Args:
       element_fn: as in `psjax.value_and_grad`.
@@ -255,11 +256,23 @@ def _causes(
             yield (
                 f"whole_loss is no sum of functions of what single elements see: rows {rows} of "
                 f"axis {name!r} act together (by {size:.2g} of the loss), and no element holds all "
-                "of them. The network or its loss reduces over that axis, such as a norm or a "
-                "softmax of the scores. Leave the reduction out, or choose a loss that is a sum "
-                "over the elements."
+                f"of them. {_step(whole, params, selection, name)}Leave the reduction out, or "
+                "choose a loss that is a sum over the elements."
             )
     yield _of_leaves(found, selection)
+
+
+def _step(whole: Callable[[Params], Any], params: Params, selection: Selection, name: str):
+    """Which step of the program lets the rows of an axis act together, where that is found."""
+    leaves, treedef = jax.tree.flatten(params)
+    fn = lambda leaves: whole(treedef.unflatten(leaves))
+    told = coupled_axes(fn, leaves, selection.specs, selection.sizes, [name])[name].coupled
+    if told is None:
+        return (
+            "The network or its loss reduces over that axis, such as a norm or a softmax of the "
+            "scores. "
+        )
+    return f"The network or its loss reduces over that axis: {told}. "
 
 
 def _of_factor(found: _Comparison, factor: float, args: tuple[Any, ...], own: tuple[Any, ...]):

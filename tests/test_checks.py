@@ -180,6 +180,34 @@ def test_a_norm_over_the_scores(x64):
     message = Problem(normalised(model.scores, -1)).message()
     assert re.search(r"rows \[\d, \d, \d\] of axis 'class' act together", message)
     assert "no element holds all of them" in message
+    line = normalised.__code__.co_firstlineno + 1
+    assert f"a sum over its rows meets them again (div test_checks.py:{line})" in message
+
+
+def test_outputs_that_are_no_class_scores(x64):
+    """Probabilities of all classes: a network of two of them gives other ones, and is told so."""
+    p = Problem()
+
+    def apply(w, x):
+        return jax.nn.softmax(model.scores(w, x))
+
+    x, labels = p.whole_args
+    axes = psjax.infer_axes(apply, p.params, x)
+    (name,) = (axis.name for axis in axes.axes.values() if axis.kind == "output")
+    pair_scores = psjax.narrow(apply, axes, {name: 2})
+
+    def element(w, pair, x, labels):
+        return jnp.sum((labels == pair[0]) * phi(pair_scores(w, x))) / L
+
+    def whole(w, _, x, labels):
+        margins = [phi(apply(w, x)[:, pair]) for pair in PAIRS]
+        return sum(jnp.sum((labels == k) * m) for (k, _), m in zip(PAIRS, margins)) / L
+
+    selection = psjax.select(axes, {name: PAIRS}, like=p.params)
+    args = (jnp.asarray(PAIRS), x, labels)
+    line = apply.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"act together .*test_checks.py:{line}\)"):
+        psjax.check_elements(element, whole, p.params, selection, *args, in_axes=(0, None, None))
 
 
 def test_a_batch_norm_in_the_trunk(x64):

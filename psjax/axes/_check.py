@@ -21,7 +21,7 @@ def check_axes(
 
     First the program is read: every dimension that goes together with one of an axis must be in the
     axis, and none may be in two. Then, at random weights, the rows of each axis are permuted in all
-    leaves, inputs and results that have it, and the results are compared.
+    leaves, inputs and results that have it, and the results are compared. Calls `apply` twice.
 
     Args:
       apply: `apply(params, *inputs)`, a pure function of arrays.
@@ -32,7 +32,8 @@ def check_axes(
 
     Raises:
       ValueError: naming leaf, dimension and axis that disagree, and the step of the program that
-        says so; or the axis whose permutation changes the results.
+        says so; the axis whose permutation changes the results; or an `apply` that returns other
+        results when it is called again.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -54,10 +55,15 @@ def check_axes(
     named = named_walk(apply, specs, sizes, like, inputs)
     _check_names(named, sizes)
     _check_leaves(named, paths)
-    arrays = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
+    arrays, treedef = jax.tree.flatten((params, inputs))
     rng = np.random.default_rng(seed)
     drawn = [_perturbed(rng, x) for x in arrays]
-    _check_numbers(named, sizes, drawn, rng)
+
+    def once_more(arrays):  # a function that JAX has not traced
+        params, inputs = treedef.unflatten(arrays)
+        return jax.tree.leaves(apply(params, *inputs))
+
+    _check_numbers(named, sizes, drawn, rng, once_more)
 
 
 def _check_names(named, sizes):
@@ -110,23 +116,36 @@ def _perturbed(rng, x):
     return new.astype(x.dtype)
 
 
-def _check_numbers(named, sizes, arrays, rng):
+def _check_numbers(named, sizes, arrays, rng, once_more):
     """Permute the rows of one axis after the other."""
     walk, program = named.walk, named.program
-    results = lambda perms: jax.jit(lambda arrays: _Permuted(walk, perms)(program, arrays))
-    run, random = results({}), _draws(program)
-    base = [np.asarray(y) for y in run(arrays)]
+    evaluate = lambda perms, arrays: _Permuted(walk, perms)(program, arrays)
+    # One program, in which XLA computes once what is the same.
+    run = jax.jit(lambda arrays: (evaluate({}, arrays), once_more(arrays)))
+    random = _draws(program)
+    base, called = ([np.asarray(y) for y in ys] for ys in run(arrays))
     if not all(np.all(np.isfinite(y)) for y in base if y.dtype.kind in "fc"):
         msg = (
             "check_axes: the results at random weights near the given ones are not finite; pass "
             "other parameters or another seed."
         )
         raise ValueError(msg)
+    for y, found in zip(base, called, strict=True):
+        error, allowed = _error(found, y)
+        if not error <= allowed:
+            msg = (
+                "check_axes: apply returns other results when it is called again with the same "
+                f"arrays, by {error:.1e} of their size: it reads or changes something else, such "
+                "as a counter, a list or NumPy's random numbers. JAX traces a function once and "
+                "keeps what it saw; pass in as an argument what changes."
+            )
+            raise ValueError(msg)
     for name in named.atoms:
         perms = {own: rng.permutation(walk.atoms.size(own)) for own in named.own(name)}
         moved = [_permuted(walk, x, v, perms) for x, v in zip(arrays, program.ins)]
-        again = results(perms) if random else run
-        for y, found, value in zip(base, again(moved), program.outs):
+        again = jax.jit(lambda arrays, perms=perms: evaluate(perms, arrays))
+        results = again(moved) if random else run(moved)[0]
+        for y, found, value in zip(base, results, program.outs):
             error, allowed = _error(np.asarray(found), _permuted(walk, y, value, perms))
             if not error <= allowed:
                 msg = (

@@ -199,6 +199,38 @@ def test_a_wrong_rule_is_found_by_the_numbers(monkeypatch):
         psjax.check_axes(fn, axes, weights(), jnp.ones((4, 5)))
 
 
+def test_a_function_that_keeps_count_is_told_so():
+    calls = []
+
+    def apply(params, x):
+        calls.append(x)  # a side effect: a tracer that is kept
+        return len(calls) * jnp.tanh(x @ params[0]) @ params[1]
+
+    params, x = [jnp.ones((4, 8)), jnp.ones((8, 3))], jnp.ones((2, 4))
+    axes = psjax.infer_axes(apply, params, x)
+    with pytest.raises(ValueError, match="apply returns other results when it is called again"):
+        psjax.check_axes(apply, axes, params, x)
+
+
+def test_a_function_that_draws_numbers_of_its_own_is_told_so():
+    rng = np.random.default_rng(0)
+    apply = lambda w, x: rng.normal() * jnp.tanh(x @ w[0]) @ w[1]
+    params, x = [jnp.ones((4, 8)), jnp.ones((8, 3))], jnp.ones((2, 4))
+    axes = psjax.infer_axes(apply, params, x)
+    with pytest.raises(ValueError, match="or NumPy's random numbers. JAX traces a function once"):
+        psjax.check_axes(apply, axes, params, x)
+
+
+def test_what_a_function_only_keeps_does_not_disturb():
+    """A list of activations, as hooks make it: the results are the same."""
+    seen = []
+    apply = lambda w, x: (seen.append(h := jnp.tanh(x @ w[0])), h @ w[1])[1]
+    params, x = [jnp.ones((4, 8)), jnp.ones((8, 3))], jnp.ones((2, 4))
+    axes = psjax.infer_axes(apply, params, x)
+    assert axes.divisible == {"hidden_0": 8}
+    psjax.check_axes(apply, axes, params, x)
+
+
 def test_experts_are_found_where_a_router_ranks_them():
     apply, params, inputs = CASES["mixture-of-experts"].make()
     axes = psjax.infer_axes(apply, params, *inputs)
