@@ -47,6 +47,14 @@ if "TFDS_DATA_DIR" not in os.environ and _shared.is_dir():
     os.environ["TFDS_DATA_DIR"] = str(_shared)
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what `tests/slow.txt` names."""
+    slow = set((_here / "tests" / "slow.txt").read_text().split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module():
     """Frees what a module has compiled.

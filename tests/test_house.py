@@ -261,3 +261,12 @@ def written(source, monkeypatch):
 def _forget():
     yield
     tree.cache_clear()
+
+
+def test_slow_tests_exist():
+    """Every name in `tests/slow.txt` is that of a test, and stands there once."""
+    names = (ROOT / "tests" / "slow.txt").read_text().split()
+    assert names == sorted(set(names))
+    for name in names:
+        path, function = name.split("::")
+        assert function in {f.name for f in ast.walk(tree(ROOT / path)) if hasattr(f, "name")}
