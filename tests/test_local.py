@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from tests import bits
 from tests import reference_ist as ref
 from tests.over_devices import divided, over_devices
 
@@ -166,10 +167,10 @@ def test_neurons_that_nobody_holds_sit_out(name):
 def test_one_subnet_is_plain_training_bit_for_bit(name):
     _, optimizer = OPTIMIZERS[name]
     params, batches = init(), make_batches(n=1)
-    update = jax.jit(psjax.local_update(loss_fn, optimizer))
+    update = bits.jit(psjax.local_update(loss_fn, optimizer))
     new, state, _ = update(params, optimizer.init(params), draw(0, n=1), batches)
 
-    @jax.jit
+    @bits.jit
     def train(params, state, batches):
         def step(carry, batch):
             params, state = carry
