@@ -62,7 +62,9 @@ def test_the_statistics_that_travel_change_no_weight(tmp_path):
         run.train(c, tmp_path / c.normalization, report=lambda line: None) for c in (config, plain)
     )
     for column in ("train_loss", "test_accuracy"):
-        assert [row[column] for row in one] == [row[column] for row in other]
+        found, want = ([row[column] for row in rows] for rows in (one, other))
+        # Two programs: XLA rounds the same sums differently, by one unit of float32 here.
+        np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 def test_a_training_stops_when_its_loss_stands_still(tmp_path):
