@@ -11,6 +11,7 @@ from psjax import metrics as metrics
 from psjax import models as models
 from psjax import nn as nn
 from psjax import plan as plan
+from psjax import quasi_newton as quasi_newton
 from psjax import structure as structure
 from psjax._checks import check_elements as check_elements
 from psjax._devices import pmap as pmap

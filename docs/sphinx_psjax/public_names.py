@@ -20,6 +20,7 @@ MODULES = (
     "psjax.ist",
     "psjax.plan",
     "psjax.losses",
+    "psjax.quasi_newton",
     "psjax.structure",
     "psjax.cost",
     "psjax.data",
