@@ -145,7 +145,7 @@ def _of_elements(
 def hessian_operator(
     element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
 ) -> Callable[..., Callable[[Any], Any]]:
-    r"""Products with the Hessian of the sum, $v \mapsto \sum_e U_e^\top \nabla^2 \hat f_e U_e v$.
+    r"""Products with the Hessian of the sum, $\sum_e U_e^\top \nabla^2 \hat f_e U_e$.
 
     Forward over reverse: a product costs about two gradients, and no matrix is formed.
 

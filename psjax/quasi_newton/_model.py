@@ -44,7 +44,7 @@ def approximation_bytes(
 def operator(
     approximation: Any, selection: Selection | Sequence[Selection], params: Params, update: str
 ) -> Callable[[Any], Any]:
-    r"""Products with the model's Hessian, $v \mapsto \sum_e U_e^\top B_e U_e v$.
+    r"""Products with the model's Hessian, $\sum_e U_e^\top B_e U_e$.
 
     Args:
       approximation: `state.approximation` of `minimize`; or matrices `[E, m, m]`, as
