@@ -11,11 +11,11 @@ every hidden layer, the paper's batch of 128 a worker, SGD with its learning rat
     python -m experiments.ist.reproduce --plot              # tables and figures, nothing is run
 
 Every setting continues where it was interrupted, and one that is done is not run again. What was
-measured goes to `experiments/ist/results/`. Several processes may share the settings; for times
+measured goes to `runs/results/ist/`, which begins as a copy of `experiments/ist/results/`; with
+`--commit-results` to the latter. Several processes may share the settings; for times
 that mean something give each one core (`taskset -c 0`), and `steps` a quiet one.
 """
 
-import csv
 import dataclasses
 import fnmatch
 import math
@@ -31,7 +31,10 @@ import numpy as np
 from flax import linen as nn
 
 import psjax
-from experiments import _run
+from experiments._lib.command import run_script
+from experiments._lib.folder import open_folder, results_folder
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import read_rows, write_rows
 from experiments.ist import run, tables, training
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -104,10 +107,17 @@ class Args:
     """Of every timing."""
     out: pathlib.Path = pathlib.Path("runs/reproduce-ist")
     """Where run folders go."""
-    results: pathlib.Path = RESULTS
-    """Where rows, tables and figures go."""
+    results: pathlib.Path | None = None
+    """Where rows, tables and figures go. Default: runs/results/ist."""
     plot: bool = False
-    """Run nothing; tables and figures from what was measured, the tables also into README.md."""
+    """Run nothing; tables and figures from what was measured; where they are written to --results
+    or with --commit-results, the tables also into README.md of the folder above."""
+    commit_results: bool = False
+    """Write to experiments/ist/results."""
+
+    def path(self, name: str = "") -> pathlib.Path:
+        """The folder of the results, or a file in it."""
+        return results_folder(RESULTS, self.commit_results, self.results) / name
 
 
 def config_of(setting: Setting, args: Args) -> training.Config:
@@ -145,7 +155,7 @@ def train(setting: Setting, args: Args) -> None:
     name = f"{setting.name}-seeds{config.first_seed}-{last}"
     folder = args.out / name
     if (folder / "done").exists():
-        _run.open_folder(config, folder, resume=True)  # refuses another training of this name
+        open_folder(config, folder, resume=True)  # refuses another training of this name
         print(f"{name}: done before", file=sys.stderr)
         return
     start = time.process_time()
@@ -158,21 +168,19 @@ def train(setting: Setting, args: Args) -> None:
             data_dir=args.data_dir,
             stop=loss_stands_still,
         )
-    except _run.NotFiniteError as error:
+    except NotFiniteError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        path = folder / "metrics.csv"
-        rows = _run.read_rows(path) if path.exists() else []
+        rows = read_rows(folder / "metrics.csv")
         # The tables show a training that diverged as NaN, from where it did.
         after = {"epoch": max((row["epoch"] for row in rows), default=0) + 1, "samples": 0}
         nan = {"train_loss": math.nan, "test_accuracy": math.nan}
         seeds = range(config.first_seed, config.first_seed + config.seeds)
         rows += [{**(rows[0] if rows else {}), **after, **nan, "seed": seed} for seed in seeds]
     if rows:
-        (args.results / "trainings").mkdir(parents=True, exist_ok=True)
         kept = ("epoch", "seed", "samples", "train_loss", "test_accuracy")
         kept += tuple(c for c in rows[0] if c == "test_accuracy_uncalibrated")
-        path = args.results / "trainings" / f"{name}.csv"
-        _run.write_rows(path, [{column: row[column] for column in kept} for row in rows])
+        kept_rows = [{column: row[column] for column in kept} for row in rows]
+        write_rows(args.path("trainings") / f"{name}.csv", kept_rows)
     (folder / "done").touch()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, over all settings
     print(f"{name}: done, {time.process_time() - start:.0f} s of a core", file=sys.stderr)
@@ -239,16 +247,8 @@ def time_steps(args: Args) -> list[dict]:
             row = {"seconds": median, "low": low, "high": high, "gflop": tables.gflop(size, n)}
             rows.append({**size._asdict(), "workers": n, **row})
             print(f"{size.name}, n = {n}: {1e3 * median:.2f} ms a step", file=sys.stderr)
-    args.results.mkdir(parents=True, exist_ok=True)
-    with open(args.results / tables.STEPS_FILE, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([{k: _short(v) for k, v in row.items()} for row in rows])
+    write_rows(args.path(tables.STEPS_FILE), rows)
     return rows
-
-
-def _short(value):
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def chosen(only: tuple[str, ...]) -> list[str]:
@@ -267,15 +267,18 @@ def chosen(only: tuple[str, ...]) -> list[str]:
 
 def main(args: Args) -> None:
     names = chosen(args.only)
-    if not args.plot:
-        for name in names:
-            if name == STEPS:
-                time_steps(args)
-            else:
-                train(SETTINGS[name], args)
-    else:
-        tables.draw(args.results, args.width, readme=args.results.parent / "README.md")
+    if args.plot:
+        results = args.path()
+        ours = args.commit_results or args.results is not None
+        readme = results.parent / "README.md" if ours else None
+        tables.draw(results, args.width, readme)
+        return
+    for name in names:
+        if name == STEPS:
+            time_steps(args)
+        else:
+            train(SETTINGS[name], args)
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__)

@@ -6,7 +6,6 @@ its link of 1 Gbit/s. Nothing overlaps, a message costs no latency, gathering an
 worker's weights in its own memory no time.
 """
 
-import csv
 import math
 import os
 import pathlib
@@ -15,9 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import _run
+from experiments._lib.tables import (
+    markdown,
+    mean_std,
+    paste,
+    read_mixed,
+    read_rows,
+    series,
+    std,
+)
 from experiments.ist import figures
-from experiments.psl.figures import plus_minus, series, std
 from psjax import cost
 
 BATCH = 128
@@ -125,13 +131,8 @@ class Times:
     """
 
     def __init__(self, rows: list[dict]):
-        named = (("depth", int), ("width", int), ("labels", int), ("features", int))
-        self.seconds = {
-            (Size(*(kind(row[name]) for name, kind in named)), int(row["workers"])): float(
-                row["seconds"]
-            )
-            for row in rows
-        }
+        size = lambda row: Size(*(int(row[name]) for name in Size._fields))
+        self.seconds = {(size(r), int(r["workers"])): float(r["seconds"]) for r in rows}
 
     def compute(self, size: Size, method: str, workers: int) -> float:
         """One worker's step on its batch."""
@@ -150,18 +151,15 @@ class Times:
 
 
 def read_steps(results: pathlib.Path) -> Times | None:
-    path = results / STEPS_FILE
-    if not path.exists():
-        return None
-    with open(path, newline="") as file:
-        return Times(list(csv.DictReader(file)))
+    rows = read_mixed(results / STEPS_FILE)
+    return Times(rows) if rows else None
 
 
 def load(results: str | os.PathLike) -> dict[Key, list[dict]]:
     """Rows of every setting, joined over its files of seeds."""
     settings: dict[Key, list[dict]] = {}
     for path in sorted((pathlib.Path(results) / "trainings").glob("*.csv")):
-        if (match := _NAME.fullmatch(path.name)) and (rows := _run.read_rows(path)):
+        if (match := _NAME.fullmatch(path.name)) and (rows := read_rows(path)):
             depth, method, workers, local_steps = match.groups()
             key = Key(int(depth), method, int(workers), int(local_steps))
             settings.setdefault(key, []).extend(rows)
@@ -201,7 +199,7 @@ def table3(trained: dict[Key, list[dict]]) -> str:
     for i, (depth, n) in enumerate(columns):
         head.append(f"{depth}-layer, {n} workers")
         head += [f"the paper, {paper[i]}-layer, 2 workers"] if i in paper else []
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = []
     shown = [(method, "test_accuracy", name) for method, name in METHODS.items()]
     shown.insert(3, ("ist", "test_accuracy_uncalibrated", TRAVELLING))
     for method, column, name in shown:
@@ -211,15 +209,14 @@ def table3(trained: dict[Key, list[dict]]) -> str:
             if rows is None or column not in rows[0]:
                 cells.append("not run")
             else:
-                values = final(rows, column)
-                end = series(rows, column)[0][-1]
-                text = plus_minus(values.mean(), float(std(values)), 1)
-                cells.append(f"{text} ({len(values)}; {end})")
+                values, end = final(rows, column), series(rows, column)[0][-1]
+                cells.append(f"{mean_std(values, 1)} ({len(values)}; {end})")
             if i in paper:
                 known = PAPER_FINAL.get((paper[i], method)) if column == "test_accuracy" else None
                 cells.append("" if known is None else f"{known:.1f}")
-        lines.append(_row(cells))
-    lines += [
+        lines.append(cells)
+    lines = [
+        markdown(head, lines),
         "",
         "Test accuracy in %, mean ± standard deviation over seeds (seeds; epochs, until the loss "
         "stops improving or at most those above). Local SGD and IST with J = 10.",
@@ -244,7 +241,7 @@ def table1(
         for quantity in quantities:
             head = ["accuracy", "method", "1 worker", *(f"{n} workers" for n in WORKERS)]
             head += [f"the paper's, {n}" for n in WORKERS if quantity == "time"]
-            lines = [f"{UNITS[quantity]}:", "", _row(head), _row(["---"] * len(head))]
+            lines = []
             for accuracy in accuracies:
                 i = ACCURACIES.index(accuracy)
                 for place, local_steps in keys:
@@ -264,8 +261,8 @@ def table1(
                             cells += [""] * len(WORKERS)
                         else:
                             cells += [f"{s} ({PAPER_ACCURACIES[i]:.2f})" for s in known]
-                    lines.append(_row(cells))
-            parts.append("\n".join(lines))
+                    lines.append(cells)
+            parts.append(f"{UNITS[quantity]}:\n\n{markdown(head, lines)}")
     parts.append(
         "By the first report (at most one an epoch, at the end of a round) with so high a test "
         "accuracy; mean ± standard deviation over the seeds that reached it, whose number stands "
@@ -319,25 +316,19 @@ def _round(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def table_of_steps(times: Times) -> str:
     """What was timed, as Markdown."""
-    lines = [
-        "| network | one worker | 2 subnets | 4 subnets | 8 subnets |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for size in SIZES:
-        cells = []
+        cells = [size.name]
         for n in (1, *WORKERS):
             seconds = times.seconds.get((size, n))
             rate = "" if seconds is None else f" ({gflop(size, n) / seconds:.0f} GFLOP/s)"
             cells.append("not run" if seconds is None else f"{1e3 * seconds:.3g}{rate}")
-        lines.append(_row([size.name, *cells]))
-    lines += ["", "Milliseconds of one core, a local step of one worker on a batch of 128."]
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    table = markdown(("network", "one worker", *(f"{n} subnets" for n in WORKERS)), rows)
+    note = "Milliseconds of one core, a local step of one worker on a batch of 128."
+    return f"{table}\n\n{note}\n"
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -370,7 +361,7 @@ def draw(results: str | os.PathLike, width: int, readme: pathlib.Path | None = N
         (results / f"{name}.md").write_text(text)
         print(text)
         if readme is not None and readme.exists():
-            _run.paste(readme, name, short.get(name, text))
+            paste(readme, name, short.get(name, text))
 
 
 def _speedups(times: Times) -> dict[str, list[dict[str, Any]]]:
