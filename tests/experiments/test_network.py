@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from experiments import _run
+from experiments._lib.command import run_script
+from experiments._lib.tables import write_rows
 from experiments.benchmarks import _network_worker, network
 
 
@@ -60,7 +61,7 @@ def test_without_root_or_its_commands_it_ends_in_one_clear_line(
     out = str(tmp_path / "network.csv")
     monkeypatch.setattr("sys.argv", ["network", "--datasets", "digits", "--out", out])
     with pytest.raises(SystemExit, match=f"^error: .*{said}.*write --plot") as ended:
-        _run.run_script(network.main, network.Args, network.__doc__)
+        run_script(network.main, network.Args, network.__doc__)
     assert "\n" not in str(ended.value)
     assert not list(tmp_path.iterdir())
 
@@ -143,7 +144,7 @@ def test_tables_and_a_figure_come_from_the_csv_alone(tmp_path):
     slow = {"mbit": 100, "step_ms_mean": 50.0, "seconds_80": 1.5}
     whole = {"method": "data-parallel", "local_steps": 1}
     rows = [row(), row(**slow), row(**whole), row(**whole, **slow | {"seconds_80": 15.0})]
-    _run.write_rows(out, rows)
+    write_rows(out, rows)
     assert network.read(out) == rows
     network.main(network.Args(out=out, plot=True))
     text = out.with_suffix(".md").read_text()

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments._checkpoint import Checkpoints
+from experiments._lib.checkpoint import Checkpoints
 
 N = 3  # subnets
 AXES = {"first": P(None, "h1"), "middle": P("h1", "h2"), "last": P("h2", None)}
