@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from experiments._run import run_script
+from experiments._lib.command import run_script
 
 LARGEST = 128  # residues as the bits of two words, differences up to their sign as those of one
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,8 +24,10 @@ def new_folder(*words: str) -> pathlib.Path:
     return pathlib.Path("runs") / "-".join((*words, time.strftime("%Y%m%d-%H%M%S")))
 
 
-def results_folder(tracked: pathlib.Path, commit: bool, asked: pathlib.Path | None = None):
-    """Where a program reads and writes its results.
+def results_folder(
+    tracked: pathlib.Path, commit: bool, asked: pathlib.Path | None = None
+) -> pathlib.Path:
+    """Where a program reads and writes its results; it says so.
 
     Args:
       tracked: the folder of the results that are in git, `experiments/<paper>/results`.
@@ -35,15 +38,17 @@ def results_folder(tracked: pathlib.Path, commit: bool, asked: pathlib.Path | No
       Unless one of them is asked for, `runs/results/<paper>`, which begins as a copy of `tracked`.
     """
     if asked is not None or commit:
-        return tracked if asked is None else asked
-    copy = pathlib.Path("runs", "results", tracked.parent.name)
-    for path in filter(pathlib.Path.is_file, tracked.rglob("*")):
-        own = copy / path.relative_to(tracked)
-        if not own.exists():
-            own.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, own)
-    copy.mkdir(parents=True, exist_ok=True)
-    return copy
+        folder = tracked if asked is None else asked
+    else:
+        folder = pathlib.Path("runs", "results", tracked.parent.name)
+        for path in filter(pathlib.Path.is_file, tracked.rglob("*")):
+            own = folder / path.relative_to(tracked)
+            if not own.exists():
+                own.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, own)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"results: {folder}", file=sys.stderr)
+    return folder
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ import jax
 from tqdm import tqdm
 
 import psjax
-from experiments._run import check_choice, check_positive, replace
+from experiments._lib.config import check_choice, check_positive
+from experiments._lib.folder import replace
 from experiments.axes._missed import missed
 from psjax.axes._axes import KINDS
 

@@ -20,6 +20,7 @@ classification repository*, 2016, http://manikvarma.org/downloads/XC/XMLReposito
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import sys
@@ -112,9 +113,10 @@ class Args:
             raise ValueError(msg)
         self.learning_rates = self.learning_rates or RATES[self.optimizer]
 
-    def path(self, name: str = "") -> pathlib.Path:
-        """The folder of the results, or a file in it."""
-        return results_folder(RESULTS, self.commit_results, self.out) / name
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(RESULTS, self.commit_results, self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +300,7 @@ def table_2(args: Args) -> list[Chosen]:
         f"on; {len(test)} test points, {whole.num_features} features, {whole.num_labels} labels",
         file=sys.stderr,
     )
-    out = args.path()
+    out = args.where
     done, chosen = [], []
 
     def fit(setting, config, train_on, held_out):
@@ -421,7 +423,7 @@ def shapes_config(args: Args) -> training.Config:
 
 
 def main(args: Args) -> None:
-    out = args.path()
+    out = args.where
     if args.amazon_shapes:
         amazon.one_round(shapes_config(args), out)
         print(out / "amazon_shapes.md")

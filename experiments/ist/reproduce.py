@@ -18,6 +18,7 @@ that mean something give each one core (`taskset -c 0`), and `steps` a quiet one
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import pathlib
 import shutil
@@ -115,9 +116,10 @@ class Args:
     commit_results: bool = False
     """Write to experiments/ist/results."""
 
-    def path(self, name: str = "") -> pathlib.Path:
-        """The folder of the results, or a file in it."""
-        return results_folder(RESULTS, self.commit_results, self.results) / name
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(RESULTS, self.commit_results, self.results)
 
 
 def config_of(setting: Setting, args: Args) -> training.Config:
@@ -180,7 +182,7 @@ def train(setting: Setting, args: Args) -> None:
         kept = ("epoch", "seed", "samples", "train_loss", "test_accuracy")
         kept += tuple(c for c in rows[0] if c == "test_accuracy_uncalibrated")
         kept_rows = [{column: row[column] for column in kept} for row in rows]
-        write_rows(args.path("trainings") / f"{name}.csv", kept_rows)
+        write_rows(args.where / "trainings" / f"{name}.csv", kept_rows)
     (folder / "done").touch()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, over all settings
     print(f"{name}: done, {time.process_time() - start:.0f} s of a core", file=sys.stderr)
@@ -247,7 +249,7 @@ def time_steps(args: Args) -> list[dict]:
             row = {"seconds": median, "low": low, "high": high, "gflop": tables.gflop(size, n)}
             rows.append({**size._asdict(), "workers": n, **row})
             print(f"{size.name}, n = {n}: {1e3 * median:.2f} ms a step", file=sys.stderr)
-    write_rows(args.path(tables.STEPS_FILE), rows)
+    write_rows(args.where / tables.STEPS_FILE, rows)
     return rows
 
 
@@ -268,7 +270,7 @@ def chosen(only: tuple[str, ...]) -> list[str]:
 def main(args: Args) -> None:
     names = chosen(args.only)
     if args.plot:
-        results = args.path()
+        results = args.where
         ours = args.commit_results or args.results is not None
         readme = results.parent / "README.md" if ours else None
         tables.draw(results, args.width, readme)

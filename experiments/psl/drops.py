@@ -25,6 +25,7 @@ figures and drops.md go to `runs/results/psl/`, which begins as a copy of
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -69,9 +70,10 @@ class Args:
     def setting(self) -> str:
         return f"{self.model}-{self.dataset}-{self.batch_size}"
 
-    def path(self, name: str = "") -> pathlib.Path:
-        """The folder of the results, or a file in it."""
-        return results_folder(reproduce.RESULTS, self.commit_results, self.results) / name
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(reproduce.RESULTS, self.commit_results, self.results)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -103,7 +105,7 @@ def config_of(args: Args, variant: str) -> training.Config:
 
 def collect(args: Args, variant: str) -> list[dict]:
     """Rows of a variant, of each seed its longest run: from `results`, run folders, `reproduce`."""
-    path = args.path() / f"drops-{args.setting}-{variant}.csv"
+    path = args.where / f"drops-{args.setting}-{variant}.csv"
     folders = args.out.glob(f"{args.setting}-{variant}-seeds*/metrics.csv")
     sources = [read_rows(p) for p in [path, *sorted(folders)]]
     loss = {"psl-squared": "psl-squared", "nll": "nll"}.get(variant)
@@ -195,7 +197,7 @@ def main(args: Args) -> None:
     if unknown:
         msg = f"variant {' '.join(unknown)}: there is none; write some of {', '.join(VARIANTS)}."
         raise SystemExit(msg)
-    results = args.path()
+    results = args.where
     results.mkdir(parents=True, exist_ok=True)
     if args.trace is not None:
         rows = drop_steps.trace(config_of(args, args.trace), data_dir=args.data_dir)

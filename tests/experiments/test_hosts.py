@@ -20,8 +20,9 @@ import pytest
 
 from experiments._lib.checkpoint import Checkpoints
 from experiments._lib.folder import hold_folder, open_folder
-from experiments.hosts import _watch, cluster, launch, methods, problem
+from experiments.hosts import cluster, launch, methods, problem
 from experiments.hosts import train as script
+from experiments.hosts.watch import Watch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Half of a process's time is compilation; without LLVM's optimizations it is half of that.
@@ -320,7 +321,8 @@ def test_other_data_another_plan_or_version_are_refused_by_name(compared):
 STRANGE = r"""
 import pathlib, socket, sys, time
 from jax._src import distributed
-from experiments.hosts import _watch, cluster
+from experiments.hosts import cluster
+from experiments.hosts.watch import Watch
 address, processes, process = sys.argv[2], int(sys.argv[4]), int(sys.argv[6])
 cluster.initialize(address, processes, process, timeout=120)
 port = int(address.rpartition(":")[2])
@@ -338,7 +340,7 @@ if process == 0:
             print(f"reached at {other}.")
         except OSError:
             print(f"not reached at {other}.")
-with _watch.Watch(deadline=60 if process else 10, start=60) as watch:
+with Watch(deadline=60 if process else 10, start=60) as watch:
     client = distributed.global_state.client
     watch.at(0, "batch")
     if process == 0:
@@ -600,7 +602,7 @@ def watch(monkeypatch):
         raise Ended(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    watch = _watch.Watch(deadline=0.5)
+    watch = Watch(deadline=0.5)
     watch.me, watch.processes = 1, 2
     watch.client = watch.shell = mock.MagicMock()
     watch.heard = time.monotonic() + 1000
