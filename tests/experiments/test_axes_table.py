@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.axes import _missed, table
+from experiments.axes import table
+from experiments.axes.missed import missed as find_missed
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name(tmp_path):
 def missed(apply, shapes):
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in shapes.items()}
-    return _missed.missed(apply, params, (jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),))
+    return find_missed(apply, params, (jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),))
 
 
 def test_rows_that_are_reversed_twice_are_missed():
