@@ -3,7 +3,8 @@
     python -m experiments.axes
     python -m experiments.axes --models gpt resnet18-batchnorm --out /tmp/axes
 
-The models are those of `tests/axes/registry.py`. A line is written as soon as a model is done: the
+The models are those of `tests/axes/registry.py`, and `tests/axes/missed.py` looks for what was
+missed. A line is written as soon as a model is done: the
 axes of each kind; whether `psjax.check_axes` proves them; fixed dimensions that can be permuted
 after all; what is fixed and why; and milliseconds, each the median of three, with JAX's caches
 empty as at a first call. Both files, `models.csv` and `models.md`, are written anew every time, to
@@ -32,11 +33,10 @@ from experiments._lib.config import check_choice, check_positive
 from experiments._lib.folder import replace, results_folder
 from experiments._lib.machine import processor
 from experiments._lib.tables import markdown, write_rows
-from experiments.axes.missed import missed
-from psjax.axes._axes import KINDS
 
 REPEATS = 3
 RESULTS = pathlib.Path(__file__).parent / "results"
+KINDS = ("hidden", "output", "input", "normalised")
 
 
 @dataclasses.dataclass
@@ -74,9 +74,10 @@ class Row:
     failed: str = ""
 
 
-def registry() -> dict[str, Any]:
-    """The models by name."""
+def registry() -> tuple[dict[str, Any], Callable[..., list[str]]]:
+    """The models by name, and what looks for axes that were missed."""
     try:
+        from tests.axes.missed import missed
         from tests.axes.registry import CASES
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("tests"):
@@ -86,16 +87,17 @@ def registry() -> dict[str, Any]:
             "root of a checkout of psjax."
         )
         raise ImportError(msg) from error
-    return CASES
+    return CASES, missed
 
 
-def measure(name: str, make: Callable[[], Any], limit: float) -> Row:
+def measure(name: str, make: Callable[[], Any], limit: float, missed) -> Row:
     """A model's line.
 
     Args:
       name: of the model.
       make: returns `(apply, params, inputs)`.
       limit: seconds.
+      missed: `(apply, params, inputs) -> descriptions` of axes that were missed.
     """
     apply, params, inputs = make()
     try:
@@ -222,7 +224,7 @@ _COLUMNS = ("hidden", "normalised", "output", "input")
 def main(args: Args) -> None:
     """Measure the models and write the table."""
     check_positive("limit", args.limit)
-    cases = registry()
+    cases, missed = registry()
     for name in args.models:
         check_choice("models", name, cases)
     jax.config.update("jax_disable_most_optimizations", True)  # what is compiled runs a few times
@@ -239,7 +241,7 @@ def main(args: Args) -> None:
                 bar.write(f"{name}: left out, {case.needs} is not installed", file=sys.stdout)
                 skipped.append(name)
                 continue
-            row = measure(name, case.make, args.limit)
+            row = measure(name, case.make, args.limit, missed)
             for what in ("failed", "wrong", "missed", "unknown"):
                 if getattr(row, what):
                     bar.write(f"{name}: {what}: {getattr(row, what)}", file=sys.stdout)
