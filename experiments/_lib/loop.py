@@ -7,6 +7,7 @@ same parameters, bit for bit, as one that was not.
 """
 
 import math
+import os
 import pathlib
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.folder import hold_folder
 from experiments._lib.signals import interruption
 from experiments._lib.tables import read_rows, write_rows
 
@@ -89,6 +91,41 @@ class Training:
         return saved
 
 
+def train(
+    config: Any,
+    folder: str | os.PathLike,
+    make: Callable[[], Training],
+    keep: int = 3,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 5,
+    **how: Any,
+) -> list[dict]:
+    """`run` in a run folder that no other process may use meanwhile, and that gets `config.json`.
+
+    Args:
+      config: of the training, a dataclass; the folder may hold no other training.
+      folder: the run folder.
+      make: gives the training, as soon as the folder is held.
+      keep: number of checkpoints that stay.
+      resume: as for `run`; so are the others.
+      checkpoint_every: epochs between checkpoints.
+      **how: the rest.
+
+    Raises:
+      FileExistsError: something is in the folder and `resume` is False.
+      BlockingIOError: another process trains in the folder.
+      ValueError: the folder holds a run of another configuration.
+      NotFiniteError: NaN or Inf; the last good checkpoint stays.
+      OSError: a checkpoint or the rows cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    with hold_folder(config, folder, resume):
+        checkpoints = Checkpoints(folder / "checkpoints", keep, config=config)
+        cadence: Any = {"resume": resume, "checkpoint_every": checkpoint_every}
+        return run(make(), folder, checkpoints, **cadence, **how)
+
+
 def run(
     training: Training,
     folder: pathlib.Path,
@@ -96,7 +133,7 @@ def run(
     *,
     resume: bool,
     checkpoint_every: int,
-    told: Callable[[list[dict]], bool | None] = lambda rows: None,
+    stop: Callable[[list[dict]], bool | None] = lambda rows: None,
     report: Callable[[str], None] = say,
 ) -> list[dict]:
     """Train in a run folder that is held; returns the rows of metrics.csv.
@@ -110,7 +147,7 @@ def run(
       resume: continue from the newest good checkpoint; without one, from the start.
       checkpoint_every: a checkpoint at the first step at or after each multiple of this, and at
         the end.
-      told: told the rows after every report; if it returns True the training ends.
+      stop: told the rows after every report; if it returns True the training ends.
       report: told, a line at a time, what a person should know.
 
     Raises:
@@ -160,7 +197,7 @@ def run(
                     mean = lambda column, own=new: math.fsum(r[column] for r in own) / len(own)
                     shown = {"loss": mean("train_loss"), "accuracy": mean(training.headline)}
                     bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
-                last = bool(told(rows)) or last
+                last = bool(stop(rows)) or last
             if step // every > before // every or last:
                 checkpoints.save(step, training.saved(state, step))
             bar.update(step - before)

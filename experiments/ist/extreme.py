@@ -35,9 +35,8 @@ from flax import linen as nn
 
 import psjax
 from experiments._lib import loop
-from experiments._lib.checkpoint import Checkpoints
 from experiments._lib.command import run_script
-from experiments._lib.folder import hold_folder, replace, results_folder
+from experiments._lib.folder import open_folder, replace, results_folder
 from experiments._lib.loop import NotFiniteError
 from experiments._lib.program import over_seeds
 from experiments._lib.tables import markdown, read_mixed, read_rows, write_rows
@@ -189,19 +188,19 @@ def train(
     Raises:
       NotFiniteError: NaN or Inf in the parameters, or in all subnets of a round.
     """
-    with hold_folder(config, folder, resume=True):
-        rows = read_rows(folder / "metrics.csv")
-        last = rows[-1]["epoch"] if rows else 0
-        if last > config.epochs:
-            msg = f"{folder} has {last} epochs; write --epochs {last} or more, or another --runs."
-            raise ValueError(msg)
-        if last == config.epochs:
-            written(rows)
-            return rows
-        checkpoints = Checkpoints(folder / "checkpoints", keep=1, config=config)
-        how: dict = {"resume": True, "checkpoint_every": checkpoint_every, "told": written}
-        loop.run(Labels(build(config, train, held_out)), folder, checkpoints, **how)
-        return read_rows(folder / "metrics.csv")  # as a later call returns them
+    rows = read_rows(folder / "metrics.csv")
+    last = rows[-1]["epoch"] if rows else 0
+    if last > config.epochs:
+        msg = f"{folder} has {last} epochs; write --epochs {last} or more, or another --runs."
+        raise ValueError(msg)
+    if last == config.epochs:
+        open_folder(config, folder, resume=True)  # refuses another training of this name
+        written(rows)
+        return rows
+    make = lambda: Labels(build(config, train, held_out))
+    how: dict = {"resume": True, "checkpoint_every": checkpoint_every, "stop": written}
+    loop.train(config, folder, make, 1, **how)
+    return read_rows(folder / "metrics.csv")  # as a later call returns them
 
 
 class Labels(run.Rounds):

@@ -1,14 +1,12 @@
 """Trainings in a run folder: a row a report and seed, and subnets that are left out of a round."""
 
 import os
-import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments._lib import loop
-from experiments._lib.checkpoint import Checkpoints
-from experiments._lib.folder import hold_folder
 from experiments._lib.loop import NotFiniteError
 from experiments.ist import training
 
@@ -17,39 +15,25 @@ def train(
     config: training.Config,
     folder: str | os.PathLike,
     *,
-    resume: bool = False,
-    checkpoint_every: int = 5,
     data_dir: str | None = None,
-    stop=lambda rows: False,
     report=loop.say,
+    **how: Any,
 ) -> list[dict]:
     """Train as `config` says, in a run folder; returns the metrics, a row a report and seed.
 
-    The folder gets `config.json`, and what `experiments._lib.loop.run` writes. Every round follows
-    from the state and (seed, round) alone. For the rows see `Rounds`.
+    Every round follows from the state and (seed, round) alone. For the rows see `Rounds`.
 
     Args:
       config: the training.
       folder: the run folder.
-      resume: continue from the newest good checkpoint in `folder`; without one, from the start.
-      checkpoint_every: epochs between checkpoints; there is always one at the end.
       data_dir: where TFDS keeps its sets.
-      stop: told the rows after every report, whether to end before `config.epochs`.
       report: told, a line at a time, what a person should know.
-
-    Raises:
-      FileExistsError: the folder exists and `resume` is False.
-      BlockingIOError: another process trains in the folder.
-      ValueError: the folder holds a run of another configuration.
-      NotFiniteError: every worker became NaN or Inf; the last good checkpoint stays.
-      OSError: a checkpoint cannot be written.
+      **how: to resume, when to save and when to stop, as for `experiments._lib.loop.train`, which
+        says what may be raised too.
     """
-    folder, config = pathlib.Path(folder), training.resolve(config, data_dir)
-    with hold_folder(config, folder, resume):
-        rounds = Rounds(training.build(config, data_dir), report)
-        checkpoints = Checkpoints(folder / "checkpoints", config=config)
-        how: dict = {"resume": resume, "checkpoint_every": checkpoint_every, "report": report}
-        return loop.run(rounds, folder, checkpoints, told=stop, **how)
+    config = training.resolve(config, data_dir)
+    make = lambda: Rounds(training.build(config, data_dir), report)
+    return loop.train(config, folder, make, report=report, **how)
 
 
 class Rounds(loop.Training):

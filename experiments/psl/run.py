@@ -2,14 +2,12 @@
 
 import math
 import os
-import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments._lib import loop
-from experiments._lib.checkpoint import Checkpoints
-from experiments._lib.folder import hold_folder
 from experiments._lib.loop import NotFiniteError
 from experiments._lib.program import sound
 from experiments.psl import training
@@ -19,40 +17,30 @@ def train(
     config: training.Config,
     folder: str | os.PathLike,
     *,
-    resume: bool = False,
-    checkpoint_every: int = 5,
     data_dir: str | None = None,
     report=loop.say,
+    **how: Any,
 ) -> list[dict]:
     """Train as `config` says, in a run folder; returns the metrics, a row an epoch and seed.
 
-    The folder gets `config.json`, and what `experiments._lib.loop.run` writes. Every epoch follows
-    from the state and (seed, epoch) alone.
+    Every epoch follows from the state and (seed, epoch) alone.
 
     Args:
       config: the training.
       folder: the run folder.
-      resume: continue from the newest good checkpoint in `folder`; without one, from the start.
-      checkpoint_every: epochs between checkpoints; there is always one at the end.
       data_dir: where TFDS keeps its sets.
       report: told, a line at a time, what a person should know.
-
-    Raises:
-      FileExistsError: something is in the folder and `resume` is False.
-      BlockingIOError: another process trains in the folder.
-      ValueError: the folder holds a run of another configuration.
-      NotFiniteError: NaN or Inf in the loss, or in the state after an epoch, which is then not
-        saved; the last good checkpoint stays.
-      OSError: a checkpoint cannot be written.
+      **how: to resume, and how often to save, as for `experiments._lib.loop.train`, which says
+        what may be raised too.
     """
-    folder = pathlib.Path(folder)
-    with hold_folder(config, folder, resume):
+
+    def make():
         program = training.build(config, data_dir)
         if config.compute != "fused":
             report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
-        checkpoints = Checkpoints(folder / "checkpoints", config=config)
-        how: dict = {"resume": resume, "checkpoint_every": checkpoint_every, "report": report}
-        return loop.run(Epochs(config, program), folder, checkpoints, **how)
+        return Epochs(config, program)
+
+    return loop.train(config, folder, make, report=report, **how)
 
 
 class Epochs(loop.Training):
