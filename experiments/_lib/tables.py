@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,18 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
         {k: int(v) if k in INTEGERS else float(v) for k, v in row.items()}
         for row in read_texts(path)
     ]
+
+
+def read_named(folder: str | os.PathLike, pattern: str) -> dict[tuple[str, ...], list[dict]]:
+    """Rows of the CSVs in a folder whose whole names fit a regular expression.
+
+    Files whose names have the same groups are joined, such as those of other seeds.
+    """
+    found: dict[tuple[str, ...], list[dict]] = {}
+    for path in sorted(pathlib.Path(folder).glob("*.csv")):
+        if (match := re.fullmatch(pattern, path.name)) and (rows := read_rows(path)):
+            found.setdefault(match.groups(), []).extend(rows)
+    return found
 
 
 def read_mixed(path: str | os.PathLike) -> list[dict]:

@@ -328,31 +328,27 @@ def table_of(bench: Bench, dataset, data, batch_size: int, with_torch: bool) -> 
     return Table(calls, steps, rows)
 
 
+def one_ratio(figure: str, goal: float, calls, steps) -> Table:
+    """A table of one row: the first of two programs against the second."""
+    one, other = calls
+    return Table(calls, steps, lambda s: [timing.Ratio.of(figure, goal, s[one], s[other])])
+
+
 def cifar_table(bench: Bench, dataset) -> Table:
     """Elements of the CIFAR10 PSNet against its fused loss, balanced batches of 100."""
     data = training.on_device(dataset)
-    programs = {name: bench.program(name, dataset, data, 100) for name in ("fused", "elements")}
+    programs = {name: bench.program(name, dataset, data, 100) for name in ("elements", "fused")}
     steps = {name: program.steps for name, program in programs.items()}
-
-    def rows(seconds):
-        name = "CIFAR10: 90 elements / fused, batch 100"
-        return [timing.Ratio.of(name, 1.3, seconds["elements"], seconds["fused"])]
-
-    return Table(dict(programs), steps, rows)
+    return one_ratio("CIFAR10: 90 elements / fused, batch 100", 1.3, programs, steps)
 
 
 def lenet_table(bench: Bench, dataset, batch_size: int) -> Table:
     """The fused step of the MNIST LeNet, 44426 weights, against PyTorch's."""
     fused = bench.program("fused", dataset, training.on_device(dataset), batch_size)
     steps = {"fused": fused.steps, "torch": fused.steps // 2}
-    calls: dict[str, Callable[[], None]] = {"fused": fused}
-    calls["torch"] = bench.in_torch(dataset, batch_size, steps["torch"])
-
-    def rows(seconds):
-        name = f"LeNet: fused PSL / PyTorch eager, batch {batch_size}"
-        return [timing.Ratio.of(name, 0.35, seconds["fused"], seconds["torch"])]
-
-    return Table(calls, steps, rows)
+    calls = {"fused": fused, "torch": bench.in_torch(dataset, batch_size, steps["torch"])}
+    figure = f"LeNet: fused PSL / PyTorch eager, batch {batch_size}"
+    return one_ratio(figure, 0.35, calls, steps)
 
 
 def memory(bench: Bench):

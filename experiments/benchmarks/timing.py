@@ -55,7 +55,9 @@ class Program:
         self.state, _ = jax.block_until_ready(self.fn(self.state, *self.args))
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] | None = None
+) -> dict[str, np.ndarray]:
     """Seconds of every call, `{name: [repeats]}`.
 
     Every round calls each program once, every other round in the opposite order, so that a
@@ -64,14 +66,16 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     Args:
       calls: functions that return when their work is done.
       repeats: rounds.
+      clock: seconds; default: `time.perf_counter`.
     """
+    clock = clock or time.perf_counter
     seconds = {name: np.zeros(repeats) for name in calls}
     for turn in range(-1, repeats):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             if turn >= 0:
-                seconds[name][turn] = time.perf_counter() - start
+                seconds[name][turn] = clock() - start
     return seconds
 
 

@@ -29,13 +29,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import psjax
 from experiments._lib.command import run_script
 from experiments._lib.folder import open_folder, results_folder
 from experiments._lib.loop import NotFiniteError
 from experiments._lib.tables import read_rows, write_rows
+from experiments.benchmarks import timing
 from experiments.ist import run, tables, training
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -204,25 +204,12 @@ def local_steps(size: tables.Size, workers: int, number: int):
         scores = net.apply({"params": params}, x, train=True)
         return psjax.losses.nll_with_integer_labels(scores, y).mean()
 
-    def step(carry, i):
-        params, opt_state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, xs[i % 8], ys[i % 8])
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return (jax.tree.map(jnp.add, params, updates), opt_state), loss
+    def loss_and_grad(params, i):
+        return jax.value_and_grad(loss_fn)(params, xs[i % 8], ys[i % 8])
 
-    @jax.jit
-    def start():
-        params = nn.unbox(net.init(jax.random.key(0), xs[0]))["params"]
-        return params, optimizer.init(params)
-
-    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(number)), donate_argnums=0)
-    carry = start()
-
-    def call():
-        nonlocal carry
-        carry, _ = jax.block_until_ready(steps(carry))
-
-    return call
+    params, _ = timing.init(net, xs[0])
+    steps = jax.jit(timing.steps_fn(loss_and_grad, optimizer), donate_argnums=0)
+    return timing.Program(steps, (params, optimizer.init(params)), (jnp.arange(number),))
 
 
 def time_steps(args: Args) -> list[dict]:
@@ -233,19 +220,11 @@ def time_steps(args: Args) -> list[dict]:
     """
     rows = []
     for size in tables.SIZES:
-        calls = {}
-        for n in (1, 2, 4, 8):
-            number = int(np.clip(20 / tables.gflop(size, n), 2, 50))
-            calls[n] = (local_steps(size, n, number), number)
-        seconds: dict[int, list[float]] = {n: [] for n in calls}
-        for turn in range(-1, args.repeats):
-            for n, (call, number) in calls.items():
-                before = time.process_time()
-                call()
-                if turn >= 0:
-                    seconds[n].append((time.process_time() - before) / number)
-        for n, times in seconds.items():
-            low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+        numbers = {n: int(np.clip(20 / tables.gflop(size, n), 2, 50)) for n in (1, 2, 4, 8)}
+        calls = {str(n): local_steps(size, n, number) for n, number in numbers.items()}
+        seconds = timing.take_turns(calls, args.repeats, clock=time.process_time)
+        for n, number in numbers.items():
+            low, median, high = np.quantile(seconds[str(n)] / number, (0.25, 0.5, 0.75)).tolist()
             row = {"seconds": median, "low": low, "high": high, "gflop": tables.gflop(size, n)}
             rows.append({**size._asdict(), "workers": n, **row})
             print(f"{size.name}, n = {n}: {1e3 * median:.2f} ms a step", file=sys.stderr)

@@ -9,7 +9,6 @@ worker's weights in its own memory no time.
 import math
 import os
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from experiments._lib.tables import (
     mean_std,
     paste,
     read_mixed,
-    read_rows,
+    read_named,
     series,
     std,
 )
@@ -59,7 +58,7 @@ PAPER_FINAL = {  # table 3, %
     (3, "local-sgd"): 79.92,
     (3, "ist"): 83.27,
 }
-_NAME = re.compile(r"(\d)layer-([a-z-]+)-n(\d+)-J(\d+)-seeds\d+-\d+\.csv")
+NAME = r"(\d)layer-([a-z-]+)-n(\d+)-J(\d+)-seeds\d+-\d+\.csv"
 
 
 class Size(NamedTuple):
@@ -157,13 +156,8 @@ def read_steps(results: pathlib.Path) -> Times | None:
 
 def load(results: str | os.PathLike) -> dict[Key, list[dict]]:
     """Rows of every setting, joined over its files of seeds."""
-    settings: dict[Key, list[dict]] = {}
-    for path in sorted((pathlib.Path(results) / "trainings").glob("*.csv")):
-        if (match := _NAME.fullmatch(path.name)) and (rows := read_rows(path)):
-            depth, method, workers, local_steps = match.groups()
-            key = Key(int(depth), method, int(workers), int(local_steps))
-            settings.setdefault(key, []).extend(rows)
-    return settings
+    found = read_named(pathlib.Path(results, "trainings"), NAME)
+    return {Key(int(d), method, int(n), int(j)): rows for (d, method, n, j), rows in found.items()}
 
 
 # --------------------------------------------------------------------------------------- the tables

@@ -2,13 +2,12 @@
 
 import dataclasses
 import pathlib
-import re
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments._lib.figures import panel, save
-from experiments._lib.tables import markdown, mean_std, read_rows, series, std
+from experiments._lib.tables import markdown, mean_std, read_named, series, std
 from experiments.psl import figures, reproduce
 
 VARIANTS = {
@@ -96,12 +95,13 @@ def summarise(rows: list[dict]) -> Summary:
 
 def load(results: pathlib.Path) -> dict[str, dict[str, Summary]]:
     """`{setting: {variant: summary}}` of everything measured, in the order of `VARIANTS`."""
-    settings: dict[str, dict[str, Summary]] = {}
-    for path in sorted(results.glob("drops-*.csv")):
-        match = re.fullmatch(r"drops-(\w+-\w+-\d+)-(.+)\.csv", path.name)
-        if match and match[2] in VARIANTS and (rows := read_rows(path)):
-            settings.setdefault(match[1], {})[match[2]] = summarise(rows)
-    return {s: {v: found[v] for v in VARIANTS if v in found} for s, found in settings.items()}
+    found = read_named(results, r"drops-(\w+-\w+-\d+)-(.+)\.csv")
+    settings = dict.fromkeys(setting for setting, _ in found)
+    return {
+        s: {v: summarise(found[s, v]) for v in VARIANTS if (s, v) in found}
+        for s in settings
+        if any((s, v) in found for v in VARIANTS)
+    }
 
 
 def describe(setting: str) -> str:

@@ -8,7 +8,6 @@ standard deviations over 10 seeds, epoch by epoch, of the authors' own runs (pub
 import math
 import os
 import pathlib
-import re
 import textwrap
 
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from experiments._lib.tables import (
     markdown,
     mean_std,
     plus_minus,
-    read_rows,
+    read_named,
     read_texts,
     series,
     std,
@@ -34,18 +33,14 @@ DATASETS = {"MNIST": (6, (85, 100)), "CIFAR10": (7, (10, 65))}  # number, accura
 BATCHES = (20, 100)
 AUTHORS = pathlib.Path(__file__).parent / "results" / "authors_curves.csv"
 AUTHORS_SEEDS = 10
-_NAME = re.compile(r"((?:LeNet|PSNet)_(?:NLL|PSL)-(?:MNIST|CIFAR10)-\d+)-seeds\d+-\d+\.csv")
+NAME = r"((?:LeNet|PSNet)_(?:NLL|PSL)-(?:MNIST|CIFAR10)-\d+)-seeds\d+-\d+\.csv"
 
 # ------------------------------------------------------------------------------------- figures 6, 7
 
 
 def load(results_dir: str | os.PathLike) -> dict[str, list[dict]]:
     """Rows of each setting, such as `LeNet_PSL-CIFAR10-20`, joined over its files of seeds."""
-    settings: dict[str, list[dict]] = {}
-    for path in sorted(pathlib.Path(results_dir).glob("*.csv")):
-        if (match := _NAME.fullmatch(path.name)) and (rows := read_rows(path)):
-            settings.setdefault(match[1], []).extend(rows)
-    return settings
+    return {name: rows for (name,), rows in read_named(results_dir, NAME).items()}
 
 
 def load_authors(path: str | os.PathLike) -> dict[str, dict[int, tuple[float, float]]]:
