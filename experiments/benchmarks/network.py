@@ -48,21 +48,29 @@ ALONE = "env JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_threa
 COPIED = ("loss", "learning_rate", "batch_size")
 
 
+SUBNETS = {
+    "data-parallel": {"method": "data-parallel"},
+    "data-parallel-scaled": {"method": "data-parallel", "scaled": True},
+    "local-sgd": {"method": "local-sgd"},
+    "ist": {"method": "ist"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is trained on a data set."""
 
     config: dict[str, Any]
     """Of `experiments.hosts.problem.Config`."""
-    methods: dict[str, dict[str, Any]]
-    """What is trained, and what of the configuration it has for itself."""
-    batch_size: int
-    """Samples of a gradient step: of one host, or of all together."""
-    of_a_host: bool
-    report_steps: int
-    """Gradient steps between two looks at the accuracy."""
     cap: float
     """Seconds of the training's clock after which it is given up."""
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: SUBNETS)
+    """What is trained, and what of the configuration it has for itself."""
+    batch_size: int = 128
+    """Samples of a gradient step: of one host, or of all together."""
+    of_a_host: bool = True
+    report_steps: int = 10
+    """Gradient steps between two looks at the accuracy."""
     trained_at: tuple[float, ...] | None = None
     """Rates at which it trains to the accuracy; None: at all. Elsewhere steps are only timed: the
     numbers that are computed do not depend on the rate."""
@@ -70,40 +78,16 @@ class Case:
     timed_steps: int = 100
 
 
-SGD = {"learning_rate": 0.01, "optimizer": "sgd", "rounds": 10_000, "loss": "nll"}
-SUBNETS = {
-    "data-parallel": {"method": "data-parallel"},
-    "data-parallel-scaled": {"method": "data-parallel", "scaled": True},
-    "local-sgd": {"method": "local-sgd"},
-    "ist": {"method": "ist"},
-}
+MLP = {"model": "mlp", "learning_rate": 0.01, "optimizer": "sgd", "rounds": 10_000, "loss": "nll"}
+PSNET = {"model": "psnet", "learning_rate": 1e-3, "optimizer": "adam", "rounds": 10_000}
 CASES = {
-    "spoken_digit": Case(
-        config={"dataset": "spoken_digit", "model": "mlp", "width": 1024, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=200,
-    ),
+    "spoken_digit": Case({**MLP, "dataset": "spoken_digit", "width": 1024}, cap=200),
     "mnist": Case(
-        config={"dataset": "mnist", "model": "mlp", "width": 1024, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=40,
-        trained_at=(10_000,),
-        timed_steps=30,
+        {**MLP, "dataset": "mnist", "width": 1024}, cap=40, trained_at=(10_000,), timed_steps=30
     ),
     "mnist-psnet": Case(
-        config={
-            "dataset": "mnist",
-            "model": "psnet",
-            "learning_rate": 1e-3,
-            "optimizer": "adam",
-            "rounds": 10_000,
-        },
+        {**PSNET, "dataset": "mnist"},
+        cap=60,
         methods={
             "data-parallel": {"method": "data-parallel", "loss": "nll"},
             "data-parallel-psl": {"method": "data-parallel", "loss": "psl"},
@@ -114,18 +98,10 @@ CASES = {
         batch_size=100,
         of_a_host=False,
         report_steps=100,
-        cap=60,
         trained_at=(10_000,),
         never_trained=("pairs",),  # takes the steps of the cyclic plan
     ),
-    "digits": Case(  # small, to try
-        config={"dataset": "digits", "model": "mlp", "width": 4096, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=5,
-    ),
+    "digits": Case({**MLP, "dataset": "digits", "width": 4096}, cap=5),  # small, to try
 }
 NAMES = {
     "data-parallel": "data parallel",
@@ -165,11 +141,8 @@ class Args:
     """Write over results/network.csv and its figure, and the tables into NETWORK.md."""
 
     def __post_init__(self):
-        for name, values, choices in (
-            ("datasets", self.datasets, tuple(CASES)),
-            ("methods", self.methods, tuple(NAMES)),
-        ):
-            for wrong in set(values) - set(choices):
+        for name, choices in (("datasets", CASES), ("methods", NAMES)):
+            for wrong in set(getattr(self, name)) - set(choices):
                 msg = f"--{name} {wrong}: write some of {', '.join(choices)}."
                 raise ValueError(msg)
         if min(self.hosts, default=0) < 2 or min(self.mbit, default=-1) < 0:
