@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments._lib import program
 from experiments._lib.checkpoint import Checkpoints
 from experiments._lib.config import read_config
 from experiments._lib.folder import open_folder
@@ -248,7 +249,7 @@ def test_a_state_is_sound_where_every_number_in_it_is_finite():
     }
     state["params"]["bias"][1, 2] = np.nan
     state["opt_state"][1][3, 0, 0] = np.inf
-    np.testing.assert_array_equal(training.sound(state), [True, False, True, False])
+    np.testing.assert_array_equal(program.sound(state), [True, False, True, False])
 
 
 NAN, INF = float("nan"), float("inf")
@@ -268,12 +269,11 @@ NAN, INF = float("nan"), float("inf")
         ),
     ],
 )
-def test_the_margin_is_the_last_that_is_known(tmp_path, loss, margins, sound, words):
+def test_the_margin_is_the_last_that_is_known(loss, margins, sound, words):
     metrics = {"loss": np.array(loss, float), "max_margin": np.array(margins, float)}
     rows = [{"epoch": e, "seed": 5, "max_margin": m} for e, m in ((5, 1.0), (6, 7.5), (7, INF))]
-    args = rows, (4, 5), 8, Checkpoints(tmp_path)
     with pytest.raises(NotFiniteError, match=words):
-        run._check_finite(metrics, np.array(sound, bool), *args)
+        run.check_finite(metrics, np.array(sound, bool), rows, (4, 5), 8)
 
 
 def _only_one_line_of_error(output):
