@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 import psjax
 
@@ -43,6 +44,12 @@ def over_seeds(fn):
     if jax.default_backend() == "cpu":
         return lambda *args: jax.lax.map(lambda xs: fn(*xs), args)
     return jax.vmap(fn)
+
+
+def shapes_of(net, *inputs) -> tuple[Any, Any]:
+    """Axes of a network's variables, and their shapes and dtypes; nothing is computed."""
+    variables = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    return nn.get_partition_spec(variables), nn.unbox(variables)
 
 
 def initial_states(start, seeds) -> dict[str, Any]:

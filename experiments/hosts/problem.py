@@ -86,6 +86,8 @@ class Problem:
     net: Any
     axes: Any
     """Names of the parameters' axes."""
+    like: Any
+    """Shapes and dtypes of the parameters."""
     train: dict[str, Any]
     test: dict[str, Any]
     num_classes: int
@@ -94,19 +96,12 @@ class Problem:
     def normalized(self) -> bool:
         return self.config.model == "mlp" and self.config.normalization == "batch"
 
-    def _init(self, key):
-        return nn.unbox(self.net.init(key, self.inputs(self.train, slice(1))))["params"]
-
     def params(self) -> Any:
         """The initial parameters, from the seed, whole, as arrays of the host."""
-        params = jax.jit(self._init)(jax.random.key(self.config.seed))
+        example = self.inputs(self.train, slice(1))
+        init = jax.jit(lambda key: nn.unbox(self.net.init(key, example))["params"])
+        params = init(jax.random.key(self.config.seed))
         return jax.tree.map(lambda x: np.asarray(x).astype(self.config.dtype), params)
-
-    @property
-    def like(self) -> Any:
-        """Shapes and dtypes of the parameters."""
-        struct = lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype)
-        return jax.tree.map(struct, jax.eval_shape(self._init, jax.random.key(0)))
 
     def loss_fn(self, net):
         """`(params, {"x", "y"}) -> scalar` of a network, whole or a subnet."""
@@ -191,6 +186,6 @@ def load(config: Config, data_dir: str | None = None) -> Problem:
     else:
         net = psl.make_model(config.dataset, num_classes)
     example = jax.ShapeDtypeStruct((1, *train["x"].shape[1:]), config.dtype)
-    variables = jax.eval_shape(net.init, jax.random.key(0), example)
-    axes = nn.get_partition_spec(variables)["params"]
-    return Problem(config, net, axes, train, test, num_classes)
+    axes, shapes = (tree["params"] for tree in program.shapes_of(net, example))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), shapes)
+    return Problem(config, net, axes, like, train, test, num_classes)

@@ -41,7 +41,7 @@ from experiments._lib.loop import NotFiniteError
 from experiments._lib.program import over_seeds
 from experiments._lib.tables import markdown, read_mixed, read_rows, write_rows
 from experiments.ist import amazon, figures, run, training
-from experiments.ist.sparse import Rows, divide, load, make_model, round_fn
+from experiments.ist.sparse import ROW, Rows, divide, load, make_model, round_fn
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 K = 5  # the largest k of P@k
@@ -214,10 +214,9 @@ def build(config: Config, train: Rows, held_out: Rows) -> training.Program:
     """The model and the compiled functions of a training."""
     stream = training.make_stream(config, len(train))
     net, optimizer = make_model(train, config.hidden[0]), training.make_optimizer(config)
-    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
 
     def initial(seed):
-        params = nn.unbox(net.init(jax.random.key(seed), *row))["params"]
+        params = nn.unbox(net.init(jax.random.key(seed), *ROW))["params"]
         return {"params": params, "opt_state": optimizer.init(params)}
 
     seeds = jnp.asarray(stream.seeds, jnp.int32)

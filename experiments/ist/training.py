@@ -311,8 +311,7 @@ def build(config: Config, data_dir: str | None = None) -> Program:
     optimizer = make_optimizer(config, len(train["y"]))
     example = np.zeros((1, *train["x"].shape[1:]), np.float32)
     travelling = config.normalization == "travelling"
-    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), example))
-    axes = nn.get_partition_spec(variables)
+    axes, _ = program.shapes_of(net, example)
     own_axes = axes if travelling else axes["params"]
 
     def start(seed):

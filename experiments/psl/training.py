@@ -311,16 +311,14 @@ def build(config: Config, data_dir: str | None = None, make_metrics=margin_metri
     test = psjax.data.load(config.dataset, "test", data_dir)
     net = make_model(config.dataset, train.num_classes, config.model, config.preset)
     optimizer = make_optimizer(config)
-    shape = train.images.shape[1:]
-    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, *shape))))
-    axes = nn.get_partition_spec(variables)["params"]
+    example = jnp.zeros((1, *train.images.shape[1:]))
+    axes, like = (tree["params"] for tree in program.shapes_of(net, example))
 
     def start(seed):
-        params = nn.unbox(net.init(jax.random.key(seed), jnp.zeros((1, *shape))))["params"]
+        params = nn.unbox(net.init(jax.random.key(seed), example))["params"]
         return {"params": params, "opt_state": optimizer.init(params)}
 
     state = initial_states(start, range(config.first_seed, config.first_seed + config.seeds))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
     loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
     args = config, net, optimizer, loss_and_grad, selection, train.num_classes
     epoch = epoch_fn(*args, make_metrics)
