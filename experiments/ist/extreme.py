@@ -45,6 +45,7 @@ from experiments.ist.sparse import ROW, Rows, divide, load, make_model, round_fn
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 K = 5  # the largest k of P@k
+OPTIONS = ("part", "width", "subnets", "local_steps", "optimizer", "learning_rate")  # in the CSV
 METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 RATES = {  # tried where none is given
     "sgd": (0.1, 0.3, 1.0, 3.0),
@@ -111,6 +112,12 @@ class Args:
             msg = f"--optimizer {self.optimizer}: write one of {', '.join(RATES)}."
             raise ValueError(msg)
         self.learning_rates = self.learning_rates or RATES[self.optimizer]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a training's configuration takes as it is."""
+        names = ("width", "subnets", "local_steps", "batch_size", "optimizer")
+        return {name: getattr(self, name) for name in names}
 
     @functools.cached_property
     def where(self) -> pathlib.Path:
@@ -252,22 +259,12 @@ class Chosen:
 
 def settings(args: Args, data: str) -> dict[str, Config]:
     """Table 2's three: data parallel, subnets, subnets at twice the width."""
-    base = Config(
-        data=data,
-        width=args.width,
-        subnets=args.subnets or 1,
-        local_steps=args.local_steps or 1,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer or "adam",
-        epochs=args.epochs,
-        seeds=args.seeds,
-    )
+    base = Config(data=data, epochs=args.epochs, seeds=args.seeds, **args.options)
+    wide = {"width": 2 * args.width, "subnets": 2 * base.subnets}
     return {
         "data parallel": dataclasses.replace(base, method="data-parallel"),
         "IST": base,
-        "IST twice as wide": dataclasses.replace(
-            base, width=2 * args.width, subnets=2 * base.subnets
-        ),
+        "IST twice as wide": dataclasses.replace(base, **wide),
     }
 
 
@@ -304,15 +301,7 @@ def table_2(args: Args) -> list[Chosen]:
     def fit(setting, config, train_on, held_out):
         words = (config.method, f"{config.width}x{config.subnets}", f"J{config.local_steps}")
         words += (config.optimizer, f"{config.learning_rate:g}", config.part)
-        before = {
-            "setting": setting,
-            "part": config.part,
-            "width": config.width,
-            "subnets": config.subnets,
-            "local_steps": config.local_steps,
-            "optimizer": config.optimizer,
-            "learning_rate": config.learning_rate,
-        }
+        before = {"setting": setting, **{name: getattr(config, name) for name in OPTIONS}}
         own = lambda rows: [{**before, **row} for row in rows]
         write = lambda rows: write_rows(out / f"{name.lower()}.csv", done + own(rows))
         rows = train(config, train_on, held_out, args.runs / "-".join((name, *words)), write)
@@ -408,22 +397,11 @@ def draw(results: pathlib.Path, name: str) -> pathlib.Path:
 # ------------------------------------------------------------------------------------------ command
 
 
-def shapes_config(args: Args) -> training.Config:
-    """Of the round with Amazon-670k's shapes."""
-    return training.Config(
-        width=args.width,
-        subnets=args.subnets or 1,
-        local_steps=args.local_steps or 1,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer or "sgd",
-        learning_rate=args.learning_rates[0],
-    )
-
-
 def main(args: Args) -> None:
     out = args.where
     if args.amazon_shapes:
-        amazon.one_round(shapes_config(args), out)
+        config = training.Config(**args.options, learning_rate=args.learning_rates[0])
+        amazon.one_round(config, out)
         print(out / "amazon_shapes.md")
         return
     assert args.data is not None

@@ -110,12 +110,10 @@ def collect(args: Args, variant: str) -> list[dict]:
     sources = [read_rows(p) for p in [path, *sorted(folders)]]
     loss = {"psl-squared": "psl-squared", "nll": "nll"}.get(variant)
     for name, (network, its_loss, dataset, batch_size) in reproduce.SETTINGS.items():
-        same = reproduce.NETWORKS[network], reproduce.DATASETS[dataset], batch_size
-        if (
-            same == (args.model, args.dataset, args.batch_size)
-            and reproduce.LOSSES[its_loss] == loss
-        ):
-            sources.append(figures.load(reproduce.RESULTS).get(name, []))
+        own = reproduce.NETWORKS[network], reproduce.DATASETS[dataset], batch_size
+        if (*own, reproduce.LOSSES[its_loss]) == (args.model, args.dataset, args.batch_size, loss):
+            folders = {reproduce.RESULTS, args.where}
+            sources += [figures.load(folder).get(name, []) for folder in sorted(folders)]
     longest: dict[int, list[dict]] = {}
     for rows in sources:
         for seed in {row["seed"] for row in rows}:

@@ -275,7 +275,8 @@ def test_a_round_of_the_shapes_in_small_is_measured_and_added_to_the_table(tmp_p
     olds = [{**old, "hidden": hidden, "batch_size": 4} for hidden in (16, 32)]
     write_rows(tmp_path / "amazon_shapes.csv", olds)
     args = extreme.Args(amazon_shapes=True, width=16, subnets=4, batch_size=4, out=tmp_path)
-    row = amazon.one_round(extreme.shapes_config(args), tmp_path, 300, 500)
+    config = training.Config(**args.options, learning_rate=args.learning_rates[0])
+    row = amazon.one_round(config, tmp_path, 300, 500)
     assert row["loss"] == pytest.approx(math.log(500), rel=0.1)
     rows = table(tmp_path / "amazon_shapes.csv")
     assert [row["hidden"] for row in rows] == ["16", "32"]
