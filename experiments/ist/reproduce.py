@@ -19,12 +19,12 @@ that mean something give each one core (`taskset -c 0`), and `steps` a quiet one
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import math
 import pathlib
 import shutil
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from experiments._lib.loop import NotFiniteError
 from experiments._lib.tables import read_rows, write_rows
 from experiments.benchmarks import timing
 from experiments.ist import run, tables, training
+from experiments.ist.tables import METHODS, Key, steps_of
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 STEPS = "steps"
@@ -48,41 +49,18 @@ EPOCHS = {  # at most; a subnet's epoch costs 1/n of the work, and more of them 
 }
 
 
-class Setting(NamedTuple):
-    """A cell of the tables."""
-
-    depth: int
-    """Dense layers."""
-    method: str
-    """One of `tables.METHODS`."""
-    workers: int
-    local_steps: int
-    seeds: int = 5
-
-    @property
-    def name(self) -> str:
-        return f"{self.depth}layer-{self.method}-n{self.workers}-J{self.local_steps}"
-
-
-def _settings() -> dict[str, Setting]:
-    """All, the most important first: table 3, then what table 1 has beyond it."""
-    every = []
-    for n in (2, 8):
-        for depth in (2, 3):
-            for method in tables.METHODS:
-                every.append(Setting(depth, method, n, tables.steps_of(method)))
-    every += [Setting(depth, "data-parallel", 1, 1, 3) for depth in (2, 3)]
-    for depth in (2, 3):
-        for n in (2, 8, 4):
-            for local_steps in (10, 5, 50):
-                for method in ("ist", "local-sgd"):
-                    every.append(Setting(depth, method, n, local_steps, 3))
-            every.append(Setting(depth, "data-parallel", n, 1, 3))
-    every += [Setting(2, "ist", n, 1, 3) for n in (2, 8, 4)]
-    named: dict[str, Setting] = {}
-    for setting in every:
-        named.setdefault(setting.name, setting)
-    return named
+def _settings() -> dict[str, tuple[Key, int]]:
+    """All with their seeds, the most important first: table 3, then what table 1 has beyond it."""
+    grid = itertools.product
+    first = [Key(depth, m, n, steps_of(m)) for n, depth, m in grid((2, 8), (2, 3), METHODS)]
+    rest = [Key(depth, "data-parallel", 1, 1) for depth in (2, 3)]
+    for depth, n in grid((2, 3), (2, 8, 4)):
+        rest += [Key(depth, m, n, j) for j, m in grid((10, 5, 50), ("ist", "local-sgd"))]
+        rest.append(Key(depth, "data-parallel", n, 1))
+    rest += [Key(2, "ist", n, 1) for n in (2, 8, 4)]
+    later = {key.name: (key, 3) for key in rest}
+    table3 = {key.name: (key, 5) for key in first}
+    return {**table3, **{name: x for name, x in later.items() if name not in table3}}
 
 
 SETTINGS = _settings()
@@ -122,21 +100,21 @@ class Args:
         return results_folder(RESULTS, self.commit_results, self.results)
 
 
-def config_of(setting: Setting, args: Args) -> training.Config:
+def config_of(setting: tuple[Key, int], args: Args) -> training.Config:
     """The training of one setting."""
-    divided = setting.method.startswith("ist")
-    n = setting.workers
+    key, seeds = setting
+    n, divided = key.workers, key.method.startswith("ist")
     return training.Config(
         dataset=args.dataset,
-        method="ist" if setting.method == "ist-none" else setting.method,
+        method="ist" if key.method == "ist-none" else key.method,
         subnets=n,
-        local_steps=setting.local_steps,
-        depth=setting.depth,
+        local_steps=key.local_steps,
+        depth=key.depth,
         width=args.width,
         # Both accuracies come from one training: statistics that travel do not change the weights.
-        normalization={"ist": "travelling", "ist-none": "none"}.get(setting.method, "batch"),
+        normalization={"ist": "travelling", "ist-none": "none"}.get(key.method, "batch"),
         epochs=args.epochs or EPOCHS["ist" if divided else "whole"][n],
-        seeds=args.seeds or setting.seeds,
+        seeds=args.seeds or seeds,
         first_seed=args.first_seed,
     )
 
@@ -150,11 +128,11 @@ def loss_stands_still(rows: list[dict], patience: int = PATIENCE) -> bool:
     return len(means) - 1 - int(np.argmin(means)) >= patience
 
 
-def train(setting: Setting, args: Args) -> None:
+def train(setting: tuple[Key, int], args: Args) -> None:
     """A setting to its end; its rows into the results."""
     config = config_of(setting, args)
     last = config.first_seed + config.seeds - 1
-    name = f"{setting.name}-seeds{config.first_seed}-{last}"
+    name = f"{setting[0].name}-seeds{config.first_seed}-{last}"
     folder = args.out / name
     if (folder / "done").exists():
         open_folder(config, folder, resume=True)  # refuses another training of this name

@@ -86,9 +86,15 @@ class Key(NamedTuple):
     """A setting, without its seeds."""
 
     depth: int
+    """Dense layers."""
     method: str
+    """One of `METHODS`."""
     workers: int
     local_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth}layer-{self.method}-n{self.workers}-J{self.local_steps}"
 
 
 def steps_of(method: str) -> int:

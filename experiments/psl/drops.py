@@ -81,19 +81,9 @@ class Args:
 
 def config_of(args: Args, variant: str) -> training.Config:
     """The training of a variant, otherwise the authors' form; for `clip` a first epoch is run."""
-    config = training.Config(
-        dataset=args.dataset,
-        model=args.model,
-        preset="mnist-53780" if (args.model, args.dataset) == ("psnet", "mnist") else None,
-        compute="fused",
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        seeds=args.seeds,
-        first_seed=args.first_seed,
-        learning_rate=1e-3,
-        order="dataset",
-        **VARIANTS[variant][1],
-    )
+    own = {"epochs": args.epochs, "seeds": args.seeds, "first_seed": args.first_seed}
+    own |= VARIANTS[variant][1]
+    config = reproduce.authors_form(args.model, args.dataset, args.batch_size, **own)
     if variant != "clip":
         return config
     first = dataclasses.replace(config, epochs=1, seeds=1, first_seed=0)

@@ -37,23 +37,19 @@ SETTINGS = {
 }
 
 
+def authors_form(model: str, dataset: str, batch_size: int, **own) -> training.Config:
+    """A training as the authors ran it, but for its own options."""
+    # The network whose weight count the paper prints.
+    preset = "mnist-53780" if (model, dataset) == ("psnet", "mnist") else None
+    fixed = {"preset": preset, "compute": "fused", "learning_rate": 1e-3, "order": "dataset"}
+    return training.Config(dataset, model, batch_size=batch_size, **fixed, **own)
+
+
 def config_of(name: str, seeds: int, first_seed: int = 0, epochs: int = EPOCHS) -> training.Config:
-    """The training of one setting, in the authors' form."""
+    """The training of one setting."""
     network, loss, dataset, batch_size = SETTINGS[name]
-    return training.Config(
-        dataset=DATASETS[dataset],
-        model=NETWORKS[network],
-        # The network whose weight count the paper prints.
-        preset="mnist-53780" if (network, dataset) == ("PSNet", "MNIST") else None,
-        loss=LOSSES[loss],
-        compute="fused",
-        batch_size=batch_size,
-        epochs=epochs,
-        seeds=seeds,
-        first_seed=first_seed,
-        learning_rate=1e-3,
-        order="dataset",
-    )
+    own = {"loss": LOSSES[loss], "epochs": epochs, "seeds": seeds, "first_seed": first_seed}
+    return authors_form(NETWORKS[network], DATASETS[dataset], batch_size, **own)
 
 
 @dataclasses.dataclass
