@@ -90,12 +90,7 @@ def hold_folder(
         yield
 
 
-def open_folder(
-    config: Any,
-    folder: pathlib.Path,
-    resume: bool,
-    free: Free = longer,
-) -> None:
+def open_folder(config: Any, folder: pathlib.Path, resume: bool, free: Free = longer) -> None:
     """Make the run folder, or see that it holds the same training; write `config.json`.
 
     A folder where a start was interrupted before it wrote `config.json` is as good as none.

@@ -220,10 +220,7 @@ def train(args: Args, dataset, hosts, method, rates) -> tuple[list[dict], bool]:
     at = () if method in case.never_trained else case.trained_at
     trained = [at is None or x in at for x in rates]
     name = f"n{os.getpid() % 100_000}"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        namespaces.Namespaces(hosts, name) as network,
-    ):
+    with tempfile.TemporaryDirectory() as folder, namespaces.Namespaces(hosts, name) as network:
         spec = {
             "config": config,
             "mbit": list(rates),

@@ -70,11 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    n: int,
-    arguments: list[str],
-    grace: float,
-    prefix: str = "",
-    coordinator: str | None = None,
+    n: int, arguments: list[str], grace: float, prefix: str = "", coordinator: str | None = None
 ) -> dict[int, int | None]:
     """Start n Python processes with these arguments, and wait for them.
 

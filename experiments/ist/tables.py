@@ -13,15 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._lib.tables import (
-    markdown,
-    mean_std,
-    paste,
-    read_mixed,
-    read_named,
-    series,
-    std,
-)
+from experiments._lib.tables import markdown, mean_std, paste, read_mixed, read_named, series, std
 from experiments.ist import figures
 from psjax import cost
 
