@@ -19,7 +19,11 @@ def programs() -> dict[str, str]:
     return found
 
 
+def listed(prefix: str = "") -> str:
+    """The programs whose names begin so, two lines each."""
+    chosen = {name: line for name, line in programs().items() if name.startswith(prefix)}
+    return "\n".join(f"python -m {name}\n    {line}" for name, line in chosen.items())
+
+
 if __name__ == "__main__":
-    print("Programs; --help after a name says more:\n")
-    for name, line in programs().items():
-        print(f"python -m {name}\n    {line}")
+    print(f"Programs; --help after a name says more.\n\n{listed()}")
