@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,17 +66,19 @@ def read_texts(path: str | os.PathLike) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:
+def markdown(rows: Sequence[dict[str, Any]], numbers: Collection[str] = ()) -> str:
     """A table.
 
     Args:
-      head: names of the columns.
-      rows: the cells of each.
-      align: a letter per column, `r` for numbers; default: all to the left.
+      rows: cells by the names of their columns, all with the columns of the first one.
+      numbers: columns that stand to the right.
     """
-    rules = ["--:" if a == "r" else "---" for a in align or "l" * len(head)]
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+    if not rows:
+        return ""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    rules = ["--:" if name in numbers else "---" for name in rows[0]]
+    head = [line(rows[0]), f"|{'|'.join(rules)}|"]
+    return "\n".join([*head, *(line(row.values()) for row in rows)])
 
 
 def paste(readme: pathlib.Path, name: str, text: str) -> None:

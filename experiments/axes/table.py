@@ -205,14 +205,15 @@ def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
     ]
     table = []
     for row in rows:
-        found = ["" if getattr(row, k) is None else str(getattr(row, k)) for k in _COLUMNS]
+        cells = {"model": row.model, **{k: getattr(row, k) for k in _COLUMNS}}
         fixed = row.fixed + (f"; no rule: {row.unknown}" if row.unknown else "")
         ms = "" if row.infer_ms is None else f"{row.infer_ms:.0f} ({row.trace_ms:.0f})"
         none = "0" if row.infer_ms is not None else ""
-        cells = [row.model, *found, row.wrong or none, row.missed or none, row.failed or fixed, ms]
-        table.append([cell.replace("|", "/") for cell in cells])
-    head = ("model", *_COLUMNS, "wrong", "missed", "fixed, and why", "ms")
-    return "\n".join([*lines, markdown(head, table, align="lrrrrlllr")]) + "\n"
+        cells |= {"wrong": row.wrong or none, "missed": row.missed or none}
+        cells |= {"fixed, and why": row.failed or fixed, "ms": ms}
+        text = {k: "" if cell is None else str(cell) for k, cell in cells.items()}
+        table.append({k: cell.replace("|", "/") for k, cell in text.items()})
+    return "\n".join([*lines, markdown(table, numbers=(*_COLUMNS, "ms"))]) + "\n"
 
 
 _COLUMNS = ("hidden", "normalised", "output", "input")

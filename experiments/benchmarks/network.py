@@ -310,9 +310,11 @@ def tables(rows: list[dict[str, Any]]) -> str:
         rows = []
         for group in chosen:
             data, hosts, method = group
-            cells = [x if isinstance(x, str) else number(x) for x in cell(group)]
-            rows.append((data, hosts, NAMES[method], *cells))
-        return f"**{title}**\n\n{markdown(('data', 'hosts', 'method', *columns), rows)}\n"
+            row = {"data": data, "hosts": hosts, "method": NAMES[method]}
+            for name, x in zip(columns, cell(group)):
+                row[name] = x if isinstance(x, str) else number(x)
+            rows.append(row)
+        return f"**{title}**\n\n{markdown(rows)}\n"
 
     def at_rates(value):
         return lambda g: [value(of[*g, r]) if (*g, r) in of else "" for r in rates]
@@ -333,9 +335,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
             low = min((r["raw_mbit_low"] for r in own), default=0)
             high = max((r["raw_mbit_high"] for r in own), default=0)
             if own:
-                bare.append((hosts, rate_name(rate), f"{number(low)}–{number(high)}"))
+                reached = f"{number(low)}–{number(high)}"
+                bare.append({"hosts": hosts, "limit": rate_name(rate), "reached": reached})
     title = "**The bare links**, Mbit/s through one TCP connection a host, all at once"
-    parts = [f"{title}\n\n{markdown(('hosts', 'limit', 'reached'), bare)}\n"]
+    parts = [f"{title}\n\n{markdown(bare)}\n"]
     columns = ["steps a round", "ledger, MB a host and round", *names]
     parts += [table("Bytes: counted at the interface / the ledger's", columns, sent)]
     parts += [table("Milliseconds a gradient step, median (quartiles)", names, at_rates(spread))]

@@ -278,14 +278,15 @@ def _elastic(row, scratch, expected):
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
-    head = ("kind", "process", "place", "s", "exit codes", "resumed after", "difference", "message")
-    keys = ("kind", "process", "place", "seconds", "exit_codes", "resumed_after", "difference")
     lines = []
     for row in rows:
-        short = str(row["message"])[:160].replace("|", "/")
         verdict = "" if row["verdict"] == "ok" else f"**{row['verdict']}** "
-        lines.append((*(row[k] for k in keys), verdict + short))
-    return markdown(head, lines)
+        line = {name: row[name] for name in ("kind", "process", "place")}
+        line |= {"s": row["seconds"], "exit codes": row["exit_codes"]}
+        line |= {"resumed after": row["resumed_after"], "difference": row["difference"]}
+        line["message"] = verdict + str(row["message"])[:160].replace("|", "/")
+        lines.append(line)
+    return markdown(lines)
 
 
 def _order(row):

@@ -230,30 +230,24 @@ def one_round(
 
 def table(rows: list[dict], num_features: int, num_labels: int) -> str:
     """The rows of `amazon_shapes.csv` in Markdown."""
-    head = (
-        "hidden neurons",
-        "subnets × local steps × batch",
-        "weights, GiB",
-        "a machine data-parallel, GiB",
-        "a machine with one subnet, GiB",
-        "all subnets on one machine, GiB",
-        "peak of that process, GiB",
-        "a round, s",
-        "of CPU time, s",
-    )
-    sizes = ("weights_gib", "data_parallel_gib", "subnet_gib", "round_gib", "round_peak_rss_gib")
+    shape = ("subnets", "local_steps", "batch_size")
     cells = [
-        (
-            f"{r['hidden']:g}",
-            " × ".join(f"{r[name]:g}" for name in ("subnets", "local_steps", "batch_size")),
-            *(f"{r[name]:.2f}" for name in sizes),
-            *(f"{r[name]:.0f}" for name in ("seconds", "cpu_seconds")),
-        )
+        {
+            "hidden neurons": f"{r['hidden']:g}",
+            "subnets × local steps × batch": " × ".join(f"{r[name]:g}" for name in shape),
+            "weights, GiB": f"{r['weights_gib']:.2f}",
+            "a machine data-parallel, GiB": f"{r['data_parallel_gib']:.2f}",
+            "a machine with one subnet, GiB": f"{r['subnet_gib']:.2f}",
+            "all subnets on one machine, GiB": f"{r['round_gib']:.2f}",
+            "peak of that process, GiB": f"{r['round_peak_rss_gib']:.2f}",
+            "a round, s": f"{r['seconds']:.0f}",
+            "of CPU time, s": f"{r['cpu_seconds']:.0f}",
+        }
         for r in rows
     ]
     return (
         f"# Amazon-670k's shapes: {num_features} features, {num_labels} labels\n\n"
-        f"{markdown(head, cells)}\n\n"
+        f"{markdown(cells)}\n\n"
         "One round in subnets, trained one after the other on the CPU, on synthetic rows "
         f"({FEATURES_A_POINT} features and {LABELS_A_POINT} labels a point on average). The peak "
         "is that of the resident memory of the process from its start, initial weights, compiler "

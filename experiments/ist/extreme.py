@@ -332,19 +332,19 @@ def table_2(args: Args) -> list[Chosen]:
 def table(args: Args, name: str, chosen: list[Chosen]) -> str:
     """What was measured, in Markdown, beside the paper's."""
     columns = [m for m in METRICS if m != "nDCG@1"]  # which is P@1 where every point has a label
-    head = ["setting", "learning rate", "epochs", *(f"{m}, %" for m in columns)]
     rows = []
     for own in chosen:
         c = own.config
         workers = "subnets" if c.divided else "workers"
-        cells = [f"{own.name}, {c.width} neurons, {c.subnets} {workers}"]
-        cells += [f"{c.learning_rate:g}", str(own.epoch)]
+        cells = {"setting": f"{own.name}, {c.width} neurons, {c.subnets} {workers}"}
+        cells |= {"learning rate": f"{c.learning_rate:g}", "epochs": own.epoch}
         for m in columns:
             values = 100 * np.array([row[m] for row in own.rows])
-            cells.append(f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}")
+            spread = values.std(ddof=min(1, len(values) - 1))
+            cells[f"{m}, %"] = f"{values.mean():.2f} ± {spread:.2f}"
         rows.append(cells)
     return (
-        f"# Table 2 in small: {name}\n\n{markdown(head, rows)}\n\n"
+        f"# Table 2 in small: {name}\n\n{markdown(rows)}\n\n"
         f"Test set of {name}, mean ± standard deviation over {args.seeds} seeds; P and nDCG: "
         "precision and discounted gain at k, PSP: precision weighted by propensity. Batches of "
         f"{args.batch_size} a worker, {args.optimizer}, {args.local_steps} local steps between "

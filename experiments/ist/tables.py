@@ -187,28 +187,24 @@ def table3(trained: dict[Key, list[dict]]) -> str:
     """Final accuracy, as Markdown."""
     columns = [(depth, n) for depth in (2, 3) for n in (2, 8)]
     paper = {1: 2, 3: 3}  # after which column those of the paper come, and of which depth
-    head = ["method"]
-    for i, (depth, n) in enumerate(columns):
-        head.append(f"{depth}-layer, {n} workers")
-        head += [f"the paper, {paper[i]}-layer, 2 workers"] if i in paper else []
     lines = []
     shown = [(method, "test_accuracy", name) for method, name in METHODS.items()]
     shown.insert(3, ("ist", "test_accuracy_uncalibrated", TRAVELLING))
     for method, column, name in shown:
-        cells = [name]
+        cells = {"method": name}
         for i, (depth, n) in enumerate(columns):
-            rows = trained.get(Key(depth, method, n, steps_of(method)))
-            if rows is None or column not in rows[0]:
-                cells.append("not run")
-            else:
+            rows, cell = trained.get(Key(depth, method, n, steps_of(method))), "not run"
+            if rows is not None and column in rows[0]:
                 values, end = final(rows, column), series(rows, column)[0][-1]
-                cells.append(f"{mean_std(values, 1)} ({len(values)}; {end})")
+                cell = f"{mean_std(values, 1)} ({len(values)}; {end})"
+            cells[f"{depth}-layer, {n} workers"] = cell
             if i in paper:
                 known = PAPER_FINAL.get((paper[i], method)) if column == "test_accuracy" else None
-                cells.append("" if known is None else f"{known:.1f}")
+                cell = "" if known is None else f"{known:.1f}"
+                cells[f"the paper, {paper[i]}-layer, 2 workers"] = cell
         lines.append(cells)
     lines = [
-        markdown(head, lines),
+        markdown(lines),
         "",
         "Test accuracy in %, mean ± standard deviation over seeds (seeds; epochs, until the loss "
         "stops improving or at most those above). Local SGD and IST with J = 10.",
@@ -231,30 +227,23 @@ def table1(
         parts.append(f"**{depth}-layer, {size.name}**")
         quantities = ["samples", "bytes"] if times is None else ["time", "samples", "bytes"]
         for quantity in quantities:
-            head = ["accuracy", "method", "1 worker", *(f"{n} workers" for n in WORKERS)]
-            head += [f"the paper's, {n}" for n in WORKERS if quantity == "time"]
             lines = []
             for accuracy in accuracies:
                 i = ACCURACIES.index(accuracy)
                 for place, local_steps in keys:
                     method = TIMED[place]
-                    cells = [f"{accuracy:.2f}", label(method, local_steps)]
+                    cells = {"accuracy": f"{accuracy:.2f}", "method": label(method, local_steps)}
                     for n in (1, *WORKERS):
-                        if n == 1 and method != "data-parallel":
-                            cells.append("")
-                            continue
-                        rows = trained.get(Key(depth, method, n, local_steps))
-                        cells.append(
-                            _cell(rows, accuracy, quantity, times, size, method, n, local_steps)
-                        )
-                    if quantity == "time":
-                        known = PAPER_SECONDS[depth, method][i]
-                        if local_steps != steps_of(method):
-                            cells += [""] * len(WORKERS)
-                        else:
-                            cells += [f"{s} ({PAPER_ACCURACIES[i]:.2f})" for s in known]
+                        key = Key(depth, method, n, local_steps)
+                        name = "1 worker" if n == 1 else f"{n} workers"
+                        cells[name] = _cell(trained, key, accuracy, quantity, times, size)
+                    for n, seconds in zip(WORKERS, PAPER_SECONDS[depth, method][i]):
+                        cell = f"{seconds} ({PAPER_ACCURACIES[i]:.2f})"
+                        if quantity == "time":
+                            usual = local_steps == steps_of(method)
+                            cells[f"the paper's, {n}"] = cell if usual else ""
                     lines.append(cells)
-            parts.append(f"{UNITS[quantity]}:\n\n{markdown(head, lines)}")
+            parts.append(f"{UNITS[quantity]}:\n\n{markdown(lines)}")
     parts.append(
         "By the first report (at most one an epoch, at the end of a round) with so high a test "
         "accuracy; mean ± standard deviation over the seeds that reached it, whose number stands "
@@ -276,10 +265,13 @@ def _timed(key: Key, depth: int) -> bool:
     return key.depth == depth and key.method in TIMED and key.workers in WORKERS
 
 
-def _cell(rows, accuracy, quantity, times, size, method, n, local_steps) -> str:
-    if rows is None:
+def _cell(trained, key: Key, accuracy, quantity, times, size) -> str:
+    _, method, n, local_steps = key
+    if n == 1 and method != "data-parallel":
+        return ""
+    if key not in trained:
         return "not run"
-    samples, seeds = samples_to(rows, accuracy)
+    samples, seeds = samples_to(trained[key], accuracy)
     if not len(samples):
         return "—"
     few = "" if len(samples) == seeds else f" [{len(samples)} of {seeds}]"
@@ -312,15 +304,15 @@ def table_of_steps(times: Times) -> str:
     """What was timed, as Markdown."""
     rows = []
     for size in SIZES:
-        cells = [size.name]
+        cells = {"network": size.name}
         for n in (1, *WORKERS):
             seconds = times.seconds.get((size, n))
             rate = "" if seconds is None else f" ({gflop(size, n) / seconds:.0f} GFLOP/s)"
-            cells.append("not run" if seconds is None else f"{1e3 * seconds:.3g}{rate}")
+            cell = "not run" if seconds is None else f"{1e3 * seconds:.3g}{rate}"
+            cells["one worker" if n == 1 else f"{n} subnets"] = cell
         rows.append(cells)
-    table = markdown(("network", "one worker", *(f"{n} subnets" for n in WORKERS)), rows)
     note = "Milliseconds of one core, a local step of one worker on a batch of 128."
-    return f"{table}\n\n{note}\n"
+    return f"{markdown(rows)}\n\n{note}\n"
 
 
 # ------------------------------------------------------------------------------------------- output

@@ -71,6 +71,21 @@ class Summary:
     largest: float
     """Largest gradient norm over the median of its epoch."""
 
+    def drop_cells(self) -> dict[str, str]:
+        """Columns of the tables: how often."""
+        return {
+            "seeds × epochs": f"{len(self.last)} × {self.epochs}",
+            "drops in 100 epochs": mean_std(self.per_100, 1),
+            "large ones": mean_std(self.large_per_100, 1),
+        }
+
+    def spike_cells(self) -> dict[str, str]:
+        """Columns of the tables: beside spikes or not."""
+        return {
+            "drops in an epoch with a spike": f"{self.drops_with_spike} of {self.drops}",
+            "epochs with a spike": f"{self.spikes} of {len(self.last) * self.epochs}",
+        }
+
 
 def summarise(rows: list[dict]) -> Summary:
     """Count the drops and spikes of all seeds of a variant."""
@@ -113,26 +128,20 @@ def describe(setting: str) -> str:
 
 def settings_table(results: pathlib.Path) -> str:
     """Drops and spikes of every setting that `reproduce` has measured, as a Markdown table."""
-    head = ("setting", "seeds × epochs", "drops in 100 epochs", "large ones")
-    head += ("the first in epoch", "drops in an epoch with a spike", "epochs with a spike")
-    cells = []
-    measured = figures.load(results)
+    rows, measured = [], figures.load(results)
     for name in filter(measured.get, reproduce.SETTINGS):
         s = summarise(measured[name])
         network, loss, dataset, batch_size = reproduce.SETTINGS[name]
-        cells.append(
-            (
-                f"{network}-{loss}, {dataset}, {batch_size}",
-                f"{len(s.last)} × {s.epochs}",
-                mean_std(s.per_100, 1),
-                mean_std(s.large_per_100, 1),
-                "" if s.first is None else s.first,
-                f"{s.drops_with_spike} of {s.drops}",
-                f"{s.spikes} of {len(s.last) * s.epochs}",
-                f"{s.largest:.3g}",
-            )
+        rows.append(
+            {
+                "setting": f"{network}-{loss}, {dataset}, {batch_size}",
+                **s.drop_cells(),
+                "the first in epoch": "" if s.first is None else s.first,
+                **s.spike_cells(),
+                "largest gradient / median": f"{s.largest:.3g}",
+            }
         )
-    return markdown((*head, "largest gradient / median"), cells)
+    return markdown(rows)
 
 
 def draw_frequency(results: pathlib.Path) -> None:

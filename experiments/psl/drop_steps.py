@@ -86,9 +86,6 @@ def kicks(config: training.Config, data_dir: str | None = None) -> list[dict]:
 
 def kicks_table(results: pathlib.Path) -> str:
     """What `kicks` has recorded, as a Markdown table; empty if nothing."""
-    head = ("setting", "variant", "seed, epochs", "drops", "epochs with a spike")
-    head += ("largest gradient / median, median over those", "largest NLL of a sample")
-    head += ("largest step of an epoch, median over all", "over those with a spike")
     lines = []
     for path in sorted(results.glob("drops_kicks-*.csv")):
         match = re.fullmatch(r"drops_kicks-(\w+-\w+-\d+)-(.+)-(\d+)\.csv", path.name)
@@ -102,19 +99,21 @@ def kicks_table(results: pathlib.Path) -> str:
         dropped[[i for i, _ in find_drops(column["test_accuracy"])]] = True
         middle = lambda values: f"{np.median(values):.2g}" if len(values) else ""
         lines.append(
-            (
-                describe(match[1]),
-                VARIANTS[match[2]][0],
-                f"{match[3]}, {len(rows)}",
-                dropped.sum(),
-                spiked.sum(),
-                middle(relative[spiked]),
-                f"{column['worst_nll'].max():.3g}",
-                *(middle(column["kick"][which]) for which in (spiked | True, spiked, dropped)),
-                middle(column["median_step"]),
-            )
+            {
+                "setting": describe(match[1]),
+                "variant": VARIANTS[match[2]][0],
+                "seed, epochs": f"{match[3]}, {len(rows)}",
+                "drops": dropped.sum(),
+                "epochs with a spike": spiked.sum(),
+                "largest gradient / median, median over those": middle(relative[spiked]),
+                "largest NLL of a sample": f"{column['worst_nll'].max():.3g}",
+                "largest step of an epoch, median over all": middle(column["kick"]),
+                "over those with a spike": middle(column["kick"][spiked]),
+                "over those with a drop": middle(column["kick"][dropped]),
+                "median step": middle(column["median_step"]),
+            }
         )
-    return markdown((*head, "over those with a drop", "median step"), lines) if lines else ""
+    return markdown(lines)
 
 
 def trace(

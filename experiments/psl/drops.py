@@ -146,20 +146,17 @@ def table(results: pathlib.Path) -> str:
     lines = ["# Drops of accuracy", "", drop_counts.DEFINITION]
     for setting, variants in drop_counts.load(results).items():
         lines += ["", f"## {drop_counts.describe(setting)}", ""]
-        head = ("variant", "seeds × epochs", "drops in 100 epochs", "large ones")
-        head += ("last accuracy, %", "best accuracy, %", "drops in an epoch with a spike")
-        cells = [
-            (
-                VARIANTS[variant][0],
-                f"{len(s.last)} × {s.epochs}",
-                *(mean_std(x, 1) for x in (s.per_100, s.large_per_100)),
-                *(mean_std(x) for x in (s.last, s.best)),
-                f"{s.drops_with_spike} of {s.drops}",
-                f"{s.spikes} of {len(s.last) * s.epochs}",
-            )
+        rows = [
+            {
+                "variant": VARIANTS[variant][0],
+                **s.drop_cells(),
+                "last accuracy, %": mean_std(s.last),
+                "best accuracy, %": mean_std(s.best),
+                **s.spike_cells(),
+            }
             for variant, s in variants.items()
         ]
-        lines.append(markdown((*head, "epochs with a spike"), cells))
+        lines.append(markdown(rows))
     lines += ["", "## All settings of figures 6 and 7", "", drop_counts.settings_table(results)]
     if steps := drop_steps.kicks_table(results):
         lines += ["", "## Steps, root mean square in learning rates", "", steps]

@@ -101,28 +101,33 @@ def table(results_dir: str | os.PathLike, authors_csv: str | os.PathLike | None 
     """Accuracy after the last epoch, ours and the authors', as Markdown; also into `table.md`."""
     results_dir = pathlib.Path(results_dir)
     ours, theirs = load(results_dir), load_authors(authors_csv or AUTHORS)
-    head = ("setting", "epoch", "ours, % (seeds)", "the authors', % (seeds)", "difference")
-    cells = []
+    rows = []
     names = [f"{p}-{d}-{b}" for d in DATASETS for b in BATCHES for p in COLOURS]
     for name in filter(ours.get, names):
         epochs, accuracy = series(ours[name], "test_accuracy")
-        last, n = int(epochs[-1]), len(accuracy)
-        mean, spread = 100 * accuracy[:, -1].mean(), float(100 * std(accuracy[:, -1]))
-        compared = ["not there"] * 3
+        final, last = 100 * accuracy[:, -1], int(epochs[-1])
+        theirs_at_last, difference, errors = ["not there"] * 3
         if last in theirs.get(name, {}):
-            their_mean, their_spread = (100 * x for x in theirs[name][last])
-            error = math.sqrt(spread**2 / n + their_spread**2 / AUTHORS_SEEDS)
-            compared = [
-                f"{plus_minus(their_mean, their_spread)} ({AUTHORS_SEEDS})",
-                f"{mean - their_mean:+.2f}",
-                "one seed" if math.isnan(error) else f"{(mean - their_mean) / error:+.1f}",
-            ]
+            mean, spread = (100 * x for x in theirs[name][last])
+            theirs_at_last = f"{plus_minus(mean, spread)} ({AUTHORS_SEEDS})"
+            difference = f"{final.mean() - mean:+.2f}"
+            error = math.sqrt(float(std(final)) ** 2 / len(final) + spread**2 / AUTHORS_SEEDS)
+            errors = f"{(final.mean() - mean) / error:+.1f}"
+            errors = "one seed" if math.isnan(error) else errors
         pair, dataset, batch_size = name.split("-")
-        setting = f"{pair.replace('_', '-')}, {dataset}, {batch_size}"
-        cells.append((setting, last, f"{mean_std(100 * accuracy[:, -1])} ({n})", *compared))
+        rows.append(
+            {
+                "setting": f"{pair.replace('_', '-')}, {dataset}, {batch_size}",
+                "epoch": last,
+                "ours, % (seeds)": f"{mean_std(final)} ({len(final)})",
+                "the authors', % (seeds)": theirs_at_last,
+                "difference": difference,
+                "in standard errors": errors,
+            }
+        )
     missing = [name.replace("_", "-", 1) for name in names if name not in ours]
     lines = [
-        markdown((*head, "in standard errors"), cells),
+        markdown(rows),
         "",
         "Test accuracy, mean ± standard deviation over seeds. The last column is the difference of "
         "the means over √(s₁²/n₁ + s₂²/n₂): within ±2 there is no sign of one.",
