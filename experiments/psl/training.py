@@ -311,7 +311,7 @@ def build(config: Config, data_dir: str | None = None, make_metrics=margin_metri
     test = psjax.data.load(config.dataset, "test", data_dir)
     net = make_model(config.dataset, train.num_classes, config.model, config.preset)
     optimizer = make_optimizer(config)
-    example = jnp.zeros((1, *train.images.shape[1:]))
+    example = np.zeros((1, *train.images.shape[1:]), np.float32)
     axes, like = (tree["params"] for tree in program.shapes_of(net, example))
 
     def start(seed):
