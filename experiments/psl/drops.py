@@ -157,9 +157,11 @@ def table(results: pathlib.Path) -> str:
             for variant, s in variants.items()
         ]
         lines.append(markdown(rows))
-    lines += ["", "## All settings of figures 6 and 7", "", drop_counts.settings_table(results)]
-    if steps := drop_steps.kicks_table(results):
-        lines += ["", "## Steps, root mean square in learning rates", "", steps]
+    for title, more in (
+        ("All settings of figures 6 and 7", drop_counts.settings_table(results)),
+        ("Steps, root mean square in learning rates", drop_steps.kicks_table(results)),
+    ):
+        lines += ["", f"## {title}", "", more] if more else []
     for path in sorted(results.glob("drops_trace-*.csv")):
         title, _ = drop_steps.trace_title(path)
         lines += ["", f"**{title}.** {drop_steps.trace_summary(read_rows(path))}"]
