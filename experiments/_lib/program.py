@@ -48,7 +48,8 @@ def over_seeds(fn):
 
 def shapes_of(net, *inputs) -> tuple[Any, Any]:
     """Axes of a network's variables, and their shapes and dtypes; nothing is computed."""
-    variables = jax.eval_shape(net.init, jax.random.key(0), *inputs)
+    init = lambda *inputs: net.init(jax.random.key(0), *inputs)
+    variables = jax.eval_shape(init, *inputs)
     return nn.get_partition_spec(variables), nn.unbox(variables)
 
 
