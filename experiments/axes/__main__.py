@@ -1,6 +1,6 @@
-"""The command of `experiments.axes.table`."""
+"""What `psjax.infer_axes` finds in every model of the registry, as a table."""
 
-from experiments._run import run_script
+from experiments._lib.command import run_script
 from experiments.axes import table
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
     python -m experiments.axes
     python -m experiments.axes --models gpt resnet18-batchnorm --out /tmp/axes
 
-The models are those of `tests/axes/registry.py`. A line is written as soon as a model is done: the
+The models are those of `tests/axes/registry.py`, and `tests/axes/missed.py` looks for what was
+missed. A line is written as soon as a model is done: the
 axes of each kind; whether `psjax.check_axes` proves them; fixed dimensions that can be permuted
 after all; what is fixed and why; and milliseconds, each the median of three, with JAX's caches
-empty as at a first call. Both files, `models.csv` and `models.md`, are written anew every time.
+empty as at a first call. Both files, `models.csv` and `models.md`, are written anew every time, to
+`runs/results/axes/`; with `--commit-results` to `experiments/axes/results/`.
 """
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
-import io
 import pathlib
 import platform
 import signal
@@ -29,11 +29,14 @@ import jax
 from tqdm import tqdm
 
 import psjax
-from experiments._run import check_choice, check_positive, replace
-from experiments.axes._missed import missed
-from psjax.axes._axes import KINDS
+from experiments._lib.config import check_choice, check_positive
+from experiments._lib.folder import replace, results_folder
+from experiments._lib.machine import processor
+from experiments._lib.tables import markdown, write_rows
 
 REPEATS = 3
+RESULTS = pathlib.Path(__file__).parent / "results"
+KINDS = ("hidden", "output", "input", "normalised")
 
 
 @dataclasses.dataclass
@@ -42,8 +45,10 @@ class Args:
 
     models: tuple[str, ...] = ()
     """Names of models; default: all."""
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results"
-    """Folder of models.csv and models.md."""
+    out: pathlib.Path | None = None
+    """Folder of models.csv and models.md. Default: runs/results/axes."""
+    commit_results: bool = False
+    """Write over experiments/axes/results."""
     limit: float = 20.0
     """Give up the search for a model's axes after so many seconds."""
 
@@ -69,9 +74,10 @@ class Row:
     failed: str = ""
 
 
-def registry() -> dict[str, Any]:
-    """The models by name."""
+def registry() -> tuple[dict[str, Any], Callable[..., list[str]]]:
+    """The models by name, and what looks for axes that were missed."""
     try:
+        from tests.axes.missed import missed
         from tests.axes.registry import CASES
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("tests"):
@@ -81,16 +87,17 @@ def registry() -> dict[str, Any]:
             "root of a checkout of psjax."
         )
         raise ImportError(msg) from error
-    return CASES
+    return CASES, missed
 
 
-def measure(name: str, make: Callable[[], Any], limit: float) -> Row:
+def measure(name: str, make: Callable[[], Any], limit: float, missed) -> Row:
     """A model's line.
 
     Args:
       name: of the model.
       make: returns `(apply, params, inputs)`.
       limit: seconds.
+      missed: `(apply, params, inputs) -> descriptions` of axes that were missed.
     """
     apply, params, inputs = make()
     try:
@@ -161,17 +168,6 @@ def _at_most(seconds):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def as_csv(rows: list[Row]) -> str:
-    """The table for programs."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in dataclasses.fields(Row))
-    for row in rows:
-        cells = dataclasses.astuple(row)
-        writer.writerow(f"{x:.1f}" if isinstance(x, float) else x for x in cells)
-    return text.getvalue()
-
-
 def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
     """The table for readers, with what made it."""
     done = [row for row in rows if row.infer_ms is not None]
@@ -181,7 +177,7 @@ def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
     lines = [
         "# Axes found in models that nobody wrote for it",
         "",
-        f"`{command}`, {versions}, Python {platform.python_version()}, one CPU ({_cpu()}).",
+        f"`{command}`, {versions}, Python {platform.python_version()}, one CPU ({processor()}).",
         "",
         f"{len(rows)} models, {sum(map(total, KINDS))} axes: {kinds}. "
         f"Wrong axes: {sum(bool(row.wrong) for row in rows)} models. "
@@ -206,27 +202,21 @@ def as_markdown(rows: list[Row], command: str, skipped: list[str]) -> str:
         "results; 0 where every permutation that was tried changed them.",
         "- *fixed, and why*: number of dimensions, and the reason with its primitive.",
         "",
-        "| model | hidden | normalised | output | input | wrong | missed | fixed, and why | ms |",
-        "|---|--:|--:|--:|--:|---|---|---|--:|",
     ]
+    table = []
     for row in rows:
-        found = ["" if getattr(row, k) is None else str(getattr(row, k)) for k in _COLUMNS]
+        cells = {"model": row.model, **{k: getattr(row, k) for k in _COLUMNS}}
         fixed = row.fixed + (f"; no rule: {row.unknown}" if row.unknown else "")
         ms = "" if row.infer_ms is None else f"{row.infer_ms:.0f} ({row.trace_ms:.0f})"
         none = "0" if row.infer_ms is not None else ""
-        cells = [row.model, *found, row.wrong or none, row.missed or none, row.failed or fixed, ms]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        cells |= {"wrong": row.wrong or none, "missed": row.missed or none}
+        cells |= {"fixed, and why": row.failed or fixed, "ms": ms}
+        text = {k: "" if cell is None else str(cell) for k, cell in cells.items()}
+        table.append({k: cell.replace("|", "/") for k, cell in text.items()})
+    return "\n".join([*lines, markdown(table, numbers=(*_COLUMNS, "ms"))]) + "\n"
 
 
 _COLUMNS = ("hidden", "normalised", "output", "input")
-
-
-def _cpu():
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -235,13 +225,13 @@ def _cpu():
 def main(args: Args) -> None:
     """Measure the models and write the table."""
     check_positive("limit", args.limit)
-    cases = registry()
+    cases, missed = registry()
     for name in args.models:
         check_choice("models", name, cases)
     jax.config.update("jax_disable_most_optimizations", True)  # what is compiled runs a few times
-    args.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m experiments.axes", *(["--models"] if args.models else ())])
-    command = " ".join([command, *args.models])
+    out = results_folder(RESULTS, args.commit_results, args.out)
+    chosen = ("--models", *args.models) if args.models else ()
+    command = " ".join(("python -m experiments.axes", *chosen))
     rows: list[Row] = []
     skipped: list[str] = []
     with tqdm(args.models or list(cases), unit="model") as bar:
@@ -252,11 +242,11 @@ def main(args: Args) -> None:
                 bar.write(f"{name}: left out, {case.needs} is not installed", file=sys.stdout)
                 skipped.append(name)
                 continue
-            row = measure(name, case.make, args.limit)
+            row = measure(name, case.make, args.limit, missed)
             for what in ("failed", "wrong", "missed", "unknown"):
                 if getattr(row, what):
                     bar.write(f"{name}: {what}: {getattr(row, what)}", file=sys.stdout)
             rows.append(row)
-            replace(args.out / "models.csv", as_csv(rows))
-            replace(args.out / "models.md", as_markdown(rows, command, skipped))
-    print(f"{len(rows)} models, written to {args.out}.")
+            write_rows(out / "models.csv", [dataclasses.asdict(row) for row in rows], digits=".1f")
+            replace(out / "models.md", as_markdown(rows, command, skipped))
+    print(f"{len(rows)} models, written to {out}.")

@@ -11,21 +11,18 @@ Where a figure compares work of unequal size, it compares milliseconds a GFLOP.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import os
-import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
 import psjax
-from experiments.benchmarks import _timing
-from experiments.benchmarks._timing import Program
+from experiments._lib.command import run_script
+from experiments._lib.machine import machine
+from experiments.benchmarks import timing
+from experiments.benchmarks.timing import Program, Ratio, product
 
 CLASSES = 35
 BATCH = 128
@@ -33,24 +30,13 @@ J = 10  # local steps of a round
 
 
 @dataclasses.dataclass
-class Args:
+class Args(timing.Args):
     """Time rounds of independent subnet training, and their parts, against one another."""
 
-    repeats: int = 9
-    """Rounds; the figures are medians over them."""
-    out: pathlib.Path | None = None
-    """Where the table goes, as CSV; default: results/ist.csv beside this file."""
     skip_torch: bool = False
     """Leave out the comparison with PyTorch, which needs torch."""
     quick: bool = False
     """Layers 16 times as narrow: does it run? The goals mean nothing; no file unless --out."""
-
-    def __post_init__(self):
-        if self.repeats < 1:
-            msg = f"--repeats {self.repeats}: write 1 or more."
-            raise ValueError(msg)
-        if self.out is None and not self.quick:
-            self.out = pathlib.Path(__file__).parent / "results" / "ist.csv"
 
 
 # ------------------------------------------------------------------------------------------- floor
@@ -65,17 +51,6 @@ def gflop(inputs: int, hidden: tuple[int, ...]) -> float:
     sizes = (inputs, *hidden, CLASSES)
     first, *rest = (a * b for a, b in zip(sizes, sizes[1:]))
     return BATCH * (4 * first + 6 * sum(rest)) / 1e9
-
-
-def product(n: int) -> Callable[[], None]:
-    """A product of two n x n matrices: what this machine can do at the same moment."""
-    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n), np.float32))
-    fn = jax.jit(jnp.matmul)
-
-    def call():
-        jax.block_until_ready(fn(a, a))
-
-    return call
 
 
 # ---------------------------------------------------------------------------------------- programs
@@ -98,6 +73,17 @@ def make_loss(net):
     return loss_fn
 
 
+def one_row(x, e):
+    """Row e, which may be traced, `[1, ...]`."""
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), e, 1)
+
+
+def one_element(selection, e) -> psjax.Selection:
+    """Element e, which may be traced, as a selection of one."""
+    indices = jax.tree.map(lambda x: one_row(x, e), selection.indices)
+    return dataclasses.replace(selection, indices=indices, valid=one_row(selection.valid, e))
+
+
 class Bench:
     """A network that is trained in subnets, and programs that do parts of it.
 
@@ -113,9 +99,8 @@ class Bench:
 
     def init(self, net):
         """Parameters with the optimizer's state, and the parameters' axes."""
-        variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, self.inputs)))
-        params = nn.unbox(variables)["params"]
-        return (params, self.optimizer.init(params)), nn.get_partition_spec(variables)["params"]
+        params, axes = timing.init(net, jnp.zeros((1, self.inputs)))
+        return (params, self.optimizer.init(params)), axes
 
     def own_state(self):
         return jax.tree.map(jnp.copy, self.state)
@@ -126,15 +111,8 @@ class Bench:
 
     def make_steps(self, net):
         """`(state, batches) -> state, losses`: the steps of a worker, without a round around."""
-        loss_fn = make_loss(net)
-
-        def step(state, batch):
-            params, opt_state = state
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
-
-        return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+        steps = timing.steps_fn(jax.value_and_grad(make_loss(net)), self.optimizer)
+        return jax.jit(steps, donate_argnums=0)
 
     def steps(self, n: int, number: int) -> Program:
         """Local steps of one of n subnets; n = 1: of the whole network."""
@@ -161,10 +139,8 @@ class Bench:
         """The same in n calls, each a round of one subnet: gather, train, scatter."""
 
         def of_one(state, selection, batches, e):
-            own = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), e, 1)
-            indices = jax.tree.map(own, selection.indices)
-            one = dataclasses.replace(selection, indices=indices, valid=own(selection.valid))
-            return self.make_round(n)(state, one, jax.tree.map(own, batches))
+            batches = jax.tree.map(lambda x: one_row(x, e), batches)
+            return self.make_round(n)(state, one_element(selection, e), batches)
 
         call_one = jax.jit(of_one, donate_argnums=0)
 
@@ -185,10 +161,7 @@ class Bench:
 
         @jax.jit
         def gather(state, selection, e):
-            own = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), e, 1)
-            indices = jax.tree.map(own, selection.indices)
-            one = dataclasses.replace(selection, indices=indices, valid=own(selection.valid))
-            params = jax.tree.map(lambda x: x[0], one.gather(state[0]))
+            params = jax.tree.map(lambda x: x[0], one_element(selection, e).gather(state[0]))
             return params, self.optimizer.init(params)
 
         def scatter(state, selection, trained):
@@ -244,7 +217,7 @@ def local_step(scale: int, repeats: int, with_torch: bool):
     calls: dict[str, Callable[[], None]] = {"steps": bench.steps(2, J), "product": product(side)}
     if with_torch:
         calls["torch"] = torch_steps(inputs, width // 2, J)
-    seconds = _timing.take_turns(calls, repeats)
+    seconds = timing.take_turns(calls, repeats)
     per_gflop = seconds["steps"] / J / gflop(inputs, (width // 2,))
     reference = seconds["product"] / (2e-9 * side**3)
     layers = f"{inputs}-{width // 2}-{CLASSES}"
@@ -252,7 +225,7 @@ def local_step(scale: int, repeats: int, with_torch: bool):
     yield in_gflop(figure, 1 / 0.60, per_gflop, reference)
     if with_torch:
         times = seconds["steps"] / J, seconds["torch"] / J
-        yield _timing.Ratio.of(f"local step {layers} / PyTorch eager", 0.5, *times)
+        yield Ratio.of(f"local step {layers} / PyTorch eager", 0.5, *times)
 
 
 def whole_round(scale: int, repeats: int):
@@ -264,13 +237,13 @@ def whole_round(scale: int, repeats: int):
             "rounds of one": bench.rounds_of_one(n),
             "one by one": bench.one_by_one(n),
         }
-        seconds = _timing.take_turns(calls, repeats)
+        seconds = timing.take_turns(calls, repeats)
         for figure, goal, name in (
             (f"{n} rounds of one subnet", 1.1, "rounds of one"),
             (f"{n} trained one by one, merged once", None, "one by one"),
         ):
             figure = f"round of {n} subnets / {figure}"
-            yield _timing.Ratio.of(figure, goal, seconds["round"], seconds[name])
+            yield Ratio.of(figure, goal, seconds["round"], seconds[name])
 
 
 def gather_and_scatter(scale: int, repeats: int):
@@ -282,11 +255,11 @@ def gather_and_scatter(scale: int, repeats: int):
     """
     bench = Bench(4096 // scale, (8192 // scale,) * 2)
     calls = {"short": bench.round(4, 1), "long": bench.round(4, 1 + J)}
-    seconds = _timing.take_turns(calls, repeats)
+    seconds = timing.take_turns(calls, repeats)
     local_steps = seconds["long"] - seconds["short"]
     around = seconds["short"] - local_steps / J
     figure = f"gather and scatter / {J} local steps, 2 x {8192 // scale}, n = 4"
-    yield _timing.Ratio.of(figure, 0.2, around, local_steps)
+    yield Ratio.of(figure, 0.2, around, local_steps)
 
 
 def narrower_steps(scale: int, repeats: int):
@@ -294,7 +267,7 @@ def narrower_steps(scale: int, repeats: int):
     inputs, width = 4096 // scale, 8192 // scale
     bench = Bench(inputs, (width,) * 2)
     number = {1: 2, 2: 6, 4: 12, 8: 30}
-    seconds = _timing.take_turns({str(n): bench.steps(n, k) for n, k in number.items()}, repeats)
+    seconds = timing.take_turns({str(n): bench.steps(n, k) for n, k in number.items()}, repeats)
     work = {n: k * gflop(inputs, (width // n,) * 2) for n, k in number.items()}
     per_gflop = {n: seconds[str(n)] / work[n] for n in number}
     for n in (2, 4, 8):
@@ -304,12 +277,12 @@ def narrower_steps(scale: int, repeats: int):
 
 def in_gflop(figure: str, goal: float, seconds: np.ndarray, reference: np.ndarray):
     """A ratio of seconds a GFLOP."""
-    row = _timing.Ratio.of(figure, goal, seconds, reference)
+    row = Ratio.of(figure, goal, seconds, reference)
     return dataclasses.replace(row, unit="ms/GFLOP")
 
 
-def count_compilations(rounds: int = 100) -> int:
-    """Compilations over rounds of one program, each with subnets of its own."""
+def compilations(rounds: int = 100) -> Iterator[Ratio]:
+    """Programs compiled for rounds that have subnets of their own each."""
     bench = Bench(16, (32, 32))
     a_round = bench.make_round(4)
 
@@ -318,51 +291,27 @@ def count_compilations(rounds: int = 100) -> int:
         selection = psjax.ist.membership(0, round, bench.axes, bench.net.sizes, 4)
         return a_round(state, selection, batches)
 
-    state, batches = bench.state, some_batches(4, 2, inputs=16)
-    seen = []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for r in range(rounds):
-        state, _ = fn(state, batches, r)
-    jax.block_until_ready(state)
-    return len(seen)
+    batches = some_batches(4, 2, inputs=16)
+    calls = (lambda r=r: fn(bench.state, batches, r) for r in range(rounds))
+    yield Ratio.between(
+        f"compilations, {rounds} rounds / 1", 1, timing.count_compilations(calls), 1, ""
+    )
 
 
 def main(args: Args) -> None:
-    with_torch = not args.skip_torch
-    if with_torch and importlib.util.find_spec("torch") is None:
-        print("torch is not installed: no comparison with PyTorch.")
-        with_torch = False
-    packages = ("jax", "jaxlib", *(("torch",) if with_torch else ()))
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{versions}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
+    with_torch = timing.find_torch(args.skip_torch)
+    print(machine(*(("torch",) if with_torch else ())))
     print(f"batches of {BATCH}, SGD, J = {J}, float32; {args.repeats} rounds\n")
     scale = 16 if args.quick else 1
-    print(_timing.HEADER)
-    rows: list[_timing.Ratio] = []
     tables = (
         local_step(scale, args.repeats, with_torch),
         whole_round(scale, args.repeats),
         gather_and_scatter(scale, args.repeats),
         narrower_steps(scale, args.repeats),
-        [_timing.Ratio.between("compilations, 100 rounds / 1", 1, count_compilations(), 1, "")],
+        compilations(),
     )
-    for table in tables:
-        for row in table:
-            print(row, flush=True)
-            rows.append(row)
-            if args.out is not None:
-                _timing.write(args.out, rows)
-    if args.out is not None:
-        print(f"\nWritten to {args.out}.")
+    timing.report(tables, args.out if args.quick else args.path("ist.csv"))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__))
+    run_script(main, Args, __doc__, "nothing to continue, write the same command.")

@@ -8,12 +8,12 @@ machine's cores.
     python -m experiments.benchmarks.network --datasets digits --hosts 2 --out runs/network.csv
     python -m experiments.benchmarks.network --plot         # tables and figure of what was measured
 
+Everything goes to `runs/results/benchmarks/`, which begins as a copy of `results/`; with
+`--commit-results` to `results/` and into NETWORK.md, which says what is measured and what came out.
 What is in the CSV already is not measured again; an interruption loses the rates of one method.
-NETWORK.md beside this file says what is measured and what came out.
 """
 
 import contextlib
-import csv
 import dataclasses
 import json
 import math
@@ -27,13 +27,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from experiments import _run
-from experiments.benchmarks._network_worker import row_of
-from experiments.hosts import _namespaces, launch
-from experiments.psl import figures
+from experiments._lib.command import run_script
+from experiments._lib.figures import panel, save
+from experiments._lib.folder import replace, results_folder
+from experiments._lib.tables import markdown, paste, read_mixed, write_rows
+from experiments.benchmarks.network_worker import row_of
+from experiments.faults import namespaces
+from experiments.hosts import launch
 
 HERE = pathlib.Path(__file__).parent
-CSV = HERE / "results" / "network.csv"
+RESULTS = HERE / "results"
+CSV = RESULTS / "network.csv"
 PAGE = HERE / "NETWORK.md"
 PORT = 12300
 TARGETS = (0.80, 0.90, 0.95)
@@ -44,21 +48,29 @@ ALONE = "env JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_threa
 COPIED = ("loss", "learning_rate", "batch_size")
 
 
+SUBNETS = {
+    "data-parallel": {"method": "data-parallel"},
+    "data-parallel-scaled": {"method": "data-parallel", "scaled": True},
+    "local-sgd": {"method": "local-sgd"},
+    "ist": {"method": "ist"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is trained on a data set."""
 
     config: dict[str, Any]
     """Of `experiments.hosts.problem.Config`."""
-    methods: dict[str, dict[str, Any]]
-    """What is trained, and what of the configuration it has for itself."""
-    batch_size: int
-    """Samples of a gradient step: of one host, or of all together."""
-    of_a_host: bool
-    report_steps: int
-    """Gradient steps between two looks at the accuracy."""
     cap: float
     """Seconds of the training's clock after which it is given up."""
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=lambda: SUBNETS)
+    """What is trained, and what of the configuration it has for itself."""
+    batch_size: int = 128
+    """Samples of a gradient step: of one host, or of all together."""
+    of_a_host: bool = True
+    report_steps: int = 10
+    """Gradient steps between two looks at the accuracy."""
     trained_at: tuple[float, ...] | None = None
     """Rates at which it trains to the accuracy; None: at all. Elsewhere steps are only timed: the
     numbers that are computed do not depend on the rate."""
@@ -66,40 +78,16 @@ class Case:
     timed_steps: int = 100
 
 
-SGD = {"learning_rate": 0.01, "optimizer": "sgd", "rounds": 10_000, "loss": "nll"}
-SUBNETS = {
-    "data-parallel": {"method": "data-parallel"},
-    "data-parallel-scaled": {"method": "data-parallel", "scaled": True},
-    "local-sgd": {"method": "local-sgd"},
-    "ist": {"method": "ist"},
-}
+MLP = {"model": "mlp", "learning_rate": 0.01, "optimizer": "sgd", "rounds": 10_000, "loss": "nll"}
+PSNET = {"model": "psnet", "learning_rate": 1e-3, "optimizer": "adam", "rounds": 10_000}
 CASES = {
-    "spoken_digit": Case(
-        config={"dataset": "spoken_digit", "model": "mlp", "width": 1024, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=200,
-    ),
+    "spoken_digit": Case({**MLP, "dataset": "spoken_digit", "width": 1024}, cap=200),
     "mnist": Case(
-        config={"dataset": "mnist", "model": "mlp", "width": 1024, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=40,
-        trained_at=(10_000,),
-        timed_steps=30,
+        {**MLP, "dataset": "mnist", "width": 1024}, cap=40, trained_at=(10_000,), timed_steps=30
     ),
     "mnist-psnet": Case(
-        config={
-            "dataset": "mnist",
-            "model": "psnet",
-            "learning_rate": 1e-3,
-            "optimizer": "adam",
-            "rounds": 10_000,
-        },
+        {**PSNET, "dataset": "mnist"},
+        cap=60,
         methods={
             "data-parallel": {"method": "data-parallel", "loss": "nll"},
             "data-parallel-psl": {"method": "data-parallel", "loss": "psl"},
@@ -110,18 +98,10 @@ CASES = {
         batch_size=100,
         of_a_host=False,
         report_steps=100,
-        cap=60,
         trained_at=(10_000,),
         never_trained=("pairs",),  # takes the steps of the cyclic plan
     ),
-    "digits": Case(  # small, to try
-        config={"dataset": "digits", "model": "mlp", "width": 4096, **SGD},
-        methods=SUBNETS,
-        batch_size=128,
-        of_a_host=True,
-        report_steps=10,
-        cap=5,
-    ),
+    "digits": Case({**MLP, "dataset": "digits", "width": 4096}, cap=5),  # small, to try
 }
 NAMES = {
     "data-parallel": "data parallel",
@@ -133,12 +113,8 @@ NAMES = {
     "pairs": "PSL, merged pairs",
     "score-exchange": "score exchange",
 }
-COLOURS = dict(
-    zip(
-        NAMES,
-        ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#009E73"),
-    )
-)
+PALETTE = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#009E73")
+COLOURS = dict(zip(NAMES, PALETTE))
 
 
 @dataclasses.dataclass
@@ -154,19 +130,19 @@ class Args:
     """Only these; default: all of the data set."""
     cap: float | None = None
     """Seconds of training after which it is given up; default: 200, 40 or 60."""
-    out: pathlib.Path = CSV
-    """The CSV; the figure, and without NETWORK.md the tables, get its name."""
+    out: pathlib.Path | None = None
+    """The CSV; the figure and the tables get its name. Default: network.csv in
+    runs/results/benchmarks."""
     plot: bool = False
     """Measure nothing; needs no root."""
     data_dir: str | None = None
     """Where TFDS keeps its sets. Default: TFDS_DATA_DIR, else TFDS's own."""
+    commit_results: bool = False
+    """Write over results/network.csv and its figure, and the tables into NETWORK.md."""
 
     def __post_init__(self):
-        for name, values, choices in (
-            ("datasets", self.datasets, tuple(CASES)),
-            ("methods", self.methods, tuple(NAMES)),
-        ):
-            for wrong in set(values) - set(choices):
+        for name, choices in (("datasets", CASES), ("methods", NAMES)):
+            for wrong in set(getattr(self, name)) - set(choices):
                 msg = f"--{name} {wrong}: write some of {', '.join(choices)}."
                 raise ValueError(msg)
         if min(self.hosts, default=0) < 2 or min(self.mbit, default=-1) < 0:
@@ -176,7 +152,7 @@ class Args:
 
 def unavailable() -> str | None:
     """Why there are no slow links here, or None."""
-    reason = _namespaces.unavailable()
+    reason = namespaces.unavailable()
     if reason is None and shutil.which("tc") is None:
         reason = "limiting a link needs the command tc (iproute2)"
     return reason
@@ -192,15 +168,15 @@ def main(args: Args) -> None:
     if reason:
         msg = f"{reason}; run it as root on Linux, or write --plot for the tables of what is there."
         raise OSError(msg)
-    failed = [] if args.plot else measure(args)
-    rows = read(args.out)
+    path = args.out or results_folder(RESULTS, args.commit_results) / "network.csv"
+    failed = [] if args.plot else measure(args, path)
+    rows = read_mixed(path)
     if rows:
-        draw(rows, args.out.with_suffix(".png"))
-        text = tables(rows)
-        if args.out == CSV:
-            _run.paste(PAGE, "tables", text)
+        draw(rows, path.with_suffix(".png"))
+        if path == CSV:
+            paste(PAGE, "tables", tables(rows))
         else:
-            _run.replace(args.out.with_suffix(".md"), text)
+            replace(path.with_suffix(".md"), tables(rows))
     if failed:
         msg = f"did not end well, and may be measured by the same command: {', '.join(failed)}"
         raise OSError(msg)
@@ -209,7 +185,7 @@ def main(args: Args) -> None:
 # -------------------------------------------------------------------------------------- measurement
 
 
-def measure(args: Args) -> list[str]:
+def measure(args: Args, path: pathlib.Path) -> list[str]:
     """Run what the CSV does not have; what did not end well."""
     groups = [
         (dataset, hosts, method)
@@ -221,15 +197,14 @@ def measure(args: Args) -> list[str]:
     failed = []
     with tqdm(groups, unit="training") as bar:
         for group in bar:
-            rows = read(args.out)
+            rows = read_mixed(path)
             done = {row["mbit"] for row in rows if key(row) == group}
             # the fastest first: it tells how many rounds there are to go
             rates = sorted(set(args.mbit) - done, key=lambda x: -(x or math.inf))
             bar.set_postfix_str(" ".join(map(str, group)))
             if rates:
                 new, well = train(args, *group, rates)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                _run.write_rows(args.out, rows + new)
+                write_rows(path, rows + new)
                 failed += [] if well else [" ".join(map(str, group))]
     return failed
 
@@ -245,10 +220,7 @@ def train(args: Args, dataset, hosts, method, rates) -> tuple[list[dict], bool]:
     at = () if method in case.never_trained else case.trained_at
     trained = [at is None or x in at for x in rates]
     name = f"n{os.getpid() % 100_000}"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _namespaces.Namespaces(hosts, name) as network,
-    ):
+    with tempfile.TemporaryDirectory() as folder, namespaces.Namespaces(hosts, name) as network:
         spec = {
             "config": config,
             "mbit": list(rates),
@@ -265,8 +237,7 @@ def train(args: Args, dataset, hosts, method, rates) -> tuple[list[dict], bool]:
         path.write_text(json.dumps(spec))
         lost = launch.run(
             hosts,
-            "experiments.benchmarks._network_worker",
-            [str(path)],
+            ["-c", f"from {row_of.__module__} import main; main()", str(path)],
             grace=20,
             prefix=f"ip netns exec {name}-{{i}} {ALONE}",
             coordinator=f"{network.addresses[0]}:{PORT}",
@@ -285,20 +256,6 @@ def train(args: Args, dataset, hosts, method, rates) -> tuple[list[dict], bool]:
 
 def key(row: dict[str, Any]) -> tuple[str, int, str]:
     return row["dataset"], row["hosts"], row["method"]
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of the CSV, numbers as numbers, what is empty as it is."""
-    if not path.exists():
-        return []
-
-    def value(text):
-        with contextlib.suppress(ValueError):
-            return int(text) if text.isdigit() else float(text)
-        return text
-
-    with open(path, newline="") as file:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def to_accuracy(rows: list[dict], row: dict, target: float) -> dict[str, Any] | None:
@@ -350,13 +307,14 @@ def tables(rows: list[dict[str, Any]]) -> str:
     names = [rate_name(rate) for rate in rates]
 
     def table(title, columns, cell, chosen=groups):
-        lines = [f"**{title}**", "", f"| data | hosts | method | {' | '.join(columns)} |"]
-        lines += ["|---" * (3 + len(columns)) + "|"]
+        rows = []
         for group in chosen:
             data, hosts, method = group
-            cells = [x if isinstance(x, str) else number(x) for x in cell(group)]
-            lines += [f"| {' | '.join((data, str(hosts), NAMES[method], *cells))} |"]
-        return "\n".join(lines) + "\n"
+            row = {"data": data, "hosts": hosts, "method": NAMES[method]}
+            for name, x in zip(columns, cell(group)):
+                row[name] = x if isinstance(x, str) else number(x)
+            rows.append(row)
+        return f"**{title}**\n\n{markdown(rows)}\n"
 
     def at_rates(value):
         return lambda g: [value(of[*g, r]) if (*g, r) in of else "" for r in rates]
@@ -376,9 +334,11 @@ def tables(rows: list[dict[str, Any]]) -> str:
             own = [r for r in rows if (r["hosts"], r["mbit"]) == (hosts, rate)]
             low = min((r["raw_mbit_low"] for r in own), default=0)
             high = max((r["raw_mbit_high"] for r in own), default=0)
-            bare += [f"| {hosts} | {rate_name(rate)} | {number(low)}–{number(high)} |"] * bool(own)
-    head = "**The bare links**, Mbit/s through one TCP connection a host, all at once\n\n"
-    parts = [head + "| hosts | limit | reached |\n|---|---|---|\n" + "\n".join(bare) + "\n"]
+            if own:
+                reached = f"{number(low)}–{number(high)}"
+                bare.append({"hosts": hosts, "limit": rate_name(rate), "reached": reached})
+    title = "**The bare links**, Mbit/s through one TCP connection a host, all at once"
+    parts = [f"{title}\n\n{markdown(bare)}\n"]
     columns = ["steps a round", "ledger, MB a host and round", *names]
     parts += [table("Bytes: counted at the interface / the ledger's", columns, sent)]
     parts += [table("Milliseconds a gradient step, median (quartiles)", names, at_rates(spread))]
@@ -449,13 +409,13 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         ax.set_xticks(range(len(rates)), [rate_name(rate) for rate in rates])
         what = f"to {100 * target:.0f} % test accuracy" if target else "one step"
         unit = "training time (s)" if target else "time of a step (s)"
-        figures.panel(ax, f"{dataset}, {hosts} hosts: {what}", "rate of every host's link", unit)
+        panel(ax, f"{dataset}, {hosts} hosts: {what}", "rate of every host's link", unit)
         ax.set_ylim(top=ax.get_ylim()[1] * (1 if target else 3))  # room for the legend
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(figure, path)
+    save(figure, path)
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__)

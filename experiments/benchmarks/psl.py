@@ -13,10 +13,7 @@ batch needs, and also in tiles of 4.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import os
-import pathlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments.benchmarks import _timing, _torch
+from experiments._lib.command import run_script
+from experiments._lib.machine import machine
+from experiments.benchmarks import in_torch, timing
 from experiments.psl import training
 
 C = 10  # classes
@@ -50,30 +48,24 @@ IMAGES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 @dataclasses.dataclass
-class Args:
+class Args(timing.Args):
     """Time training steps of a PSNet against one another."""
 
     batch_sizes: tuple[int, ...] = (100, 20)
     """Samples a step; multiples of 10. The goals are set for 100."""
-    repeats: int = 9
-    """Rounds; the figures are medians over them."""
     loss: str = "psl-squared"
     """Partially-separable loss: psl-squared (the authors' runs) or psl."""
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "psl.csv"
-    """Where the table goes, as CSV."""
     skip_torch: bool = False
     """Leave out the comparison with PyTorch, which needs torch."""
     data: str | None = None
     """Where TFDS keeps MNIST; default: TFDS_DATA_DIR, else TFDS's own."""
 
     def __post_init__(self):
+        super().__post_init__()
         for size in self.batch_sizes:
             if size < C or size % C:
                 msg = f"--batch-sizes {size}: write multiples of {C}, for balanced batches."
                 raise ValueError(msg)
-        if self.repeats < 1:
-            msg = f"--repeats {self.repeats}: write 1 or more."
-            raise ValueError(msg)
 
 
 # ------------------------------------------------------------------------------------------- floor
@@ -102,10 +94,8 @@ def flops(compute: str) -> int:
 
 def matmul_rate(repeats: int = 9, n: int = 2048) -> float:
     """Float32 operations a second of this machine, in a product of two 2048 x 2048 matrices."""
-    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n), np.float32))
-    product = jax.jit(jnp.matmul)
-    call = lambda: jax.block_until_ready(product(a, a))
-    return 2 * n**3 / float(np.median(_timing.take_turns({"": call}, repeats)[""]))
+    seconds = timing.take_turns({"": timing.product(n)}, repeats)[""]
+    return 2 * n**3 / float(np.median(seconds))
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -152,16 +142,14 @@ def steps_a_call(compute: str, batches: psjax.data.Batches) -> int:
 
 def init(net, preset="mnist"):
     """Parameters and their axes."""
-    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *IMAGES[preset])))
-    return nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    return timing.init(net, jnp.zeros((1, *IMAGES[preset])))
 
 
 def make_steps(loss_and_grad, optimizer):
     """`(state, batches, data, selection) -> state, losses`: a scan over steps, state donated."""
 
     def steps(state, batches, data, selection):
-        def step(state, batch):
-            params, opt_state = state
+        def one(params, batch):
             index = batch["indices"]
             images = psjax.data.take(data["images"], index, data["scale"])
             own = {"image": images, "weight": batch["weights"]}
@@ -170,17 +158,15 @@ def make_steps(loss_and_grad, optimizer):
             here = selection
             if "labels" in batch:
                 here = training.tile_selection(selection, batch["labels"], C)
-            loss, grads = loss_and_grad(params, here, own)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            return loss_and_grad(params, here, own)
 
-        return jax.lax.scan(step, state, batches)
+        return timing.steps_fn(one, optimizer)(state, batches)
 
     return jax.jit(steps, donate_argnums=0)
 
 
 @dataclasses.dataclass
-class Program(_timing.Program):
+class Program(timing.Program):
     """Some training steps as one call that keeps its state."""
 
     steps: int
@@ -191,8 +177,7 @@ class Bench:
 
     def __init__(self, loss: str, preset: str = "mnist", model: str = "psnet"):
         self.loss, self.preset, self.model = loss, preset, model
-        config = training.Config(dataset=preset, model=model, compute="fused")
-        self.net = training.make_model(config, C)
+        self.net = training.make_model(preset, C, model)
         self.params, self.axes = init(self.net, preset)
         self.margin_fn = psjax.losses.margin_function(loss)
         self.optimizer = optax.adam(1e-3)
@@ -224,7 +209,7 @@ class Bench:
     def in_torch(self, dataset, batch_size: int, steps: int):
         """The fused step in eager PyTorch, as a call of so many."""
         batches = np.asarray(index_batches("fused", dataset, batch_size).indices)
-        return _torch.program(self.model, dataset, batches, steps, self.loss)
+        return in_torch.program(self.model, dataset, batches, steps, self.loss)
 
     def element(self, net=None):
         """Element (k, j): two scores, the samples labelled k."""
@@ -281,10 +266,10 @@ class Table:
 
     calls: dict[str, Callable[[], None]]
     steps: dict[str, int]
-    rows: Callable[[dict[str, np.ndarray]], list[_timing.Ratio]]
+    rows: Callable[[dict[str, np.ndarray]], list[timing.Ratio]]
 
-    def measure(self, repeats: int) -> list[_timing.Ratio]:
-        seconds = _timing.take_turns(self.calls, repeats)
+    def measure(self, repeats: int) -> list[timing.Ratio]:
+        seconds = timing.take_turns(self.calls, repeats)
         return self.rows({name: s / self.steps[name] for name, s in seconds.items()})
 
 
@@ -317,7 +302,7 @@ def table_of(bench: Bench, dataset, data, batch_size: int, with_torch: bool) -> 
         def row(figure, goal, name, reference, sizes=(100,)):
             figure = f"{'MNIST: ' if real else ''}{figure}, batch {batch_size}"
             goal = None if batch_size not in sizes else goal
-            return _timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
+            return timing.Ratio.of(figure, goal, seconds[name], seconds[reference])
 
         if real:
             goals = GOALS_OF_MNIST if batch_size == 100 else {}
@@ -343,31 +328,27 @@ def table_of(bench: Bench, dataset, data, batch_size: int, with_torch: bool) -> 
     return Table(calls, steps, rows)
 
 
+def one_ratio(figure: str, goal: float, calls, steps) -> Table:
+    """A table of one row: the first of two programs against the second."""
+    one, other = calls
+    return Table(calls, steps, lambda s: [timing.Ratio.of(figure, goal, s[one], s[other])])
+
+
 def cifar_table(bench: Bench, dataset) -> Table:
     """Elements of the CIFAR10 PSNet against its fused loss, balanced batches of 100."""
     data = training.on_device(dataset)
-    programs = {name: bench.program(name, dataset, data, 100) for name in ("fused", "elements")}
+    programs = {name: bench.program(name, dataset, data, 100) for name in ("elements", "fused")}
     steps = {name: program.steps for name, program in programs.items()}
-
-    def rows(seconds):
-        name = "CIFAR10: 90 elements / fused, batch 100"
-        return [_timing.Ratio.of(name, 1.3, seconds["elements"], seconds["fused"])]
-
-    return Table(dict(programs), steps, rows)
+    return one_ratio("CIFAR10: 90 elements / fused, batch 100", 1.3, programs, steps)
 
 
 def lenet_table(bench: Bench, dataset, batch_size: int) -> Table:
     """The fused step of the MNIST LeNet, 44426 weights, against PyTorch's."""
     fused = bench.program("fused", dataset, training.on_device(dataset), batch_size)
     steps = {"fused": fused.steps, "torch": fused.steps // 2}
-    calls: dict[str, Callable[[], None]] = {"fused": fused}
-    calls["torch"] = bench.in_torch(dataset, batch_size, steps["torch"])
-
-    def rows(seconds):
-        name = f"LeNet: fused PSL / PyTorch eager, batch {batch_size}"
-        return [_timing.Ratio.of(name, 0.35, seconds["fused"], seconds["torch"])]
-
-    return Table(calls, steps, rows)
+    calls = {"fused": fused, "torch": bench.in_torch(dataset, batch_size, steps["torch"])}
+    figure = f"LeNet: fused PSL / PyTorch eager, batch {batch_size}"
+    return one_ratio(figure, 0.35, calls, steps)
 
 
 def memory(bench: Bench):
@@ -393,8 +374,8 @@ def memory(bench: Bench):
 
     one = kib(C, 1)
     for k, goal in ((9, 9), (90, 13)):
-        yield _timing.Ratio.between(f"memory, chunk_size {k} / 1", goal, kib(C, k), one, "KiB")
-    yield _timing.Ratio.between("memory, 20 / 10 classes, chunk_size 1", 2, kib(20, 1), one, "KiB")
+        yield timing.Ratio.between(f"memory, chunk_size {k} / 1", goal, kib(C, k), one, "KiB")
+    yield timing.Ratio.between("memory, 20 / 10 classes, chunk_size 1", 2, kib(20, 1), one, "KiB")
 
 
 def count_compilations(bench: Bench) -> int:
@@ -408,28 +389,15 @@ def count_compilations(bench: Bench) -> int:
     )
     selections = [select(p) for p in orders]
     batch = {"image": jnp.zeros((C, 2, 28, 28, 1)), "weight": jnp.full((C, 2), 0.05)}
-    seen = []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for one in selections:
-        jax.block_until_ready(step(bench.params, one, batch))
-    return len(seen)
+    return timing.count_compilations(
+        lambda one=one: step(bench.params, one, batch) for one in selections
+    )
 
 
 def main(args: Args) -> None:
-    with_torch = not args.skip_torch
-    if with_torch and importlib.util.find_spec("torch") is None:
-        print("torch is not installed: no comparison with PyTorch.")
-        with_torch = False
-    packages = ("jax", "jaxlib", *(("torch",) if with_torch else ()))
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    with_torch = timing.find_torch(args.skip_torch)
     bench = Bench(args.loss)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{versions}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
+    print(machine(*(("torch",) if with_torch else ())))
     print(f"PSNet mnist, 46740 weights, Adam, float32; loss {args.loss}; {args.repeats} rounds")
     print(f"compilations over 3 index sets (goal: 1): {count_compilations(bench)}")
 
@@ -451,7 +419,7 @@ def main(args: Args) -> None:
         tables += [table_of(bench, mnist, data, size, with_torch) for size in args.batch_sizes]
     bytes_used = list(memory(bench))
     for table in tables:
-        _timing.take_turns(table.calls, 1)
+        timing.take_turns(table.calls, 1)
     print("Compiled and warm.", flush=True)
     rate = matmul_rate()
     print(f"float32 matmul rate (2048^3): {rate / 1e9:.0f} GFLOP/s")
@@ -460,19 +428,9 @@ def main(args: Args) -> None:
         listed = ", ".join(f"{name} {ms:.2f}" for name, ms in floors.items())
         print(f"floor, batch {batch_size}, products / rate, ms: {listed}")
     print()
-    print(_timing.HEADER)
-    rows = []
-    for table in tables:
-        more = table.measure(args.repeats)
-        print(*more, sep="\n", flush=True)
-        rows += more
-    print(*bytes_used, sep="\n")
-    rows += bytes_used
-    _timing.write(args.out, rows)
-    print(f"\nWritten to {args.out}.")
+    measured = (table.measure(args.repeats) for table in tables)
+    timing.report(itertools.chain(measured, [bytes_used]), args.path("psl.csv"))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__))
+    run_script(main, Args, __doc__, "nothing to continue, write the same command.")

@@ -8,8 +8,6 @@ the least of three.
 """
 
 import dataclasses
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,32 +16,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 import psjax
-from experiments.benchmarks import _timing
+from experiments._lib.command import run_script
+from experiments._lib.config import check_least
+from experiments._lib.machine import machine
+from experiments.benchmarks import timing
+from experiments.benchmarks.timing import Ratio
 
 
 @dataclasses.dataclass
-class Args:
+class Args(timing.Args):
     """Time what grows with the number of classes, and with the width of a layer."""
 
     classes: int = 1000
     """Classes of the figures on the host; the goals are set for 1000."""
     hidden: int = 4096
     """Neurons of the hidden layer whose subnets are gathered and scattered."""
-    repeats: int = 9
-    """Rounds of the programs that take turns; the figures are medians over them."""
-    out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "scale.csv"
-    """Where the table goes, as CSV."""
 
     def __post_init__(self):
-        for name in ("classes", "hidden", "repeats"):
-            if getattr(self, name) < (8 if name == "classes" else 4 if name == "hidden" else 1):
-                msg = f"--{name} {getattr(self, name)}: too small for these figures."
-                raise ValueError(msg)
+        super().__post_init__()
+        check_least("classes", self.classes, 8)
+        check_least("hidden", self.hidden, 4)
 
 
 # -------------------------------------------------------------------------------------- on the host
@@ -59,7 +54,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return min(found)
 
 
-def on_host(C: int) -> Iterator[_timing.Ratio]:
+def on_host(C: int) -> Iterator[Ratio]:
     """Index sets, batches and plans of C classes: seconds."""
     params = {"trunk": jnp.zeros(4), "own": jnp.zeros((C, 2))}
     axes = {"trunk": P(), "own": P("class")}
@@ -88,10 +83,10 @@ def on_host(C: int) -> Iterator[_timing.Ratio]:
         f"plan.best, C = {C}, W = 8": (3.0, best),
     }
     for name, (goal, call) in calls.items():
-        yield _timing.Ratio.between(f"{name}: seconds", goal, seconds(call), 1.0, "s")
+        yield Ratio.between(f"{name}: seconds", goal, seconds(call), 1.0, "s")
 
 
-def program_text(C: int) -> _timing.Ratio:
+def program_text(C: int) -> Iterator[Ratio]:
     """The program of C classes by elements against that of 20: it must not hold index sets."""
 
     def size(C):
@@ -106,18 +101,17 @@ def program_text(C: int) -> _timing.Ratio:
         return len(jax.jit(fn).lower(params, selection, batch).as_text()) / 1024
 
     name = f"text of a program by elements, C = {C} / 20"
-    return _timing.Ratio.between(name, 1.1, size(C), size(20), "KiB")
+    yield Ratio.between(name, 1.1, size(C), size(20), "KiB")
 
 
 # ---------------------------------------------------------------------------------------- in a step
 
 
-def hundred_classes(repeats: int) -> Iterator[_timing.Ratio]:
+def hundred_classes(repeats: int) -> Iterator[Ratio]:
     """9900 elements of a small PSNet, 200 balanced samples, against the fused loss."""
     C, L, shape = 100, 200, (8, 8, 1)
     net = psjax.models.PSNet(C, (20,), 4, (16,), (3, 2), (2, 1))
-    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *shape)))
-    params, axes = nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    params, axes = timing.init(net, jnp.zeros((1, *shape)))
     two, pairs = net.clone(num_classes=2), psjax.ordered_pairs(C)
     selection = psjax.select(axes, {"class": pairs, "label": pairs[:, 0]}, like=params)
     images = np.random.default_rng(0).random((C, L // C, *shape), np.float32)
@@ -140,12 +134,12 @@ def hundred_classes(repeats: int) -> Iterator[_timing.Ratio]:
         "fused": lambda: jax.block_until_ready(whole(params, batch)),
         "elements": lambda: jax.block_until_ready(elements(params, selection, batch)),
     }
-    found = _timing.take_turns(calls, repeats)
+    found = timing.take_turns(calls, repeats)
     name = "9900 elements of a small PSNet / fused"
-    yield _timing.Ratio.of(name, 10.0, found["elements"], found["fused"])
+    yield Ratio.of(name, 10.0, found["elements"], found["fused"])
 
 
-def large_layers(hidden: int, repeats: int) -> Iterator[_timing.Ratio]:
+def large_layers(hidden: int, repeats: int) -> Iterator[Ratio]:
     """Means of overlapping sets against one pass over the weights; a round against its steps."""
     w = {"weight": jnp.ones((hidden, hidden))}
     rng = np.random.default_rng(0)
@@ -159,17 +153,16 @@ def large_layers(hidden: int, repeats: int) -> Iterator[_timing.Ratio]:
         "mean": lambda: jax.block_until_ready(mean(selection, stacked, w)),
         "pass": lambda: jax.block_until_ready(once(w)),
     }
-    found = _timing.take_turns(calls, repeats)
+    found = timing.take_turns(calls, repeats)
     name = f"scatter_mean of 4 overlapping halves, [{hidden}, {hidden}] / one pass"
-    yield _timing.Ratio.of(name, 2.0, found["mean"], found["pass"])
+    yield Ratio.of(name, 2.0, found["mean"], found["pass"])
     yield from _round(hidden, repeats)
 
 
 def _round(hidden, repeats):
     n, J, B = 4, 10, 128
     net = psjax.models.MLP(35, (hidden,), normalize=False)
-    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 1024)))
-    params, axes = nn.unbox(variables)["params"], nn.get_partition_spec(variables)["params"]
+    params, axes = timing.init(net, jnp.zeros((1, 1024)))
     small, optimizer = net.subnet(n), optax.adam(1e-3)
     x, y = jnp.ones((n, J, B, 1024)), jnp.zeros((n, J, B), jnp.int32)
 
@@ -191,48 +184,30 @@ def _round(hidden, repeats):
         return selection.scatter_mean(seen, trees), ()
 
     def steps(state, batches):
-        def step(state, batch):
-            params, opt_state = state
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
-
-        one = lambda args: jax.lax.scan(step, *args)
-        return jax.lax.map(one, (state, batches))
+        one = timing.steps_fn(jax.value_and_grad(loss_fn), optimizer)
+        return jax.lax.map(lambda args: one(*args), (state, batches))
 
     copy = lambda tree: jax.tree.map(jnp.copy, tree)
     stacked = jax.jit(held.gather)(trees)
     calls = {
-        "exchange": _timing.Program(
-            jax.jit(back_and_forth, donate_argnums=0), copy(trees), (held,)
-        ),
-        "steps": _timing.Program(jax.jit(steps, donate_argnums=0), copy(stacked), ((x, y),)),
+        "exchange": timing.Program(jax.jit(back_and_forth, donate_argnums=0), copy(trees), (held,)),
+        "steps": timing.Program(jax.jit(steps, donate_argnums=0), copy(stacked), ((x, y),)),
     }
-    found = _timing.take_turns(calls, repeats)
+    found = timing.take_turns(calls, repeats)
     name = f"gather and scatter / {J} local steps of Adam, hidden {hidden}, n = {n}, donated"
-    yield _timing.Ratio.of(name, 0.15, found["exchange"], found["steps"])
+    yield Ratio.of(name, 0.15, found["exchange"], found["steps"])
 
 
 def main(args: Args) -> None:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"jax {jax.__version__}; {usable} of {os.cpu_count()} CPUs; {jax.default_backend()}")
-    print(_timing.HEADER)
-    rows = []
-    parts = [
+    print(machine())
+    tables = (
         on_host(args.classes),
-        iter([program_text(args.classes)]),
+        program_text(args.classes),
         hundred_classes(args.repeats),
         large_layers(args.hidden, args.repeats),
-    ]
-    for part in tqdm(parts, desc="parts", disable=None):
-        for row in part:
-            rows.append(row)
-            tqdm.write(str(row))
-            _timing.write(args.out, rows)
-    print(f"\nWritten to {args.out}.")
+    )
+    timing.report(tables, args.path("scale.csv"))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Args, description=__doc__))
+    run_script(main, Args, __doc__, "nothing to continue, write the same command.")

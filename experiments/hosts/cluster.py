@@ -70,7 +70,7 @@ def initialize(
         `ompi`, `k8s`, `mpi4py`).
       timeout: seconds within which all must have come.
       heartbeat: seconds after which JAX itself takes a silent process for dead and ends the others.
-        Longer than the deadline of `_watch.Watch`, whose message says more.
+        Longer than the deadline of `experiments.hosts.watch.Watch`, whose message says more.
 
     Raises:
       ValueError: arguments that do not go together.

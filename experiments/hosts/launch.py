@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         train = [*train, "--workers", str(args.processes)]
     n, restarts = args.processes, 0
     while True:
-        lost = run(n, args.module, train, args.grace, args.prefix, args.coordinator)
+        lost = run(n, ["-m", args.module, *train], args.grace, args.prefix, args.coordinator)
         if not lost:
             return 0
         left, begun = n - len(lost), pathlib.Path(folder, "config.json").is_file()
@@ -70,14 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    n: int,
-    module: str,
-    train: list[str],
-    grace: float,
-    prefix: str = "",
-    coordinator: str | None = None,
+    n: int, arguments: list[str], grace: float, prefix: str = "", coordinator: str | None = None
 ) -> dict[int, int | None]:
-    """Start n processes and wait for them.
+    """Start n Python processes with these arguments, and wait for them.
 
     Returns:
       Exit codes of those that were lost, by number, None of one that did not end; of one process,
@@ -88,7 +83,7 @@ def run(
     try:
         for i in range(n):
             place = ["--coordinator", address, "--num-processes", str(n), "--process-id", str(i)]
-            command = [*prefix.format(i=i).split(), sys.executable, "-u", "-m", module, *train]
+            command = [*prefix.format(i=i).split(), sys.executable, "-u", *arguments]
             command += place if n > 1 else []
             processes.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from experiments import _run
+from experiments._lib.config import check_choice
 from experiments.hosts import plans
 from experiments.hosts.plans import WORKERS
 from experiments.hosts.problem import Problem
@@ -113,7 +113,7 @@ def make(problem: Problem, mesh: Mesh) -> Method:
 
 def check(method: str) -> None:
     """Raises ValueError if there is no such method."""
-    _run.check_choice("method", method, TABLE)
+    check_choice("method", method, TABLE)
 
 
 def workers_mesh(workers: int | None) -> Mesh:
@@ -154,8 +154,8 @@ def rows_of(problem: Problem, mesh: Mesh) -> Callable[[int], dict[str, Any]]:
 
     def batch(round):
         index = problem.samples(round)
-        x: Any = lambda i: problem.rows(index[i[0]])
-        y: Any = lambda i: problem.labels(index[i[0]])
+        x: Any = lambda i: problem.inputs(problem.train, index[i[0]])
+        y: Any = lambda i: problem.train["y"][index[i[0]]]
         return {
             "x": jax.make_array_from_callback((*index.shape, *shape), sharding, x),
             "y": jax.make_array_from_callback(index.shape, sharding, y),
@@ -174,24 +174,7 @@ def _method(problem, mesh, param_specs, body, check_vma):
     else:
         opt_specs = jax.tree.map(lambda _: P(), state_axes, is_leaf=_is_spec)
     specs = {"params": param_specs, "opt_state": opt_specs, "round": P()}
-
-    def one(state, batch):
-        params, opt_state, metrics = body(
-            state["params"], state["opt_state"], state["round"], batch
-        )
-        state = {"params": params, "opt_state": opt_state, "round": state["round"] + 1}
-        return state, metrics
-
-    step = jax.jit(
-        jax.shard_map(
-            one,
-            mesh=mesh,
-            in_specs=(specs, P(WORKERS)),
-            out_specs=(specs, P(WORKERS)),
-            check_vma=check_vma,
-        ),
-        donate_argnums=0,
-    )
+    step = plans.jitted(body, mesh, specs, P(WORKERS), P(WORKERS), check_vma)
     plan = {"method": problem.config.method, "workers": mesh.size, "sharded": divided}
     return Method(mesh, specs, optimizer, step, rows_of(problem, mesh), plan)
 
@@ -244,7 +227,7 @@ def _by_class(make_step):
 
     def make(problem, mesh):
         optimizer, store = problem.optimizer(), plans.make_store(problem, mesh)
-        loss_and_grad, batch, text, batch_spec = make_step(problem, mesh)
+        loss_and_grad, batch, text, batch_spec = make_step(problem, mesh, store)
         step, specs = plans.step_fn(loss_and_grad, optimizer, store, mesh, batch_spec)
         axes = psjax.ist.state_axes(optimizer, problem.axes, problem.like)
         opt_like = jax.eval_shape(optimizer.init, problem.like)

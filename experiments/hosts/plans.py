@@ -22,7 +22,7 @@ def make_plan(problem: Problem, workers: int) -> psjax.plan.Plan:
     return getattr(psjax.plan, kind)(num_classes, workers)
 
 
-def by_plan(problem: Problem, mesh: Mesh):
+def by_plan(problem: Problem, mesh: Mesh, store: psjax.plan.Store):
     """`loss_and_grad`, `batch` and a description: each worker its task, with its own samples."""
     config, plan = problem.config, make_plan(problem, mesh.size)
     if config.loss in ("nll", "one-vs-all"):
@@ -40,18 +40,16 @@ def by_plan(problem: Problem, mesh: Mesh):
         scores = jnp.reshape(jnp.asarray(scores), (*x.shape[:2], -1))
         return psjax.losses.block(scores, batch["weight"], pairs, margin_fn)
 
-    store = make_store(problem, mesh)
     mapped = psjax.plan.value_and_grad(element, plan, store, WORKERS)
     own = lambda shards, batch: mapped(shards, jax.tree.map(lambda x: x[0], batch))
     text = {"kind": plan.kind, "base": plan.base, "classes": plan.classes.tolist()}
     return own, _plan_batch(problem, mesh, plan), text, P(WORKERS)
 
 
-def by_scores(problem: Problem, mesh: Mesh):
+def by_scores(problem: Problem, mesh: Mesh, store: psjax.plan.Store):
     """The same for score exchange: every worker all samples, its own classes' weights."""
-    store = make_store(problem, mesh)
     small = problem.net.clone(num_classes=store.rows.shape[1])
-    per_sample = psl.sample_loss(psl.Config(loss=problem.config.loss, compute="fused"))
+    per_sample = psl.sample_loss(problem.config.loss)
     loss_and_grad = psjax.baselines.score_exchange(
         lambda params, batch: small.apply({"params": params}, batch["x"]),
         lambda scores, batch: jnp.mean(per_sample(scores, batch["y"])),
@@ -62,7 +60,7 @@ def by_scores(problem: Problem, mesh: Mesh):
 
     def batch(round):
         index = problem.samples(round).reshape(-1)
-        x, y = problem.rows(index), problem.labels(index)
+        x, y = problem.inputs(problem.train, index), problem.train["y"][index]
         put = lambda a: jax.make_array_from_callback(a.shape, everywhere, lambda i: a[i])
         return {"x": put(x), "y": put(y)}
 
@@ -92,20 +90,40 @@ def step_fn(loss_and_grad, optimizer, store, mesh, batch_spec):
         "round": P(),
     }
 
-    def one(state, batch):
-        params, opt_state = state["params"], state["opt_state"]
+    def body(params, opt_state, _, batch):
         value, grads = loss_and_grad(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
         value = jax.lax.psum(value, WORKERS)
         metrics = psjax.LocalMetrics(value[None, None], jnp.isfinite(value)[None])
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return jitted(body, mesh, specs, batch_spec, P(), check_vma=True), specs
+
+
+def jitted(body, mesh: Mesh, specs, batch_spec: P, metrics_spec: P, check_vma: bool):
+    """The jitted `(state, batch) -> state, metrics` over the workers.
+
+    Args:
+      body: a round, `(params, opt_state, round, batch) -> params, opt_state, metrics`.
+      mesh: of the axis `workers`.
+      specs: of the state.
+      batch_spec: of the batch's leaves.
+      metrics_spec: of the metrics' leaves.
+      check_vma: as in `jax.shard_map`.
+    """
+
+    def one(state, batch):
+        params, opt_state, metrics = body(
+            state["params"], state["opt_state"], state["round"], batch
+        )
         state = {"params": params, "opt_state": opt_state, "round": state["round"] + 1}
         return state, metrics
 
+    in_specs, out_specs = (specs, batch_spec), (specs, metrics_spec)
     mapped = jax.shard_map(
-        one, mesh=mesh, in_specs=(specs, batch_spec), out_specs=(specs, P()), check_vma=True
+        one, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
     )
-    return jax.jit(mapped, donate_argnums=0), specs
+    return jax.jit(mapped, donate_argnums=0)
 
 
 def _plan_batch(problem, mesh, plan):
@@ -122,7 +140,7 @@ def _plan_batch(problem, mesh, plan):
         if problem.config.float64:
             weight = np.where(weight > 0, 1 / size, 0.0)  # 1/L to float32 would show
         filled = np.minimum(index, len(labels) - 1)  # an empty slot has weight 0
-        images = lambda where: problem.rows(filled[where[0]])
+        images = lambda where: problem.inputs(problem.train, filled[where[0]])
         return {
             "x": jax.make_array_from_callback((*index.shape, *shape), sharding, images),
             "weight": jax.make_array_from_callback(weight.shape, sharding, lambda i: weight[i]),

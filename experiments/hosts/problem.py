@@ -15,11 +15,13 @@ import optax
 from flax import linen as nn
 
 import psjax
-from experiments import _run
+from experiments._lib import program
+from experiments._lib.config import check_options
 from experiments.ist import training as ist
 from experiments.psl import training as psl
 
 MODELS = ("mlp", "psnet")
+OPTIMIZERS = ("sgd", "momentum", "adam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +60,10 @@ class Config:
     float64: bool = False
 
     def __post_init__(self):
-        for name, choices in (
-            ("dataset", ist.DATASETS),
-            ("model", MODELS),
-            ("normalization", ("batch", "none")),
-            ("loss", psl.LOSSES),
-            ("optimizer", ("sgd", "momentum", "adam")),
-        ):
-            _run.check_choice(name, getattr(self, name), choices)
-        for name, least in (
-            ("width", 1),
-            ("depth", 2),
-            ("batch_size", 1),
-            ("local_steps", 1),
-            ("rounds", 1),
-            ("workers", 1),
-        ):
-            _run.check_least(name, getattr(self, name), least)
-        _run.check_positive("learning_rate", self.learning_rate)
+        choices = {"dataset": ist.DATASETS, "model": MODELS, "normalization": ("batch", "none")}
+        choices |= {"loss": psl.LOSSES, "optimizer": OPTIMIZERS}
+        least = {"width": 1, "depth": 2, "batch_size": 1, "local_steps": 1, "rounds": 1}
+        check_options(self, choices, {**least, "workers": 1}, positive=("learning_rate",))
         if not 0 <= self.seed < 2**31:
             msg = f"--seed {self.seed}: write a number between 0 and {2**31 - 1}."
             raise ValueError(msg)
@@ -98,6 +86,8 @@ class Problem:
     net: Any
     axes: Any
     """Names of the parameters' axes."""
+    like: Any
+    """Shapes and dtypes of the parameters."""
     train: dict[str, Any]
     test: dict[str, Any]
     num_classes: int
@@ -108,24 +98,14 @@ class Problem:
 
     def params(self) -> Any:
         """The initial parameters, from the seed, whole, as arrays of the host."""
-        key, dtype = jax.random.key(self.config.seed), self.config.dtype
-        params = jax.jit(lambda k: nn.unbox(self.net.init(k, self.example))["params"])(key)
-        return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
-
-    @property
-    def like(self) -> Any:
-        """Shapes and dtypes of the parameters."""
-        init = lambda: nn.unbox(self.net.init(jax.random.key(0), self.example))["params"]
-        struct = lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype)
-        return jax.tree.map(struct, jax.eval_shape(init))
-
-    @property
-    def example(self):
-        return np.zeros((1, *self.train["x"].shape[1:]), self.config.dtype)
+        example = self.inputs(self.train, slice(1))
+        init = jax.jit(lambda key: nn.unbox(self.net.init(key, example))["params"])
+        params = init(jax.random.key(self.config.seed))
+        return jax.tree.map(lambda x: np.asarray(x).astype(self.config.dtype), params)
 
     def loss_fn(self, net):
         """`(params, {"x", "y"}) -> scalar` of a network, whole or a subnet."""
-        per_sample = psl.sample_loss(psl.Config(loss=self.config.loss, compute="fused"))
+        per_sample = psl.sample_loss(self.config.loss)
         how = {"train": True} if self.config.model == "mlp" else {}
 
         def loss_fn(params, batch):
@@ -134,23 +114,14 @@ class Problem:
         return loss_fn
 
     def optimizer(self) -> optax.GradientTransformation:
-        config = self.config
-        rate = config.learning_rate
-        return ist.make_optimizer(ist.Config(optimizer=config.optimizer, learning_rate=rate))
+        return program.make_optimizer(self.config.optimizer, self.config.learning_rate)
 
     @functools.cached_property
     def _stream(self):
         config, workers = self.config, self.config.workers or 1
-        own = ist.Config(
-            subnets=workers,
-            width=max(config.width, workers),
-            batch_size=config.batch_size // workers,
-            local_steps=config.steps,
-            epochs=1,
-            first_seed=config.seed,
-            normalization="none",
-        )
-        return ist.Stream(own, len(self.train["y"]))
+        shape = config.steps, workers, config.batch_size // workers
+        seeds = range(config.seed, config.seed + 1)
+        return ist.Stream(len(self.train["y"]), shape, epochs=1, seeds=seeds)
 
     def samples(self, round: int) -> np.ndarray:
         """Which samples the workers' steps of a round see, from (seed, round) alone.
@@ -159,33 +130,27 @@ class Problem:
         """
         return self._stream(round, round + 1)[0, 0]
 
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Inputs of some samples, `[*index.shape, ...]`."""
-        train, dtype = self.train, self.config.dtype
-        return train["x"][index].astype(dtype) * dtype(train["scale"]) + dtype(train["shift"])
-
-    def labels(self, index: np.ndarray) -> np.ndarray:
-        return self.train["y"][index]
+    def inputs(self, data: dict[str, Any], index) -> np.ndarray:
+        """Inputs of some samples of `train` or `test`, `[*index.shape, ...]`."""
+        dtype = self.config.dtype
+        return data["x"][index].astype(dtype) * dtype(data["scale"]) + dtype(data["shift"])
 
     @functools.cached_property
     def _predict(self):
-        scores = lambda variables, x: jnp.argmax(self.net.apply(variables, x), -1)
+        predict = lambda variables, x: jnp.argmax(self.net.apply(variables, x), -1)
         calibrate = lambda params, sample: psjax.ist.calibrate(self.net, params, sample)
-        return jax.jit(scores), jax.jit(calibrate)
+        return jax.jit(predict), jax.jit(calibrate)
 
-    def accuracy(self, params: Any) -> float:
+    def accuracy(self, params: Any, batch_size: int = 1000) -> float:
         """Of the whole network on the test set; statistics calibrated on 10 batches of 128."""
         predict, calibrate = self._predict
-        variables = {"params": params}
+        variables, labels = {"params": params}, self.test["y"]
         if self.normalized:
-            count = min(10, len(self.train["y"]) // 128)
-            order = np.random.default_rng(0).permutation(len(self.train["y"]))[: count * 128]
-            variables["batch_stats"] = calibrate(params, self.rows(order.reshape(count, 128)))
-        test, dtype, right = self.test, self.config.dtype, 0
-        for x, y in _chunks(1000, test["x"], test["y"]):
-            x = x.astype(dtype) * dtype(test["scale"]) + dtype(test["shift"])
-            right += int(np.sum(np.asarray(predict(variables, x)) == y))
-        return right / len(test["y"])
+            sample = ist.calibration_sample(len(self.train["y"]), 10)
+            variables["batch_stats"] = calibrate(params, self.inputs(self.train, sample))
+        parts = (slice(i, i + batch_size) for i in range(0, len(labels), batch_size))
+        best = [np.asarray(predict(variables, self.inputs(self.test, part))) for part in parts]
+        return float(np.mean(np.concatenate(best) == labels))
 
     def fingerprint(self) -> str:
         """Of the training data."""
@@ -195,11 +160,6 @@ class Problem:
             digest.update(f"{name} {x.dtype} {x.shape}".encode())
             digest.update(x.data)
         return digest.hexdigest()
-
-
-def _chunks(size, *arrays):
-    for i in range(0, len(arrays[0]), size):
-        yield tuple(x[i : i + size] for x in arrays)
 
 
 def load(config: Config, data_dir: str | None = None) -> Problem:
@@ -217,20 +177,15 @@ def load(config: Config, data_dir: str | None = None) -> Problem:
     if config.model == "psnet" and config.dataset in ist.SPEECH:
         msg = f"--model psnet --dataset {config.dataset}: it needs images; write --model mlp."
         raise ValueError(msg)
-    own = ist.Config(
-        dataset=config.dataset,
-        width=config.width,
-        depth=config.depth,
-        subnets=1,
-        normalization=config.normalization,
-    )
-    train, num_classes = ist.load(own, "train", data_dir)
-    test, _ = ist.load(own, "test", data_dir)
+    train, num_classes = ist.load(config.dataset, "train", data_dir)
+    test, _ = ist.load(config.dataset, "test", data_dir)
     if config.model == "mlp":
-        net = ist.make_model(own, num_classes)
+        hidden, normalize = (config.width,) * (config.depth - 1), config.normalization == "batch"
+        how: Any = {"normalize": normalize, "normalize_output": normalize}
+        net = psjax.models.MLP(num_classes=num_classes, hidden=hidden, **how)
     else:
-        net = psl.make_model(psl.Config(dataset=config.dataset), num_classes)
+        net = psl.make_model(config.dataset, num_classes)
     example = jax.ShapeDtypeStruct((1, *train["x"].shape[1:]), config.dtype)
-    variables = jax.eval_shape(net.init, jax.random.key(0), example)
-    axes = nn.get_partition_spec(variables)["params"]
-    return Problem(config, net, axes, train, test, num_classes)
+    axes, shapes = (tree["params"] for tree in program.shapes_of(net, example))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), shapes)
+    return Problem(config, net, axes, like, train, test, num_classes)

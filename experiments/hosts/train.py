@@ -28,22 +28,23 @@ import importlib.metadata
 import logging
 import os
 import pathlib
-import sys
-import time
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 import experiments
 import psjax
-from experiments import _run
-from experiments._checkpoint import Checkpoints
-from experiments._signals import interruption
-from experiments.hosts import _fault, _watch, cluster, methods, problem
+from experiments._lib import loop
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.command import check_one_folder, run_script
+from experiments._lib.config import check_least
+from experiments._lib.folder import hold_folder, new_folder
+from experiments.faults import inject
+from experiments.hosts import cluster, methods, problem
 from experiments.hosts.problem import Config
+from experiments.hosts.watch import Watch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 
@@ -87,10 +88,8 @@ def main(args: Args) -> pathlib.Path:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: pages about what one line says
     methods.check(args.config.method)
     for name in ("checkpoint_every", "report_every"):
-        _run.check_least(name, getattr(args, name), 1)
-    if args.resume is not None and args.out is not None:
-        msg = f"--out {args.out} --resume {args.resume}: write one of them."
-        raise ValueError(msg)
+        check_least(name, getattr(args, name), 1)
+    check_one_folder(args.out, args.resume)
     cluster.initialize(
         args.coordinator,
         args.num_processes,
@@ -99,36 +98,26 @@ def main(args: Args) -> pathlib.Path:
         timeout=args.join_timeout,
         heartbeat=2 * args.deadline + 30,  # JAX's own end, should the watch have no say
     )
-    with _watch.Watch(args.deadline, args.start_deadline) as watch:
+    with Watch(args.deadline, args.start_deadline) as watch:
         cluster.agree(asked(args), args.start_deadline, "asked")
         config, folder = args.config, args.resume or args.out
         if folder is None:
             if cluster.num_processes() > 1:
                 msg = "write --out, the same run folder for every process."
                 raise ValueError(msg)
-            folder = _run.new_folder("hosts", config.dataset, config.method)
+            folder = new_folder("hosts", config.dataset, config.method)
         train(config, folder, watch, args)
     return folder
 
 
-def train(
-    config: Config,
-    folder: pathlib.Path,
-    watch: _watch.Watch,
-    args: Args,
-    report=lambda line: print(line, file=sys.stderr, flush=True),
-) -> list[dict]:
-    """Train as `config` says; returns the rows of metrics.csv.
-
-    A row has the `round`s and `samples` so far, the `train_loss` of the last round (mean over
-    workers and local steps), `test_accuracy`, and the `seconds` of the rounds alone.
+def train(config: Config, folder: pathlib.Path, watch: Watch, args: Args) -> list[dict]:
+    """Train as `config` says; returns the rows of metrics.csv, which only process 0 has.
 
     Args:
       config: the training.
       folder: the run folder.
       watch: already entered.
       args: where to report, save and give up; whether to resume.
-      report: told, a line at a time, what a person should know.
 
     Raises:
       NotFiniteError: a worker became NaN or Inf; the last good checkpoint stays.
@@ -139,79 +128,85 @@ def train(
     task = problem.load(config, args.data_dir)
     method = methods.make(task, mesh)
     cluster.agree(made(task, method), args.start_deadline, "made")
+    resume, first = args.resume is not None, cluster.process_id() == 0
     with contextlib.ExitStack() as held:
-        if cluster.process_id() == 0:
-            resume = args.resume is not None
-            held.enter_context(_run.hold_folder(config, folder, resume, _free))
+        if first:
+            held.enter_context(hold_folder(config, folder, resume, _free))
         cluster.barrier("psjax/open", args.start_deadline)
         _check_shared(folder)
-        return _train(config, folder, watch, args, task, method, mesh, report)
-
-
-def _train(config, folder, watch, args, task, method, mesh, report):
-    first = cluster.process_id() == 0
-    state = method.init(task.params())
-    report(_share(state, mesh))
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        unit="round",
-        everybody=cluster.everybody,
-        config=config,
-        free=_free,
-    )
-    rows, start, seconds = [], 0, 0.0
-    restored = checkpoints.restore(method.saved(state), report) if args.resume is not None else None
-    if restored is not None:
-        start, state = restored[0], method.loaded(restored[1])
-        rows = [row for row in _rows(folder) if row["round"] <= start]
-        seconds = rows[-1]["seconds"] if rows else 0.0
-        if first:
-            report(f"continuing after round {start}.")
-    if start >= config.rounds:
-        return rows
-    step = method.step.lower(state, method.batch(start)).compile()
-    cluster.barrier("psjax/compiled", args.start_deadline)
-    bar = tqdm(
-        total=config.rounds, initial=start, unit="round", desc=folder.name, disable=not first
-    )
-    with bar:
-        for number in range(start, config.rounds):
-            interruption.check()
-            began = time.perf_counter()
-            watch.at(number, "batch")
-            _fault.at("compute", number, args.deadline, folder)
-            batch = method.batch(number)
-            watch.at(number, "step")
-            _fault.at("collective", number, args.deadline, folder)
-            state, metrics = jax.block_until_ready(step(state, batch))
-            seconds += time.perf_counter() - began
-            bar.update()
-            done = number + 1
-            if done % args.report_every == 0 or done == config.rounds:
-                watch.at(number, "report")
-                loss = method.mean_loss(metrics)
-                _check_finite(loss, number, checkpoints)
-                params = method.whole(state, keep=first)
-                if first:
-                    row = {
-                        "round": done,
-                        "samples": done * config.steps * config.batch_size,
-                        "train_loss": loss,
-                        "test_accuracy": task.accuracy(params),
-                        "seconds": seconds,
-                    }
-                    rows.append(row)
-                    _run.write_rows(folder / "metrics.csv", rows)
-                    bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{row['test_accuracy']:.4f}")
-                    if done == config.rounds:
-                        _write_params(folder / "params.npz", params)
-            if done % args.checkpoint_every == 0 or done == config.rounds:
-                watch.at(number, "save")
-                _fault.at("saving", number, args.deadline, folder)
-                checkpoints.save(done, method.saved(state))
+        everyone: dict[str, Any] = {"unit": "round", "everybody": cluster.everybody}
+        checkpoints = Checkpoints(folder / "checkpoints", config=config, free=_free, **everyone)
+        rounds = Rounds(task, method, folder, watch, args)
+        loop.say(_share(rounds.state, mesh))
+        how: dict[str, Any] = {"resume": resume, "checkpoint_every": args.checkpoint_every}
+        rows = loop.run(rounds, folder, checkpoints, **how)
     if first and rows:
-        report(f"test accuracy {rows[-1]['test_accuracy']:.4f}; run folder {folder}")
+        loop.say(f"test accuracy {rows[-1]['test_accuracy']:.4f}; run folder {folder}")
     return rows
+
+
+class Rounds(loop.Training):
+    """A step of the loop is a round of all workers. Messages count rounds from 0, rows from 1.
+
+    A row has the `round`s and `samples` so far, the `train_loss` of the last round (mean over
+    workers and local steps), `test_accuracy`, and the `seconds` of the rounds alone.
+    """
+
+    unit = "round"
+
+    def __init__(self, task, method, folder, watch: Watch, args: Args):
+        self.task, self.method, self.folder = task, method, folder
+        self.watch, self.args = watch, args
+        self.state, self.total = method.init(task.params()), task.config.rounds
+        self.silent = cluster.process_id() != 0
+
+    def prepare(self, state, start):
+        self.step = self.method.step.lower(state, self.method.batch(start)).compile()
+        cluster.barrier("psjax/compiled", self.args.start_deadline)
+        return state
+
+    def _at(self, number, doing, place):
+        """Say where this process is, and meet the fault that a test has put there."""
+        self.watch.at(number, doing)
+        inject.at(place, number, self.args.deadline, self.folder)
+
+    def advance(self, state, before, step):
+        self._at(before, "batch", "compute")
+        batch = self.method.batch(before)
+        self._at(before, "step", "collective")
+        return jax.block_until_ready(self.step(state, batch))
+
+    def reports(self, step):
+        return step % self.args.report_every == 0 or step == self.total
+
+    def report(self, state, before, step, metrics, rows, seconds):
+        self.watch.at(before, "report")
+        loss = self.method.mean_loss(metrics)
+        if not np.isfinite(loss):
+            msg = f"round {before}: a worker became NaN or Inf"
+            raise loop.NotFiniteError(msg)
+        params = self.method.whole(state, keep=not self.silent)
+        if self.silent:
+            return []
+        if step == self.total:
+            _write_params(self.folder / "params.npz", params)
+        config = self.task.config
+        row = {
+            "round": step,
+            "samples": step * config.steps * config.batch_size,
+            "train_loss": loss,
+            "test_accuracy": self.task.accuracy(params),
+            "seconds": seconds,
+        }
+        return [row]
+
+    def saved(self, state, step):
+        if step:
+            self._at(step - 1, "save", "saving")
+        return self.method.saved(state)
+
+    def loaded(self, saved):
+        return self.method.loaded(saved)
 
 
 def asked(args: Args) -> dict[str, Any]:
@@ -285,21 +280,6 @@ def _share(state, mesh):
     )
 
 
-def _rows(folder):
-    path = folder / "metrics.csv"
-    return _run.read_rows(path) if path.exists() else []
-
-
-def _check_finite(loss, number, checkpoints):
-    if not np.isfinite(loss):
-        last = checkpoints.steps()
-        msg = (
-            f"round {number}: a worker became NaN or Inf. The last good checkpoint is that of "
-            f"round {last[-1] if last else 0}; try a lower --learning-rate."
-        )
-        raise _run.NotFiniteError(msg)
-
-
 def _write_params(path, params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     aside = path.with_suffix(".tmp.npz")
@@ -308,4 +288,4 @@ def _write_params(path, params):
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__, "continue with --resume and the run folder.")
+    run_script(main, Args, __doc__, "continue with --resume and the run folder.")

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import psjax
-from experiments._run import NotFiniteError, read_rows, replace, write_rows
+from experiments._lib.folder import replace
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import markdown, read_rows, write_rows
 from experiments.ist import training
-from experiments.ist._sparse import make_model, padded, round_fn, shapes_of
+from experiments.ist.sparse import make_model, padded, round_fn, shapes_of
 
 # Amazon-670K in the repository's table of data sets, 490 449 training points; and features a point.
 FEATURES, LABELS = 135_909, 670_091
@@ -217,10 +219,9 @@ def one_round(
         f"loss {row['loss']:.3f} (log {num_labels} is {math.log(num_labels):.3f})"
     )
     row = {name: row[name] for name in COLUMNS}
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "amazon_shapes.csv"
     same = lambda old: all(old[name] == row[name] for name in COLUMNS[:4])
-    found = [old for old in (read_rows(path) if path.exists() else []) if not same(old)]
+    found = [old for old in read_rows(path) if not same(old)]
     found = sorted([*found, row], key=lambda row: [row[name] for name in COLUMNS[:4]])
     write_rows(path, found)
     replace(out / "amazon_shapes.md", table(found, num_features, num_labels))
@@ -229,32 +230,25 @@ def one_round(
 
 def table(rows: list[dict], num_features: int, num_labels: int) -> str:
     """The rows of `amazon_shapes.csv` in Markdown."""
-    head = (
-        "hidden neurons",
-        "subnets × local steps × batch",
-        "weights, GiB",
-        "a machine data-parallel, GiB",
-        "a machine with one subnet, GiB",
-        "all subnets on one machine, GiB",
-        "peak of that process, GiB",
-        "a round, s",
-        "of CPU time, s",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for r in rows:
-        shape = " × ".join(f"{r[name]:g}" for name in ("subnets", "local_steps", "batch_size"))
-        sizes = ("weights_gib", "data_parallel_gib", "subnet_gib", "round_gib")
-        cells = [f"{r['hidden']:g}", shape, *(f"{r[name]:.2f}" for name in sizes)]
-        cells += [
-            f"{r['round_peak_rss_gib']:.2f}",
-            f"{r['seconds']:.0f}",
-            f"{r['cpu_seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    shape = ("subnets", "local_steps", "batch_size")
+    cells = [
+        {
+            "hidden neurons": f"{r['hidden']:g}",
+            "subnets × local steps × batch": " × ".join(f"{r[name]:g}" for name in shape),
+            "weights, GiB": f"{r['weights_gib']:.2f}",
+            "a machine data-parallel, GiB": f"{r['data_parallel_gib']:.2f}",
+            "a machine with one subnet, GiB": f"{r['subnet_gib']:.2f}",
+            "all subnets on one machine, GiB": f"{r['round_gib']:.2f}",
+            "peak of that process, GiB": f"{r['round_peak_rss_gib']:.2f}",
+            "a round, s": f"{r['seconds']:.0f}",
+            "of CPU time, s": f"{r['cpu_seconds']:.0f}",
+        }
+        for r in rows
+    ]
     return (
         f"# Amazon-670k's shapes: {num_features} features, {num_labels} labels\n\n"
-        + "\n".join(lines)
-        + "\n\nOne round in subnets, trained one after the other on the CPU, on synthetic rows "
+        f"{markdown(cells)}\n\n"
+        "One round in subnets, trained one after the other on the CPU, on synthetic rows "
         f"({FEATURES_A_POINT} features and {LABELS_A_POINT} labels a point on average). The peak "
         "is that of the resident memory of the process from its start, initial weights, compiler "
         "and Python included; the three columns before it are what XLA's compiled programs need "

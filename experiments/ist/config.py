@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments import _run
+from experiments._lib.config import check_options, check_seeds
 
 METHODS = ("ist", "ist-fixed", "local-sgd", "data-parallel", "data-parallel-dropout")
 MODELS = {"mlp": (2, 1024), "vgg11": (3, 4096)}  # dense layers, neurons of each hidden one
@@ -68,30 +68,13 @@ class Config:
     """one, pmap or shard_map, over all devices there are, at most n."""
 
     def __post_init__(self):
-        for name, choices in (
-            ("dataset", DATASETS),
-            ("method", METHODS),
-            ("model", tuple(MODELS)),
-            ("normalization", NORMALIZATIONS),
-            ("optimizer", OPTIMIZERS),
-            ("devices", DEVICES),
-        ):
-            if (name, getattr(self, name)) != ("dataset", None):
-                _run.check_choice(name, getattr(self, name), choices)
-        for name, least in (
-            ("subnets", 1),
-            ("local_steps", 1),
-            ("depth", 2),
-            ("width", 1),
-            ("calibration_batches", 1),
-            ("batch_size", 2 if self.normalization != "none" else 1),
-            ("epochs", 1),
-            ("decay_after", 1),
-            ("learning_rate", 0),
-        ):
-            _run.check_least(name, getattr(self, name), least)
-        _run.check_seeds(self.first_seed, self.seeds)
-        _run.check_positive("clip", self.clip)
+        choices = {"method": METHODS, "model": tuple(MODELS), "normalization": NORMALIZATIONS}
+        choices |= {"optimizer": OPTIMIZERS, "devices": DEVICES}
+        choices |= {} if self.dataset is None else {"dataset": DATASETS}
+        least = {"subnets": 1, "local_steps": 1, "depth": 2, "width": 1, "calibration_batches": 1}
+        least |= {"batch_size": 1 if self.normalization == "none" else 2, "epochs": 1}
+        check_options(self, choices, {**least, "decay_after": 1, "learning_rate": 0}, ("clip",))
+        check_seeds(self.first_seed, self.seeds)
         if self.model == "vgg11" and self.dataset not in IMAGES_OF_32:
             msg = (
                 f"--model vgg11 --dataset {self.dataset}: it needs images of 32x32; write "

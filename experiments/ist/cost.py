@@ -2,12 +2,12 @@
 
     python -m experiments.ist.cost
 
-writes `experiments/ist/results/figure2.csv` and `figure2.png` in a few seconds; nothing is trained.
+writes `figure2.csv` and `figure2.png` to `runs/results/ist/`, with `--commit-results` to
+`experiments/ist/results/`, in a few seconds; nothing is trained.
 The paper: B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using
 Independent Subnet Training*, arXiv:1910.02120, section 4.2.
 """
 
-import csv
 import dataclasses
 import math
 import os
@@ -16,8 +16,10 @@ import pathlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments._run import run_script
-from experiments.psl.figures import panel, save
+from experiments._lib.command import run_script
+from experiments._lib.figures import panel, save
+from experiments._lib.folder import results_folder
+from experiments._lib.tables import write_rows
 from psjax import cost
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -35,8 +37,10 @@ class Args:
     """Gradient steps a round (J)."""
     machines: int = 16
     """Of how many machines the axis goes."""
-    out: pathlib.Path = RESULTS
-    """Folder of figure2.csv and figure2.png."""
+    out: pathlib.Path | None = None
+    """Folder of figure2.csv and figure2.png. Default: runs/results/ist."""
+    commit_results: bool = False
+    """Write to experiments/ist/results."""
 
 
 CURVES = {  # name: (colour, dashes, label); Okabe and Ito's colours
@@ -104,14 +108,11 @@ def draw(table: list[dict], args: Args, path: str | os.PathLike) -> None:
 
 
 def main(args: Args) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(RESULTS, args.commit_results, args.out)
     table = rows(args)
-    with open(args.out / "figure2.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    draw(table, args, args.out / "figure2.png")
-    print(args.out / "figure2.png")
+    write_rows(out / "figure2.csv", table, digits="")
+    draw(table, args, out / "figure2.png")
+    print(out / "figure2.png")
 
 
 if __name__ == "__main__":

@@ -12,45 +12,40 @@ neurons -> labels; the hidden neurons are divided, so that a subnet has 1/n of b
 The first writes `bibtex.csv`, a row an epoch and seed, and `bibtex.md` while it trains, and
 continues where it was interrupted; at its end it draws `bibtex.png` from the CSV, which is all that
 the second does. The third adds a row to `amazon_shapes.csv` and `amazon_shapes.md`; a size a
-process, for memory's peak is the process's. All go to `experiments/ist/results/`.
+process, for memory's peak is the process's. All go to `runs/results/ist/`, which begins as a copy
+of `experiments/ist/results/`; with `--commit-results` to the latter.
 
 Data sets: K. Bhatia, K. Dahiya, H. Jain, P. Kar, A. Mittal, Y. Prabhu, M. Varma, *The extreme
 classification repository*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
 import pathlib
 import sys
-import time
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from tqdm import tqdm
 
 import psjax
-from experiments._checkpoint import Checkpoints
-from experiments._run import (
-    NotFiniteError,
-    hold_folder,
-    read_rows,
-    replace,
-    run_script,
-    write_rows,
-)
-from experiments.ist import amazon, figures, training
-from experiments.ist._sparse import Rows, divide, load, make_model, round_fn
-from experiments.ist.run import report_rows
-from experiments.psl.training import over_seeds
+from experiments._lib import loop
+from experiments._lib.command import run_script
+from experiments._lib.folder import open_folder, replace, results_folder
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.program import over_seeds
+from experiments._lib.tables import markdown, read_mixed, read_rows, write_rows
+from experiments.ist import amazon, figures, run, training
+from experiments.ist.sparse import ROW, Rows, divide, load, make_model, round_fn
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 K = 5  # the largest k of P@k
+OPTIONS = ("part", "width", "subnets", "local_steps", "optimizer", "learning_rate")  # in the CSV
 METRICS = ("P@1", "P@3", "P@5", "nDCG@1", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 RATES = {  # tried where none is given
     "sgd": (0.1, 0.3, 1.0, 3.0),
@@ -91,8 +86,10 @@ class Args:
     """Trainings a setting, for mean and standard deviation."""
     validation_seeds: int = 2
     """Trainings for each learning rate."""
-    out: pathlib.Path = RESULTS
-    """Folder of the CSV, the table and the picture."""
+    out: pathlib.Path | None = None
+    """Folder of the CSV, the table and the picture. Default: runs/results/ist."""
+    commit_results: bool = False
+    """Write to experiments/ist/results."""
     runs: pathlib.Path = pathlib.Path("runs/extreme")
     """Where run folders go."""
     plot: bool = False
@@ -115,6 +112,17 @@ class Args:
             msg = f"--optimizer {self.optimizer}: write one of {', '.join(RATES)}."
             raise ValueError(msg)
         self.learning_rates = self.learning_rates or RATES[self.optimizer]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a training's configuration takes as it is."""
+        names = ("width", "subnets", "local_steps", "batch_size", "optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(RESULTS, self.commit_results, self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +176,7 @@ def train(
     train: Rows,
     held_out: Rows,
     folder: pathlib.Path,
-    written: Callable[[list[dict]], None] = lambda rows: None,
+    written: Callable[[list[dict]], Any] = lambda rows: None,
     checkpoint_every: int = 5,
 ) -> list[dict]:
     """Train as `config` says, or continue, in a run folder; returns the metrics.
@@ -187,74 +195,53 @@ def train(
     Raises:
       NotFiniteError: NaN or Inf in the parameters, or in all subnets of a round.
     """
-    with hold_folder(config, folder, resume=True):
-        return _train(config, train, held_out, folder, written, checkpoint_every)
-
-
-def _train(config, train, held_out, folder, written, checkpoint_every):
-    report = functools.partial(print, file=sys.stderr, flush=True)
-    path, stream = folder / "metrics.csv", training.Stream(config, len(train))
-    rows = read_rows(path) if path.exists() else []
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, config=config)
+    rows = read_rows(folder / "metrics.csv")
     last = rows[-1]["epoch"] if rows else 0
     if last > config.epochs:
         msg = f"{folder} has {last} epochs; write --epochs {last} or more, or another --runs."
         raise ValueError(msg)
     if last == config.epochs:
+        open_folder(config, folder, resume=True)  # refuses another training of this name
         written(rows)
         return rows
-    net = make_model(train, config.hidden[0])
-    optimizer = training.make_optimizer(config)
-    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
+    make = lambda: Labels(build(config, train, held_out))
+    how: dict = {"resume": True, "checkpoint_every": checkpoint_every, "stop": written}
+    loop.train(config, folder, make, 1, **how)
+    return read_rows(folder / "metrics.csv")  # as a later call returns them
+
+
+class Labels(run.Rounds):
+    """Rounds whose rows have `METRICS` in place of an accuracy."""
+
+    headline = "P@1"
+    cure = "lower --learning-rates"
+
+
+def build(config: Config, train: Rows, held_out: Rows) -> training.Program:
+    """The model and the compiled functions of a training."""
+    stream = training.make_stream(config, len(train))
+    net, optimizer = make_model(train, config.hidden[0]), training.make_optimizer(config)
 
     def initial(seed):
-        params = nn.unbox(net.init(jax.random.key(seed), *row))["params"]
+        params = nn.unbox(net.init(jax.random.key(seed), *ROW))["params"]
         return {"params": params, "opt_state": optimizer.init(params)}
 
     seeds = jnp.asarray(stream.seeds, jnp.int32)
     state = jax.jit(lambda seeds: jax.lax.map(initial, seeds))(seeds)
-    restored = checkpoints.restore(state, report)
-    start, state = restored or (0, state)
-    rows = [row for row in rows if row["epoch"] <= start]
-    seconds = rows[-1]["seconds"] if rows else 0.0
-    size = min(128, len(train))
-    batches = min(config.calibration_batches, len(train) // size)
-    index = np.random.default_rng(0).permutation(len(train))[: batches * size].reshape(-1, size)
     inputs = lambda arrays, *at: tuple(jnp.asarray(arrays[k][at]) for k in ("ids", "values"))
+    index = training.calibration_sample(len(train), config.calibration_batches)
     sample, queries = inputs(train.arrays, index), inputs(held_out.arrays)
     labels = train.arrays["labels"]
     counts = np.bincount(labels[labels < train.num_labels], minlength=train.num_labels)
+    rounds = training.rounds_fn(config, round_fn(config, net))
+    best_labels = best_labels_fn(net)
+
+    def evaluate(params):
+        best = np.asarray(best_labels(params, queries, sample))
+        return [scores(b, held_out, counts, len(train)) for b in best]
+
     data = jax.device_put(train.arrays)
-    run, best_labels = training.rounds_fn(config, round_fn(config, net)), best_labels_fn(net)
-
-    def rounds(state, first, last):
-        indices = stream(first, max(last, first + 1))
-        return run(state, seeds, indices, np.int32(first), np.int32(last - first), data)
-
-    done, saved = stream.rounds(start), start
-    state, _ = rounds(state, done, done)  # compiles; no round, the state as it was
-    jax.block_until_ready(state)
-    with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
-        for epoch in stream.reports(start):
-            first, done, before = done, stream.rounds(epoch), time.perf_counter()
-            state, metrics = rounds(state, first, done)
-            metrics = jax.tree.map(np.asarray, metrics)
-            seconds += time.perf_counter() - before
-            loss, finite = (metrics[name][:, : done - first] for name in ("loss", "finite"))
-            if not (metrics["sound"].all() and finite.any(axis=2).all()):
-                msg = f"{folder}: NaN or Inf in epoch {epoch}; try lower --learning-rates."
-                raise NotFiniteError(msg)
-            best = np.asarray(best_labels(state["params"], queries, sample))
-            found = [scores(b, held_out, counts, len(train)) for b in best]
-            rows += report_rows(stream, epoch, done, loss, finite, found, seconds)
-            write_rows(path, rows)
-            written(rows)
-            if epoch >= saved + checkpoint_every or epoch == config.epochs:
-                checkpoints.save(epoch, state)
-                saved = epoch
-            bar.set_postfix(loss=f"{loss[finite].mean():.4f}", p1=f"{rows[-1]['P@1']:.4f}")
-            bar.update(epoch - bar.n)
-    return read_rows(path)  # as a later call returns them
+    return training.Program(net, state, stream, rounds, evaluate, seeds, data)
 
 
 # ------------------------------------------------------------------------------------------ Table 2
@@ -272,22 +259,12 @@ class Chosen:
 
 def settings(args: Args, data: str) -> dict[str, Config]:
     """Table 2's three: data parallel, subnets, subnets at twice the width."""
-    base = Config(
-        data=data,
-        width=args.width,
-        subnets=args.subnets or 1,
-        local_steps=args.local_steps or 1,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer or "adam",
-        epochs=args.epochs,
-        seeds=args.seeds,
-    )
+    base = Config(data=data, epochs=args.epochs, seeds=args.seeds, **args.options)
+    wide = {"width": 2 * args.width, "subnets": 2 * base.subnets}
     return {
         "data parallel": dataclasses.replace(base, method="data-parallel"),
         "IST": base,
-        "IST twice as wide": dataclasses.replace(
-            base, width=2 * args.width, subnets=2 * base.subnets
-        ),
+        "IST twice as wide": dataclasses.replace(base, **wide),
     }
 
 
@@ -318,23 +295,15 @@ def table_2(args: Args) -> list[Chosen]:
         f"on; {len(test)} test points, {whole.num_features} features, {whole.num_labels} labels",
         file=sys.stderr,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.where
     done, chosen = [], []
 
     def fit(setting, config, train_on, held_out):
         words = (config.method, f"{config.width}x{config.subnets}", f"J{config.local_steps}")
         words += (config.optimizer, f"{config.learning_rate:g}", config.part)
-        before = {
-            "setting": setting,
-            "part": config.part,
-            "width": config.width,
-            "subnets": config.subnets,
-            "local_steps": config.local_steps,
-            "optimizer": config.optimizer,
-            "learning_rate": config.learning_rate,
-        }
+        before = {"setting": setting, **{name: getattr(config, name) for name in OPTIONS}}
         own = lambda rows: [{**before, **row} for row in rows]
-        write = lambda rows: write_rows(args.out / f"{name.lower()}.csv", done + own(rows))
+        write = lambda rows: write_rows(out / f"{name.lower()}.csv", done + own(rows))
         rows = train(config, train_on, held_out, args.runs / "-".join((name, *words)), write)
         done.extend(own(rows))
         return rows
@@ -356,27 +325,26 @@ def table_2(args: Args) -> list[Chosen]:
         rows = fit(setting, config, whole, test)
         epoch = reported(rows, tried[rate][1])
         chosen.append(Chosen(setting, config, epoch, [r for r in rows if r["epoch"] == epoch]))
-        replace(args.out / f"{name.lower()}.md", table(args, name, chosen))
+        replace(out / f"{name.lower()}.md", table(args, name, chosen))
     return chosen
 
 
 def table(args: Args, name: str, chosen: list[Chosen]) -> str:
     """What was measured, in Markdown, beside the paper's."""
     columns = [m for m in METRICS if m != "nDCG@1"]  # which is P@1 where every point has a label
-    head = ["setting", "learning rate", "epochs", *(f"{m}, %" for m in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for own in chosen:
         c = own.config
-        words = (
-            f"{own.name}, {c.width} neurons, {c.subnets} {'subnets' if c.divided else 'workers'}"
-        )
-        cells = [words, f"{c.learning_rate:g}", str(own.epoch)]
+        workers = "subnets" if c.divided else "workers"
+        cells = {"setting": f"{own.name}, {c.width} neurons, {c.subnets} {workers}"}
+        cells |= {"learning rate": f"{c.learning_rate:g}", "epochs": own.epoch}
         for m in columns:
             values = 100 * np.array([row[m] for row in own.rows])
-            cells.append(f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+            spread = values.std(ddof=min(1, len(values) - 1))
+            cells[f"{m}, %"] = f"{values.mean():.2f} ± {spread:.2f}"
+        rows.append(cells)
     return (
-        f"# Table 2 in small: {name}\n\n" + "\n".join(lines) + f"\n\n"
+        f"# Table 2 in small: {name}\n\n{markdown(rows)}\n\n"
         f"Test set of {name}, mean ± standard deviation over {args.seeds} seeds; P and nDCG: "
         "precision and discounted gain at k, PSP: precision weighted by propensity. Batches of "
         f"{args.batch_size} a worker, {args.optimizer}, {args.local_steps} local steps between "
@@ -403,11 +371,8 @@ def draw(results: pathlib.Path, name: str) -> pathlib.Path:
         msg = f"{path}: no such file; train with --data FOLDER first."
         raise FileNotFoundError(msg)
     measured: dict[str, list[dict]] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            numbers = {k: int(row[k]) for k in ("width", "subnets", "epoch", "seed")}
-            numbers |= {k: float(row[k]) for k in ("learning_rate", "P@1")}
-            measured.setdefault(row["setting"], []).append({**numbers, "part": row["part"]})
+    for row in read_mixed(path):
+        measured.setdefault(row["setting"], []).append(row)
     lines = {}
     for setting, rows in measured.items():
         if not (tested := [row for row in rows if row["part"] == "test"]):
@@ -432,29 +397,19 @@ def draw(results: pathlib.Path, name: str) -> pathlib.Path:
 # ------------------------------------------------------------------------------------------ command
 
 
-def shapes_config(args: Args) -> training.Config:
-    """Of the round with Amazon-670k's shapes."""
-    return training.Config(
-        width=args.width,
-        subnets=args.subnets or 1,
-        local_steps=args.local_steps or 1,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer or "sgd",
-        learning_rate=args.learning_rates[0],
-    )
-
-
 def main(args: Args) -> None:
+    out = args.where
     if args.amazon_shapes:
-        amazon.one_round(shapes_config(args), args.out)
-        print(args.out / "amazon_shapes.md")
+        config = training.Config(**args.options, learning_rate=args.learning_rates[0])
+        amazon.one_round(config, out)
+        print(out / "amazon_shapes.md")
         return
     assert args.data is not None
     name = args.data.resolve().name
     if not args.plot:
         table_2(args)
-        print((args.out / f"{name.lower()}.md").read_text())
-    print(draw(args.out, name))
+        print((out / f"{name.lower()}.md").read_text())
+    print(draw(out, name))
 
 
 if __name__ == "__main__":

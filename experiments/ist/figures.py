@@ -1,49 +1,17 @@
-"""Figures of trainings in independent subnets: the learning curve, figures 3 and 4, table 2."""
+"""Figures of trainings in independent subnets: figures 3 and 4, table 2."""
 
 import os
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.psl.figures import band, panel, save, series
+from experiments._lib.figures import band, panel, save
+from experiments._lib.tables import series
 
 ACCURACIES = {  # column: how it is called, its colour (Okabe and Ito's)
     "test_accuracy": ("calibrated", "#D55E00"),
     "test_accuracy_uncalibrated": ("with the statistics that travelled", "#009E73"),
 }
-
-
-def learning_curve(rows: list[dict], path: str | os.PathLike, title: str) -> None:
-    """Training loss and test accuracy against the epoch; of several seeds mean and band.
-
-    Args:
-      rows: of `run.train`, a report and seed each.
-      path: of the PNG.
-      title: above both panels.
-    """
-    epochs, loss = series(rows, "train_loss")
-    seeds = len(loss)
-    label = "one seed" if seeds == 1 else f"mean ± one standard deviation, {seeds} seeds"
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    marker = "o" if len(epochs) == 1 else None
-    band(left, epochs, loss, color="#0072B2", label=label, marker=marker)
-    columns = [column for column in ACCURACIES if column in rows[0]]
-    for column in columns:
-        name, colour = ACCURACIES[column]
-        own = label if len(columns) == 1 else f"{name}, {label}"
-        values = 100 * series(rows, column)[1]
-        band(right, epochs, values, color=colour, label=own, marker=marker)
-    panel(left, "Training loss", "epoch", "loss (mean of a sample, over the subnets)")
-    panel(right, "Test accuracy of the whole network", "epoch", "test accuracy (%)")
-    if loss.min() > 0 and loss.max() > 50 * loss.min():
-        left.set_yscale("log")
-        left.set_ylim(bottom=0.8 * loss.mean(0).min())  # mean - std may well be negative
-    for ax in (left, right):
-        ax.legend(frameon=False)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    save(figure, path)
 
 
 # ----------------------------------------------------------------------------- figures 3, 4

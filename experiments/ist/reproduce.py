@@ -11,28 +11,33 @@ every hidden layer, the paper's batch of 128 a worker, SGD with its learning rat
     python -m experiments.ist.reproduce --plot              # tables and figures, nothing is run
 
 Every setting continues where it was interrupted, and one that is done is not run again. What was
-measured goes to `experiments/ist/results/`. Several processes may share the settings; for times
+measured goes to `runs/results/ist/`, which begins as a copy of `experiments/ist/results/`; with
+`--commit-results` to the latter. Several processes may share the settings; for times
 that mean something give each one core (`taskset -c 0`), and `steps` a quiet one.
 """
 
-import csv
 import dataclasses
 import fnmatch
+import functools
+import itertools
 import math
 import pathlib
 import shutil
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import psjax
-from experiments import _run
+from experiments._lib.command import run_script
+from experiments._lib.folder import open_folder, results_folder
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import read_rows, write_rows
+from experiments.benchmarks import timing
 from experiments.ist import run, tables, training
+from experiments.ist.tables import METHODS, Key, steps_of
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 STEPS = "steps"
@@ -44,41 +49,18 @@ EPOCHS = {  # at most; a subnet's epoch costs 1/n of the work, and more of them 
 }
 
 
-class Setting(NamedTuple):
-    """A cell of the tables."""
-
-    depth: int
-    """Dense layers."""
-    method: str
-    """One of `tables.METHODS`."""
-    workers: int
-    local_steps: int
-    seeds: int = 5
-
-    @property
-    def name(self) -> str:
-        return f"{self.depth}layer-{self.method}-n{self.workers}-J{self.local_steps}"
-
-
-def _settings() -> dict[str, Setting]:
-    """All, the most important first: table 3, then what table 1 has beyond it."""
-    every = []
-    for n in (2, 8):
-        for depth in (2, 3):
-            for method in tables.METHODS:
-                every.append(Setting(depth, method, n, tables.steps_of(method)))
-    every += [Setting(depth, "data-parallel", 1, 1, 3) for depth in (2, 3)]
-    for depth in (2, 3):
-        for n in (2, 8, 4):
-            for local_steps in (10, 5, 50):
-                for method in ("ist", "local-sgd"):
-                    every.append(Setting(depth, method, n, local_steps, 3))
-            every.append(Setting(depth, "data-parallel", n, 1, 3))
-    every += [Setting(2, "ist", n, 1, 3) for n in (2, 8, 4)]
-    named: dict[str, Setting] = {}
-    for setting in every:
-        named.setdefault(setting.name, setting)
-    return named
+def _settings() -> dict[str, tuple[Key, int]]:
+    """All with their seeds, the most important first: table 3, then what table 1 has beyond it."""
+    grid = itertools.product
+    first = [Key(depth, m, n, steps_of(m)) for n, depth, m in grid((2, 8), (2, 3), METHODS)]
+    rest = [Key(depth, "data-parallel", 1, 1) for depth in (2, 3)]
+    for depth, n in grid((2, 3), (2, 8, 4)):
+        rest += [Key(depth, m, n, j) for j, m in grid((10, 5, 50), ("ist", "local-sgd"))]
+        rest.append(Key(depth, "data-parallel", n, 1))
+    rest += [Key(2, "ist", n, 1) for n in (2, 8, 4)]
+    later = {key.name: (key, 3) for key in rest}
+    table3 = {key.name: (key, 5) for key in first}
+    return {**table3, **{name: x for name, x in later.items() if name not in table3}}
 
 
 SETTINGS = _settings()
@@ -104,27 +86,35 @@ class Args:
     """Of every timing."""
     out: pathlib.Path = pathlib.Path("runs/reproduce-ist")
     """Where run folders go."""
-    results: pathlib.Path = RESULTS
-    """Where rows, tables and figures go."""
+    results: pathlib.Path | None = None
+    """Where rows, tables and figures go. Default: runs/results/ist."""
     plot: bool = False
-    """Run nothing; tables and figures from what was measured, the tables also into README.md."""
+    """Run nothing; tables and figures from what was measured; where they are written to --results
+    or with --commit-results, the tables also into README.md of the folder above."""
+    commit_results: bool = False
+    """Write to experiments/ist/results."""
+
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(RESULTS, self.commit_results, self.results)
 
 
-def config_of(setting: Setting, args: Args) -> training.Config:
+def config_of(setting: tuple[Key, int], args: Args) -> training.Config:
     """The training of one setting."""
-    divided = setting.method.startswith("ist")
-    n = setting.workers
+    key, seeds = setting
+    n, divided = key.workers, key.method.startswith("ist")
     return training.Config(
         dataset=args.dataset,
-        method="ist" if setting.method == "ist-none" else setting.method,
+        method="ist" if key.method == "ist-none" else key.method,
         subnets=n,
-        local_steps=setting.local_steps,
-        depth=setting.depth,
+        local_steps=key.local_steps,
+        depth=key.depth,
         width=args.width,
         # Both accuracies come from one training: statistics that travel do not change the weights.
-        normalization={"ist": "travelling", "ist-none": "none"}.get(setting.method, "batch"),
+        normalization={"ist": "travelling", "ist-none": "none"}.get(key.method, "batch"),
         epochs=args.epochs or EPOCHS["ist" if divided else "whole"][n],
-        seeds=args.seeds or setting.seeds,
+        seeds=args.seeds or seeds,
         first_seed=args.first_seed,
     )
 
@@ -138,14 +128,14 @@ def loss_stands_still(rows: list[dict], patience: int = PATIENCE) -> bool:
     return len(means) - 1 - int(np.argmin(means)) >= patience
 
 
-def train(setting: Setting, args: Args) -> None:
+def train(setting: tuple[Key, int], args: Args) -> None:
     """A setting to its end; its rows into the results."""
     config = config_of(setting, args)
     last = config.first_seed + config.seeds - 1
-    name = f"{setting.name}-seeds{config.first_seed}-{last}"
+    name = f"{setting[0].name}-seeds{config.first_seed}-{last}"
     folder = args.out / name
     if (folder / "done").exists():
-        _run.open_folder(config, folder, resume=True)  # refuses another training of this name
+        open_folder(config, folder, resume=True)  # refuses another training of this name
         print(f"{name}: done before", file=sys.stderr)
         return
     start = time.process_time()
@@ -158,21 +148,19 @@ def train(setting: Setting, args: Args) -> None:
             data_dir=args.data_dir,
             stop=loss_stands_still,
         )
-    except _run.NotFiniteError as error:
+    except NotFiniteError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        path = folder / "metrics.csv"
-        rows = _run.read_rows(path) if path.exists() else []
+        rows = read_rows(folder / "metrics.csv")
         # The tables show a training that diverged as NaN, from where it did.
         after = {"epoch": max((row["epoch"] for row in rows), default=0) + 1, "samples": 0}
         nan = {"train_loss": math.nan, "test_accuracy": math.nan}
         seeds = range(config.first_seed, config.first_seed + config.seeds)
         rows += [{**(rows[0] if rows else {}), **after, **nan, "seed": seed} for seed in seeds]
     if rows:
-        (args.results / "trainings").mkdir(parents=True, exist_ok=True)
         kept = ("epoch", "seed", "samples", "train_loss", "test_accuracy")
         kept += tuple(c for c in rows[0] if c == "test_accuracy_uncalibrated")
-        path = args.results / "trainings" / f"{name}.csv"
-        _run.write_rows(path, [{column: row[column] for column in kept} for row in rows])
+        kept_rows = [{column: row[column] for column in kept} for row in rows]
+        write_rows(args.where / "trainings" / f"{name}.csv", kept_rows)
     (folder / "done").touch()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes, over all settings
     print(f"{name}: done, {time.process_time() - start:.0f} s of a core", file=sys.stderr)
@@ -194,25 +182,12 @@ def local_steps(size: tables.Size, workers: int, number: int):
         scores = net.apply({"params": params}, x, train=True)
         return psjax.losses.nll_with_integer_labels(scores, y).mean()
 
-    def step(carry, i):
-        params, opt_state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, xs[i % 8], ys[i % 8])
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return (jax.tree.map(jnp.add, params, updates), opt_state), loss
+    def loss_and_grad(params, i):
+        return jax.value_and_grad(loss_fn)(params, xs[i % 8], ys[i % 8])
 
-    @jax.jit
-    def start():
-        params = nn.unbox(net.init(jax.random.key(0), xs[0]))["params"]
-        return params, optimizer.init(params)
-
-    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(number)), donate_argnums=0)
-    carry = start()
-
-    def call():
-        nonlocal carry
-        carry, _ = jax.block_until_ready(steps(carry))
-
-    return call
+    params, _ = timing.init(net, xs[0])
+    steps = jax.jit(timing.steps_fn(loss_and_grad, optimizer), donate_argnums=0)
+    return timing.Program(steps, (params, optimizer.init(params)), (jnp.arange(number),))
 
 
 def time_steps(args: Args) -> list[dict]:
@@ -223,32 +198,16 @@ def time_steps(args: Args) -> list[dict]:
     """
     rows = []
     for size in tables.SIZES:
-        calls = {}
-        for n in (1, 2, 4, 8):
-            number = int(np.clip(20 / tables.gflop(size, n), 2, 50))
-            calls[n] = (local_steps(size, n, number), number)
-        seconds: dict[int, list[float]] = {n: [] for n in calls}
-        for turn in range(-1, args.repeats):
-            for n, (call, number) in calls.items():
-                before = time.process_time()
-                call()
-                if turn >= 0:
-                    seconds[n].append((time.process_time() - before) / number)
-        for n, times in seconds.items():
-            low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+        numbers = {n: int(np.clip(20 / tables.gflop(size, n), 2, 50)) for n in (1, 2, 4, 8)}
+        calls = {str(n): local_steps(size, n, number) for n, number in numbers.items()}
+        seconds = timing.take_turns(calls, args.repeats, clock=time.process_time)
+        for n, number in numbers.items():
+            low, median, high = np.quantile(seconds[str(n)] / number, (0.25, 0.5, 0.75)).tolist()
             row = {"seconds": median, "low": low, "high": high, "gflop": tables.gflop(size, n)}
             rows.append({**size._asdict(), "workers": n, **row})
             print(f"{size.name}, n = {n}: {1e3 * median:.2f} ms a step", file=sys.stderr)
-    args.results.mkdir(parents=True, exist_ok=True)
-    with open(args.results / tables.STEPS_FILE, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([{k: _short(v) for k, v in row.items()} for row in rows])
+    write_rows(args.where / tables.STEPS_FILE, rows)
     return rows
-
-
-def _short(value):
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def chosen(only: tuple[str, ...]) -> list[str]:
@@ -267,15 +226,18 @@ def chosen(only: tuple[str, ...]) -> list[str]:
 
 def main(args: Args) -> None:
     names = chosen(args.only)
-    if not args.plot:
-        for name in names:
-            if name == STEPS:
-                time_steps(args)
-            else:
-                train(SETTINGS[name], args)
-    else:
-        tables.draw(args.results, args.width, readme=args.results.parent / "README.md")
+    if args.plot:
+        results = args.where
+        ours = args.commit_results or args.results is not None
+        readme = results.parent / "README.md" if ours else None
+        tables.draw(results, args.width, readme)
+        return
+    for name in names:
+        if name == STEPS:
+            time_steps(args)
+        else:
+            train(SETTINGS[name], args)
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__)

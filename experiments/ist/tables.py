@@ -6,18 +6,15 @@ its link of 1 Gbit/s. Nothing overlaps, a message costs no latency, gathering an
 worker's weights in its own memory no time.
 """
 
-import csv
 import math
 import os
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import _run
+from experiments._lib.tables import markdown, mean_std, paste, read_mixed, read_named, series, std
 from experiments.ist import figures
-from experiments.psl.figures import plus_minus, series, std
 from psjax import cost
 
 BATCH = 128
@@ -53,7 +50,7 @@ PAPER_FINAL = {  # table 3, %
     (3, "local-sgd"): 79.92,
     (3, "ist"): 83.27,
 }
-_NAME = re.compile(r"(\d)layer-([a-z-]+)-n(\d+)-J(\d+)-seeds\d+-\d+\.csv")
+NAME = r"(\d)layer-([a-z-]+)-n(\d+)-J(\d+)-seeds\d+-\d+\.csv"
 
 
 class Size(NamedTuple):
@@ -81,9 +78,15 @@ class Key(NamedTuple):
     """A setting, without its seeds."""
 
     depth: int
+    """Dense layers."""
     method: str
+    """One of `METHODS`."""
     workers: int
     local_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth}layer-{self.method}-n{self.workers}-J{self.local_steps}"
 
 
 def steps_of(method: str) -> int:
@@ -125,13 +128,8 @@ class Times:
     """
 
     def __init__(self, rows: list[dict]):
-        named = (("depth", int), ("width", int), ("labels", int), ("features", int))
-        self.seconds = {
-            (Size(*(kind(row[name]) for name, kind in named)), int(row["workers"])): float(
-                row["seconds"]
-            )
-            for row in rows
-        }
+        size = lambda row: Size(*(int(row[name]) for name in Size._fields))
+        self.seconds = {(size(r), int(r["workers"])): float(r["seconds"]) for r in rows}
 
     def compute(self, size: Size, method: str, workers: int) -> float:
         """One worker's step on its batch."""
@@ -150,22 +148,14 @@ class Times:
 
 
 def read_steps(results: pathlib.Path) -> Times | None:
-    path = results / STEPS_FILE
-    if not path.exists():
-        return None
-    with open(path, newline="") as file:
-        return Times(list(csv.DictReader(file)))
+    rows = read_mixed(results / STEPS_FILE)
+    return Times(rows) if rows else None
 
 
 def load(results: str | os.PathLike) -> dict[Key, list[dict]]:
     """Rows of every setting, joined over its files of seeds."""
-    settings: dict[Key, list[dict]] = {}
-    for path in sorted((pathlib.Path(results) / "trainings").glob("*.csv")):
-        if (match := _NAME.fullmatch(path.name)) and (rows := _run.read_rows(path)):
-            depth, method, workers, local_steps = match.groups()
-            key = Key(int(depth), method, int(workers), int(local_steps))
-            settings.setdefault(key, []).extend(rows)
-    return settings
+    found = read_named(pathlib.Path(results, "trainings"), NAME)
+    return {Key(int(d), method, int(n), int(j)): rows for (d, method, n, j), rows in found.items()}
 
 
 # --------------------------------------------------------------------------------------- the tables
@@ -197,29 +187,24 @@ def table3(trained: dict[Key, list[dict]]) -> str:
     """Final accuracy, as Markdown."""
     columns = [(depth, n) for depth in (2, 3) for n in (2, 8)]
     paper = {1: 2, 3: 3}  # after which column those of the paper come, and of which depth
-    head = ["method"]
-    for i, (depth, n) in enumerate(columns):
-        head.append(f"{depth}-layer, {n} workers")
-        head += [f"the paper, {paper[i]}-layer, 2 workers"] if i in paper else []
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = []
     shown = [(method, "test_accuracy", name) for method, name in METHODS.items()]
     shown.insert(3, ("ist", "test_accuracy_uncalibrated", TRAVELLING))
     for method, column, name in shown:
-        cells = [name]
+        cells = {"method": name}
         for i, (depth, n) in enumerate(columns):
-            rows = trained.get(Key(depth, method, n, steps_of(method)))
-            if rows is None or column not in rows[0]:
-                cells.append("not run")
-            else:
-                values = final(rows, column)
-                end = series(rows, column)[0][-1]
-                text = plus_minus(values.mean(), float(std(values)), 1)
-                cells.append(f"{text} ({len(values)}; {end})")
+            rows, cell = trained.get(Key(depth, method, n, steps_of(method))), "not run"
+            if rows is not None and column in rows[0]:
+                values, end = final(rows, column), series(rows, column)[0][-1]
+                cell = f"{mean_std(values, 1)} ({len(values)}; {end})"
+            cells[f"{depth}-layer, {n} workers"] = cell
             if i in paper:
                 known = PAPER_FINAL.get((paper[i], method)) if column == "test_accuracy" else None
-                cells.append("" if known is None else f"{known:.1f}")
-        lines.append(_row(cells))
-    lines += [
+                cell = "" if known is None else f"{known:.1f}"
+                cells[f"the paper, {paper[i]}-layer, 2 workers"] = cell
+        lines.append(cells)
+    lines = [
+        markdown(lines),
         "",
         "Test accuracy in %, mean ± standard deviation over seeds (seeds; epochs, until the loss "
         "stops improving or at most those above). Local SGD and IST with J = 10.",
@@ -242,30 +227,23 @@ def table1(
         parts.append(f"**{depth}-layer, {size.name}**")
         quantities = ["samples", "bytes"] if times is None else ["time", "samples", "bytes"]
         for quantity in quantities:
-            head = ["accuracy", "method", "1 worker", *(f"{n} workers" for n in WORKERS)]
-            head += [f"the paper's, {n}" for n in WORKERS if quantity == "time"]
-            lines = [f"{UNITS[quantity]}:", "", _row(head), _row(["---"] * len(head))]
+            lines = []
             for accuracy in accuracies:
                 i = ACCURACIES.index(accuracy)
                 for place, local_steps in keys:
                     method = TIMED[place]
-                    cells = [f"{accuracy:.2f}", label(method, local_steps)]
+                    cells = {"accuracy": f"{accuracy:.2f}", "method": label(method, local_steps)}
                     for n in (1, *WORKERS):
-                        if n == 1 and method != "data-parallel":
-                            cells.append("")
-                            continue
-                        rows = trained.get(Key(depth, method, n, local_steps))
-                        cells.append(
-                            _cell(rows, accuracy, quantity, times, size, method, n, local_steps)
-                        )
-                    if quantity == "time":
-                        known = PAPER_SECONDS[depth, method][i]
-                        if local_steps != steps_of(method):
-                            cells += [""] * len(WORKERS)
-                        else:
-                            cells += [f"{s} ({PAPER_ACCURACIES[i]:.2f})" for s in known]
-                    lines.append(_row(cells))
-            parts.append("\n".join(lines))
+                        key = Key(depth, method, n, local_steps)
+                        name = "1 worker" if n == 1 else f"{n} workers"
+                        cells[name] = _cell(trained, key, accuracy, quantity, times, size)
+                    for n, seconds in zip(WORKERS, PAPER_SECONDS[depth, method][i]):
+                        cell = f"{seconds} ({PAPER_ACCURACIES[i]:.2f})"
+                        if quantity == "time":
+                            usual = local_steps == steps_of(method)
+                            cells[f"the paper's, {n}"] = cell if usual else ""
+                    lines.append(cells)
+            parts.append(f"{UNITS[quantity]}:\n\n{markdown(lines)}")
     parts.append(
         "By the first report (at most one an epoch, at the end of a round) with so high a test "
         "accuracy; mean ± standard deviation over the seeds that reached it, whose number stands "
@@ -287,10 +265,13 @@ def _timed(key: Key, depth: int) -> bool:
     return key.depth == depth and key.method in TIMED and key.workers in WORKERS
 
 
-def _cell(rows, accuracy, quantity, times, size, method, n, local_steps) -> str:
-    if rows is None:
+def _cell(trained, key: Key, accuracy, quantity, times, size) -> str:
+    _, method, n, local_steps = key
+    if n == 1 and method != "data-parallel":
+        return ""
+    if key not in trained:
         return "not run"
-    samples, seeds = samples_to(rows, accuracy)
+    samples, seeds = samples_to(trained[key], accuracy)
     if not len(samples):
         return "—"
     few = "" if len(samples) == seeds else f" [{len(samples)} of {seeds}]"
@@ -319,25 +300,19 @@ def _round(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def table_of_steps(times: Times) -> str:
     """What was timed, as Markdown."""
-    lines = [
-        "| network | one worker | 2 subnets | 4 subnets | 8 subnets |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for size in SIZES:
-        cells = []
+        cells = {"network": size.name}
         for n in (1, *WORKERS):
             seconds = times.seconds.get((size, n))
             rate = "" if seconds is None else f" ({gflop(size, n) / seconds:.0f} GFLOP/s)"
-            cells.append("not run" if seconds is None else f"{1e3 * seconds:.3g}{rate}")
-        lines.append(_row([size.name, *cells]))
-    lines += ["", "Milliseconds of one core, a local step of one worker on a batch of 128."]
-    return "\n".join(lines) + "\n"
+            cell = "not run" if seconds is None else f"{1e3 * seconds:.3g}{rate}"
+            cells["one worker" if n == 1 else f"{n} subnets"] = cell
+        rows.append(cells)
+    note = "Milliseconds of one core, a local step of one worker on a batch of 128."
+    return f"{markdown(rows)}\n\n{note}\n"
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -370,7 +345,7 @@ def draw(results: str | os.PathLike, width: int, readme: pathlib.Path | None = N
         (results / f"{name}.md").write_text(text)
         print(text)
         if readme is not None and readme.exists():
-            _run.paste(readme, name, short.get(name, text))
+            paste(readme, name, short.get(name, text))
 
 
 def _speedups(times: Times) -> dict[str, list[dict[str, Any]]]:

@@ -19,12 +19,14 @@ from typing import Annotated
 
 import tyro
 
-from experiments import _run
+from experiments._lib import command
+from experiments._lib.figures import learning_curve
+from experiments._lib.tables import mean_at_end
 from experiments.ist import figures, run, training
 
 
 @dataclasses.dataclass
-class Args(_run.TrainArgs):
+class Args(command.TrainArgs):
     """Train a network in independent subnets."""
 
     config: Annotated[training.Config, tyro.conf.arg(name="")] = dataclasses.field(
@@ -36,26 +38,20 @@ class Args(_run.TrainArgs):
 
 def main(args: Args) -> pathlib.Path:
     """Train, draw the learning curve, return the run folder."""
-    config, folder = _run.begin(args)
-    config = training.resolve(config, args.data_dir)
-    if folder is None:
-        folder = _run.new_folder("ist", str(config.dataset), config.model, config.method)
-    rows = run.train(
-        config,
-        folder,
-        resume=args.resume is not None,
-        checkpoint_every=args.checkpoint_every,
-        data_dir=args.data_dir,
-    )
-    title = f"{config.model} on {config.dataset}, {config.method}, {config.subnets} workers"
-    figures.learning_curve(rows, folder / "learning_curve.png", title)
-    accuracy = _run.mean_at_end(rows, "test_accuracy")
-    if config.normalization == "travelling":
-        uncalibrated = _run.mean_at_end(rows, "test_accuracy_uncalibrated")
+    command.begin(args)
+    c = args.config = training.resolve(args.config, args.data_dir)
+    title = f"{c.model} on {c.dataset}, {c.method}, {c.subnets} workers"
+    words = {"over": "the subnets", "whose": " of the whole network"}
+    draw = lambda rows, path: learning_curve(rows, path, title, **words, columns=figures.ACCURACIES)
+    names = "ist", str(c.dataset), c.model, c.method
+    folder, rows = command.train_in_folder(args, run.train, draw, *names)
+    accuracy = mean_at_end(rows, "test_accuracy")
+    if c.normalization == "travelling":
+        uncalibrated = mean_at_end(rows, "test_accuracy_uncalibrated")
         accuracy += f" (uncalibrated {uncalibrated})"
     print(f"test accuracy {accuracy}; run folder {folder}")
     return folder
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__, "continue with --resume and the run folder.")
+    command.run_script(main, Args, __doc__, "continue with --resume and the run folder.")

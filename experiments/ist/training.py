@@ -11,6 +11,7 @@ an epoch, the epochs that end in it are reported as the last of them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from experiments._lib import program
+from experiments._lib.program import initial_states as initial_states
 from experiments.ist.config import DATASETS as DATASETS
-from experiments.ist.config import SPEECH
+from experiments.ist.config import SPEECH as SPEECH
 from experiments.ist.config import Config as Config
-from experiments.psl.training import all_finite, initial_states, over_seeds
 
 # ------------------------------------------------------------------------------------------- pieces
 
@@ -41,19 +43,19 @@ def resolve(config: Config, data_dir: str | None = None) -> Config:
     return dataclasses.replace(config, dataset="spoken_digit")
 
 
-def load(config: Config, split: str, data_dir: str | None = None) -> tuple[dict[str, Any], int]:
+def load(dataset: str, split: str, data_dir: str | None = None) -> tuple[dict[str, Any], int]:
     """A split, and its number of classes.
 
     `x` are features in dB, `[N, 4096]`, or images in uint8, which `inputs` brings into [0, 1]:
     times `scale` plus `shift`.
     """
-    if config.dataset in SPEECH:
-        name = config.dataset.removesuffix("_words")
-        speech = psjax.data.load_speech(name, split, data_dir, **SPEECH[config.dataset])
+    if dataset in SPEECH:
+        name = dataset.removesuffix("_words")
+        speech = psjax.data.load_speech(name, split, data_dir, **SPEECH[dataset])
         scale = 1 / psjax.data.LogMel().dynamic_range
         x, labels, classes, shift = speech.features, speech.labels, speech.num_classes, 1
     else:
-        images = psjax.data.load(config.dataset or "digits", split, data_dir)
+        images = psjax.data.load(dataset, split, data_dir)
         x, labels, classes = images.images, images.labels, images.num_classes
         scale, shift = images.scale, 0
     labels = psjax.data.check_labels(labels, classes)
@@ -93,18 +95,7 @@ def make_optimizer(config: Config, num_samples: int | None = None) -> optax.Grad
         # A local step of all workers sees n B samples, and every state counts its own steps.
         steps = -(-config.decay_after * num_samples // (config.subnets * config.batch_size))
         rate = optax.piecewise_constant_schedule(config.learning_rate, {steps: 0.1})
-    optimizer = {
-        "sgd": lambda: optax.sgd(rate),
-        "momentum": lambda: optax.sgd(rate, momentum=0.9),
-        "adam": lambda: optax.adam(rate),
-        "adamw": lambda: optax.adamw(rate),
-        "adam-entry": lambda: optax.chain(
-            psjax.ist.scale_by_adam(), optax.scale_by_learning_rate(rate)
-        ),
-    }[config.optimizer]()
-    if config.clip is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    return program.make_optimizer(config.optimizer, rate, config.clip)
 
 
 def num_devices(config: Config) -> int:
@@ -115,16 +106,21 @@ def num_devices(config: Config) -> int:
 
 
 class Stream:
-    """The samples of every seed, in rounds."""
+    """The samples of every seed, in rounds.
 
-    def __init__(self, config: Config, num_samples: int):
-        self.config, self.num_samples = config, num_samples
-        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
-        self.shape = (config.local_steps, config.subnets, config.batch_size)
-        self.samples_a_round = int(np.prod(self.shape))
+    Args:
+      num_samples: of an epoch.
+      shape: local steps, workers, samples of one worker's step: a round.
+      epochs: those of the training.
+      seeds: their numbers.
+    """
+
+    def __init__(self, num_samples: int, shape: tuple[int, int, int], epochs: int, seeds: range):
+        self.num_samples, self.shape, self.epochs, self.seeds = num_samples, shape, epochs, seeds
+        self.samples_a_round = int(np.prod(shape))
         self.most_rounds = self.rounds(1)  # between two reports
         # A round may lie in two epochs, and whoever asks for single rounds asks often.
-        self._order = functools.lru_cache(maxsize=2 * config.seeds)(self.order)
+        self._order = functools.lru_cache(maxsize=2 * len(seeds))(self.order)
 
     def rounds(self, epoch: int) -> int:
         """Rounds by which so many epochs have been seen."""
@@ -132,7 +128,7 @@ class Stream:
 
     def reports(self, after: int = 0) -> list[int]:
         """The epochs to report, later than `after`; of those that end in one round the last."""
-        by_round = {self.rounds(e): e for e in range(1, self.config.epochs + 1)}
+        by_round = {self.rounds(e): e for e in range(1, self.epochs + 1)}
         return [e for r, e in by_round.items() if r > self.rounds(after)]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -152,6 +148,21 @@ class Stream:
     def __call__(self, first: int, last: int) -> np.ndarray:
         """Indices of the rounds `first` to `last - 1`: int32 `[seeds, most_rounds, n, J, B]`."""
         return np.stack([self._one(seed, first, last) for seed in self.seeds])
+
+
+def make_stream(config: Config, num_samples: int) -> Stream:
+    """The stream of a configuration."""
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    shape = config.local_steps, config.subnets, config.batch_size
+    return Stream(num_samples, shape, config.epochs, seeds)
+
+
+def calibration_sample(num_samples: int, batches: int) -> np.ndarray:
+    """Training samples that statistics are computed from, int32 `[batches, 128]`, or fewer."""
+    size = min(128, num_samples)
+    batches = min(batches, num_samples // size)
+    drawn = np.random.default_rng(0).permutation(num_samples)[: batches * size]
+    return drawn.reshape(batches, size).astype(np.int32)
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -229,46 +240,27 @@ def rounds_fn(config: Config, one_round):
             return {"params": params, "opt_state": opt_state}, metrics
 
         state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
-        return state, {**metrics, "sound": all_finite(state)}
+        return state, {**metrics, "sound": program.all_finite(state)}
 
     def rounds(state, seeds, indices, first, count, data, _=None):
         run = lambda state, seed, indices: one_seed(state, seed, indices, first, count, data)
-        return over_seeds(run)(state, seeds, indices)
+        return program.over_seeds(run)(state, seeds, indices)
 
     if config.devices == "one":
         return jax.jit(rounds, donate_argnums=0)
+    mesh = program.device_mesh(num_devices(config))
     if config.devices == "pmap":
-        devices = num_devices(config)
-        mapped = jax.pmap(
-            rounds,
-            axis_name="workers",
-            in_axes=(*[None] * 6, 0),
-            out_axes=None,
-            devices=jax.devices()[:devices],
-        )
-        return functools.partial(_with_numbers, mapped, np.arange(devices))
+        devices, axes = list(mesh.devices), (*[None] * 6, 0)
+        how: Any = {"axis_name": "workers", "in_axes": axes, "out_axes": None}
+        mapped = jax.pmap(rounds, devices=devices, **how)
+        numbers = np.arange(len(devices))  # pmap wants one argument to map over
+        return lambda *args: mapped(*args, numbers)
     # check_vma=False: parameters replicated in a loop's carry are not seen to stay so.
-    return jax.jit(
-        jax.shard_map(rounds, mesh=_mesh(config), in_specs=P(), out_specs=P(), check_vma=False),
-        donate_argnums=0,
-    )
+    sharded = jax.shard_map(rounds, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return jax.jit(sharded, donate_argnums=0)
 
 
-def _with_numbers(mapped, numbers, *args):
-    return mapped(*args, numbers)  # pmap wants one argument to map over
-
-
-def _mesh(config):
-    devices = num_devices(config)
-    return jax.make_mesh(
-        (devices,),
-        ("workers",),
-        (jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )
-
-
-def accuracy_fn(config: Config, net, normalized: bool, batch_size: int = 1000):
+def accuracy_fn(config: Config, net, normalized: bool):
     """`(params [seeds, ...], test, train, sample [K, B]) -> {column: accuracy [seeds]}`, jitted.
 
     `sample` are the training samples that the statistics of a `normalized` network are calibrated
@@ -283,24 +275,16 @@ def accuracy_fn(config: Config, net, normalized: bool, batch_size: int = 1000):
             columns["test_accuracy"] = {"params": variables["params"], "batch_stats": statistics}
         if config.normalization == "travelling":
             columns["test_accuracy_uncalibrated"] = variables
-        n = test["y"].shape[0]
-        size = min(batch_size, n)
-        index = jnp.arange(-(-n // size) * size).reshape(-1, size)
-
-        def correct(variables, i):
-            best = jnp.argmax(net.apply(variables, inputs(test, i)), -1)
-            return jnp.sum((best == psjax.data.take(test["y"], i)) & (i < n))
-
+        scores = lambda variables, i: net.apply(variables, inputs(test, i))
         return {
-            name: jnp.sum(jax.lax.map(functools.partial(correct, variables), index)) / n
+            name: program.share_right(functools.partial(scores, variables), test["y"])
             for name, variables in columns.items()
         }
 
-    return jax.jit(
-        lambda params, test, train, sample: over_seeds(lambda p: one(p, test, train, sample))(
-            params
-        )
-    )
+    def all_seeds(params, *data):
+        return program.over_seeds(lambda p: one(p, *data))(params)
+
+    return jax.jit(all_seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,24 +296,22 @@ class Program:
     stream: Stream
     rounds: Any
     """`(state, seeds, indices, first, count, train) -> state, metrics`."""
-    accuracy: Any
-    """`(params, test, train, sample) -> {column: accuracy [seeds]}`."""
+    evaluate: Callable[[Any], list[dict[str, float]]]
+    """From the parameters of all seeds, columns of every seed."""
     seeds: Any
     train: dict[str, Any]
-    test: dict[str, Any]
-    sample: Any
 
 
 def build(config: Config, data_dir: str | None = None) -> Program:
     """Load the data, make the model and the compiled functions of a training."""
-    train, num_classes = load(config, "train", data_dir)
-    test, _ = load(config, "test", data_dir)
+    dataset = config.dataset or "digits"
+    train, num_classes = load(dataset, "train", data_dir)
+    test, _ = load(dataset, "test", data_dir)
     net = make_model(config, num_classes)
     optimizer = make_optimizer(config, len(train["y"]))
     example = np.zeros((1, *train["x"].shape[1:]), np.float32)
     travelling = config.normalization == "travelling"
-    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), example))
-    axes = nn.get_partition_spec(variables)
+    axes, _ = program.shapes_of(net, example)
     own_axes = axes if travelling else axes["params"]
 
     def start(seed):
@@ -339,18 +321,19 @@ def build(config: Config, data_dir: str | None = None) -> Program:
             return {"params": variables, "opt_state": optimizer.init(trained)}
         return {**trained, "opt_state": optimizer.init(trained["params"])}
 
-    stream = Stream(config, len(train["y"]))
+    stream = make_stream(config, len(train["y"]))
     seeds = np.asarray(stream.seeds, np.int32)
     state = initial_states(start, stream.seeds)
     rounds = rounds_fn(config, round_fn(config, net, optimizer, own_axes))
-    size = min(128, stream.num_samples)
-    batches = min(config.calibration_batches, stream.num_samples // size)
-    sample = np.random.default_rng(0).permutation(stream.num_samples)[: batches * size]
-    arrays = (state, seeds, train, test, sample.reshape(batches, size).astype(np.int32))
-    if config.devices == "one":
-        arrays = jax.device_put(arrays)
-    else:  # once on every device
-        arrays = jax.device_put(arrays, NamedSharding(_mesh(config), P()))
-    state, seeds, train, test, sample = arrays
+    sample = calibration_sample(stream.num_samples, config.calibration_batches)
+    where = None  # else once on every device
+    if config.devices != "one":
+        where = NamedSharding(program.device_mesh(num_devices(config)), P())
+    state, seeds, train, test, sample = jax.device_put((state, seeds, train, test, sample), where)
     accuracy = accuracy_fn(config, net, "batch_stats" in axes)
-    return Program(net, state, stream, rounds, accuracy, seeds, train, test, sample)
+
+    def evaluate(params):
+        found = jax.tree.map(np.asarray, accuracy(params, test, train, sample))
+        return [{name: float(x[s]) for name, x in found.items()} for s in range(len(seeds))]
+
+    return Program(net, state, stream, rounds, evaluate, seeds, train)

@@ -3,8 +3,9 @@
 import dataclasses
 
 import psjax
-from experiments import _run
+from experiments._lib.config import check_options, check_seeds
 
+MODELS = ("psnet", "lenet")
 LOSSES = ("nll", "one-vs-all", "psl", "psl-squared", "psl-bounded", "one-vs-each", "squared-hinge")
 COMPUTE = ("fused", "elements", "pairs", "blocks")
 DEVICES = ("one", "pmap", "shard_map")
@@ -50,26 +51,11 @@ class Config:
     """dataset (the set's own, never reshuffled: the authors' way), fixed (a seed's own random order, never reshuffled), shuffled or stratified, anew every epoch."""
 
     def __post_init__(self):
-        for name, choices in (
-            ("model", ("psnet", "lenet")),
-            ("loss", LOSSES),
-            ("compute", COMPUTE),
-            ("devices", DEVICES),
-            ("order", ORDERS),
-            ("optimizer", OPTIMIZERS),
-        ):
-            _run.check_choice(name, getattr(self, name), choices)
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("block_size", 2),
-            ("tile", 1),
-            ("learning_rate", 0),
-        ):
-            _run.check_least(name, getattr(self, name), least)
-        _run.check_seeds(self.first_seed, self.seeds)
-        for name in ("clip", "margin_bound"):
-            _run.check_positive(name, getattr(self, name))
+        choices = {"model": MODELS, "loss": LOSSES, "compute": COMPUTE, "devices": DEVICES}
+        choices |= {"order": ORDERS, "optimizer": OPTIMIZERS}
+        least = {"epochs": 1, "batch_size": 1, "block_size": 2, "tile": 1, "learning_rate": 0}
+        check_options(self, choices, least, positive=("clip", "margin_bound"))
+        check_seeds(self.first_seed, self.seeds)
         if not 0 <= self.b2 < 1:
             msg = f"--b2 {self.b2}: write a number from 0 on and below 1."
             raise ValueError(msg)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
-import re
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.psl import figures, reproduce, run
+from experiments._lib.figures import panel, save
+from experiments._lib.tables import markdown, mean_std, read_named, series, std
+from experiments.psl import figures, reproduce
 
 VARIANTS = {
     "psl-squared": ("PSL squared (the authors')", {"loss": "psl-squared"}),
@@ -70,11 +71,26 @@ class Summary:
     largest: float
     """Largest gradient norm over the median of its epoch."""
 
+    def drop_cells(self) -> dict[str, str]:
+        """Columns of the tables: how often."""
+        return {
+            "seeds × epochs": f"{len(self.last)} × {self.epochs}",
+            "drops in 100 epochs": mean_std(self.per_100, 1),
+            "large ones": mean_std(self.large_per_100, 1),
+        }
+
+    def spike_cells(self) -> dict[str, str]:
+        """Columns of the tables: beside spikes or not."""
+        return {
+            "drops in an epoch with a spike": f"{self.drops_with_spike} of {self.drops}",
+            "epochs with a spike": f"{self.spikes} of {len(self.last) * self.epochs}",
+        }
+
 
 def summarise(rows: list[dict]) -> Summary:
     """Count the drops and spikes of all seeds of a variant."""
-    epochs, accuracy = figures.series(rows, "test_accuracy")
-    largest, median = (figures.series(rows, f"{x}_grad_norm")[1] for x in ("max", "median"))
+    epochs, accuracy = series(rows, "test_accuracy")
+    largest, median = (series(rows, f"{x}_grad_norm")[1] for x in ("max", "median"))
     spikes = largest > SPIKE * median
     drops = [find_drops(a) for a in accuracy]
     changes = max(len(epochs) - 1, 1)
@@ -94,12 +110,13 @@ def summarise(rows: list[dict]) -> Summary:
 
 def load(results: pathlib.Path) -> dict[str, dict[str, Summary]]:
     """`{setting: {variant: summary}}` of everything measured, in the order of `VARIANTS`."""
-    settings: dict[str, dict[str, Summary]] = {}
-    for path in sorted(results.glob("drops-*.csv")):
-        match = re.fullmatch(r"drops-(\w+-\w+-\d+)-(.+)\.csv", path.name)
-        if match and match[2] in VARIANTS and (rows := run.read_rows(path)):
-            settings.setdefault(match[1], {})[match[2]] = summarise(rows)
-    return {s: {v: found[v] for v in VARIANTS if v in found} for s, found in settings.items()}
+    found = read_named(results, r"drops-(\w+-\w+-\d+)-(.+)\.csv")
+    settings = dict.fromkeys(setting for setting, _ in found)
+    return {
+        s: {v: summarise(found[s, v]) for v in VARIANTS if (s, v) in found}
+        for s in settings
+        if any((s, v) in found for v in VARIANTS)
+    }
 
 
 def describe(setting: str) -> str:
@@ -109,35 +126,22 @@ def describe(setting: str) -> str:
     return f"{model}, {dataset}, batches of {batch_size}"
 
 
-def mean_std(values: np.ndarray, digits: int) -> str:
-    return figures.plus_minus(float(values.mean()), float(figures.std(values)), digits)
-
-
-def settings_lines(results: pathlib.Path) -> list[str]:
+def settings_table(results: pathlib.Path) -> str:
     """Drops and spikes of every setting that `reproduce` has measured, as a Markdown table."""
-    lines = [
-        "| setting | seeds × epochs | drops in 100 epochs | large ones | the first in epoch "
-        "| drops in an epoch with a spike | epochs with a spike | largest gradient / median |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    measured = figures.load(results)
-    for name in reproduce.SETTINGS:
-        if name not in measured:
-            continue
+    rows, measured = [], figures.load(results)
+    for name in filter(measured.get, reproduce.SETTINGS):
         s = summarise(measured[name])
         network, loss, dataset, batch_size = reproduce.SETTINGS[name]
-        cells = [
-            f"{network}-{loss}, {dataset}, {batch_size}",
-            f"{len(s.last)} × {s.epochs}",
-            mean_std(s.per_100, 1),
-            mean_std(s.large_per_100, 1),
-            "" if s.first is None else str(s.first),
-            f"{s.drops_with_spike} of {s.drops}",
-            f"{s.spikes} of {len(s.last) * s.epochs}",
-            f"{s.largest:.3g}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            {
+                "setting": f"{network}-{loss}, {dataset}, {batch_size}",
+                **s.drop_cells(),
+                "the first in epoch": "" if s.first is None else s.first,
+                **s.spike_cells(),
+                "largest gradient / median": f"{s.largest:.3g}",
+            }
+        )
+    return markdown(rows)
 
 
 def draw_frequency(results: pathlib.Path) -> None:
@@ -157,7 +161,7 @@ def draw_frequency(results: pathlib.Path) -> None:
             (0.19, f"deeper than {LARGE:g} points", "#D55E00", "large_per_100"),
         ):
             values = [getattr(s, field) for s in variants.values()]
-            errors = np.nan_to_num([figures.std(v) for v in values])
+            errors = np.nan_to_num([std(v) for v in values])
             left.barh(
                 y + offset,
                 [v.mean() for v in values],
@@ -168,14 +172,14 @@ def draw_frequency(results: pathlib.Path) -> None:
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
         last = [s.last for s in variants.values()]
-        errors = np.nan_to_num([figures.std(v) for v in last])
+        errors = np.nan_to_num([std(v) for v in last])
         right.errorbar([v.mean() for v in last], y, xerr=errors, fmt="o", color="black", capsize=2)
         for i, values in enumerate(last):
             right.plot(values, [i] * len(values), "|", color="0.55", markersize=9, zorder=0)
         seeds = sorted({len(s.last) for s in variants.values()})
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        figures.panel(left, f"{describe(setting)} (seeds: {count})", "drops in 100 epochs", "")
-        figures.panel(right, "after the last epoch, mean ± std", "test accuracy (%)", "")
+        panel(left, f"{describe(setting)} (seeds: {count})", "drops in 100 epochs", "")
+        panel(right, "after the last epoch, mean ± std", "test accuracy (%)", "")
         left.set_yticks(y, [VARIANTS[v][0] for v in variants])
         right.set_yticks(y, [])
         right.grid(axis="y", alpha=0)
@@ -185,4 +189,4 @@ def draw_frequency(results: pathlib.Path) -> None:
         left.set_xlim(left=0)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    figures.save(figure, results / "drops_frequency.png")
+    save(figure, results / "drops_frequency.png")

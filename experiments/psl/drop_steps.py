@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
-from experiments.psl import figures, run, training
+from experiments._lib.figures import panel, save
+from experiments._lib.tables import markdown, read_rows
+from experiments.psl import training
 from experiments.psl.drop_counts import SPIKE, VARIANTS, describe, find_drops
 
 
@@ -82,38 +84,36 @@ def kicks(config: training.Config, data_dir: str | None = None) -> list[dict]:
     return rows
 
 
-def kicks_lines(results: pathlib.Path) -> list[str]:
-    """What `kicks` has recorded, as a Markdown table."""
-    lines = [
-        "| setting | variant | seed, epochs | drops | epochs with a spike | largest gradient / "
-        "median, median over those | largest NLL of a sample | largest step of an epoch, median "
-        "over all | over those with a spike | over those with a drop | median step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def kicks_table(results: pathlib.Path) -> str:
+    """What `kicks` has recorded, as a Markdown table; empty if nothing."""
+    lines = []
     for path in sorted(results.glob("drops_kicks-*.csv")):
         match = re.fullmatch(r"drops_kicks-(\w+-\w+-\d+)-(.+)-(\d+)\.csv", path.name)
         if match is None:
             continue
-        rows = run.read_rows(path)
+        rows = read_rows(path)
         column = {k: np.array([row[k] for row in rows]) for k in rows[0]}
         relative = column["max_grad_norm"] / column["median_grad_norm"]
         spiked = relative > SPIKE
         dropped = np.zeros_like(spiked)
         dropped[[i for i, _ in find_drops(column["test_accuracy"])]] = True
         middle = lambda values: f"{np.median(values):.2g}" if len(values) else ""
-        cells = [
-            describe(match[1]),
-            VARIANTS[match[2]][0],
-            f"{match[3]}, {len(rows)}",
-            str(int(dropped.sum())),
-            str(int(spiked.sum())),
-            middle(relative[spiked]),
-            f"{column['worst_nll'].max():.3g}",
-            *(middle(column["kick"][which]) for which in (spiked | True, spiked, dropped)),
-            middle(column["median_step"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(
+            {
+                "setting": describe(match[1]),
+                "variant": VARIANTS[match[2]][0],
+                "seed, epochs": f"{match[3]}, {len(rows)}",
+                "drops": dropped.sum(),
+                "epochs with a spike": spiked.sum(),
+                "largest gradient / median, median over those": middle(relative[spiked]),
+                "largest NLL of a sample": f"{column['worst_nll'].max():.3g}",
+                "largest step of an epoch, median over all": middle(column["kick"]),
+                "over those with a spike": middle(column["kick"][spiked]),
+                "over those with a drop": middle(column["kick"][dropped]),
+                "median step": middle(column["median_step"]),
+            }
+        )
+    return markdown(lines)
 
 
 def trace(
@@ -219,14 +219,14 @@ def trace_title(path: pathlib.Path) -> tuple[str, str]:
 
 def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
     """Accuracy, loss, gradient norm, Adam's second moment and step around a drop, as a PNG."""
-    rows = run.read_rows(path)
+    rows = read_rows(path)
     column = {k: np.array([row[k] for row in rows]) for k in rows[0]}
     x = column["at_epoch"]
     figure = Figure(figsize=(10, 10.5), layout="constrained")
     axes = figure.subplots(6, 1, sharex=True)
     measured = ~np.isnan(column["accuracy"])
     axes[0].plot(x[measured], 100 * column["accuracy"][measured], ".-", color="black", linewidth=1)
-    figures.panel(axes[0], "", "", "test accuracy\n(%)")
+    panel(axes[0], "", "", "test accuracy\n(%)")
     for ax, (name, label, colour) in zip(
         axes[1:],
         (
@@ -243,7 +243,7 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
         )
         ax.plot(x, column[name], color=colour, linewidth=1.4, label=f"median of {steps}")
         ax.set_yscale("linear" if name == "worst" else "log")  # an NLL is a logarithm
-        figures.panel(ax, "", "", label)
+        panel(ax, "", "", label)
     axes[1].legend(frameon=False, ncols=2, loc="upper right", fontsize=8.5)
     at = x[outlier(rows)[0]]
     for ax in axes:
@@ -252,4 +252,4 @@ def draw_trace(path: pathlib.Path, figure_path: pathlib.Path) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     axes[-1].set_xlabel("epochs trained")
     figure.suptitle(f"A drop: {trace_title(path)[0]} (dotted: its largest gradient)")
-    figures.save(figure, figure_path)
+    save(figure, figure_path)

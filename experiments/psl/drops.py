@@ -19,14 +19,20 @@ variant takes one link out of this chain.
     python -m experiments.psl.drops --plot                       # figures and drops.md again
 
 About 3 seconds an epoch and seed on one core (LeNet, CIFAR10, batches of 20). A training that was
-interrupted goes on where it was; what `reproduce` has already measured is not run again.
+interrupted goes on where it was; what `reproduce` has already measured is not run again. Rows,
+figures and drops.md go to `runs/results/psl/`, which begins as a copy of
+`experiments/psl/results/`; with `--commit-results` to the latter.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
-from experiments._run import run_script
+from experiments._lib.command import run_script
+from experiments._lib.folder import results_folder
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import markdown, mean_std, read_rows, write_rows
 from experiments.psl import drop_counts, drop_steps, figures, reproduce, run, training
 from experiments.psl.drop_counts import VARIANTS
 
@@ -54,13 +60,20 @@ class Args:
     """Train nothing; draw the figures and write drops.md."""
     out: pathlib.Path = pathlib.Path("runs/drops")
     """Where run folders go."""
-    results: pathlib.Path = reproduce.RESULTS
-    """Where rows, figures and drops.md go."""
+    results: pathlib.Path | None = None
+    """Where rows, figures and drops.md go. Default: runs/results/psl."""
+    commit_results: bool = False
+    """Write to experiments/psl/results."""
     data_dir: str | None = None
 
     @property
     def setting(self) -> str:
         return f"{self.model}-{self.dataset}-{self.batch_size}"
+
+    @functools.cached_property
+    def where(self) -> pathlib.Path:
+        """The folder of the results."""
+        return results_folder(reproduce.RESULTS, self.commit_results, self.results)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -68,19 +81,9 @@ class Args:
 
 def config_of(args: Args, variant: str) -> training.Config:
     """The training of a variant, otherwise the authors' form; for `clip` a first epoch is run."""
-    config = training.Config(
-        dataset=args.dataset,
-        model=args.model,
-        preset="mnist-53780" if (args.model, args.dataset) == ("psnet", "mnist") else None,
-        compute="fused",
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        seeds=args.seeds,
-        first_seed=args.first_seed,
-        learning_rate=1e-3,
-        order="dataset",
-        **VARIANTS[variant][1],
-    )
+    own = {"epochs": args.epochs, "seeds": args.seeds, "first_seed": args.first_seed}
+    own |= VARIANTS[variant][1]
+    config = reproduce.authors_form(args.model, args.dataset, args.batch_size, **own)
     if variant != "clip":
         return config
     first = dataclasses.replace(config, epochs=1, seeds=1, first_seed=0)
@@ -92,17 +95,15 @@ def config_of(args: Args, variant: str) -> training.Config:
 
 def collect(args: Args, variant: str) -> list[dict]:
     """Rows of a variant, of each seed its longest run: from `results`, run folders, `reproduce`."""
-    path = args.results / f"drops-{args.setting}-{variant}.csv"
+    path = args.where / f"drops-{args.setting}-{variant}.csv"
     folders = args.out.glob(f"{args.setting}-{variant}-seeds*/metrics.csv")
-    sources = [run.read_rows(p) for p in [path, *sorted(folders)] if p.exists()]
+    sources = [read_rows(p) for p in [path, *sorted(folders)]]
     loss = {"psl-squared": "psl-squared", "nll": "nll"}.get(variant)
     for name, (network, its_loss, dataset, batch_size) in reproduce.SETTINGS.items():
-        same = reproduce.NETWORKS[network], reproduce.DATASETS[dataset], batch_size
-        if (
-            same == (args.model, args.dataset, args.batch_size)
-            and reproduce.LOSSES[its_loss] == loss
-        ):
-            sources.append(figures.load(reproduce.RESULTS).get(name, []))
+        own = reproduce.NETWORKS[network], reproduce.DATASETS[dataset], batch_size
+        if (*own, reproduce.LOSSES[its_loss]) == (args.model, args.dataset, args.batch_size, loss):
+            folders = {reproduce.RESULTS, args.where}
+            sources += [figures.load(folder).get(name, []) for folder in sorted(folders)]
     longest: dict[int, list[dict]] = {}
     for rows in sources:
         for seed in {row["seed"] for row in rows}:
@@ -112,7 +113,7 @@ def collect(args: Args, variant: str) -> list[dict]:
     rows = [row for own in longest.values() for row in own]
     rows.sort(key=lambda row: (row["epoch"], row["seed"]))
     if rows:
-        run.write_rows(path, rows)
+        write_rows(path, rows)
     return rows
 
 
@@ -131,7 +132,7 @@ def train(args: Args, variant: str) -> None:
     folder = args.out / f"{args.setting}-{variant}-seeds{missing[0]}-{missing[-1]}"
     try:
         run.train(config, folder, resume=folder.exists(), data_dir=args.data_dir)
-    except run.NotFiniteError as error:  # also a result; the rows until then stay
+    except NotFiniteError as error:  # also a result; the rows until then stay
         print(f"{folder.name}: {error}", file=sys.stderr)
     finally:
         collect(args, variant)
@@ -144,33 +145,26 @@ def table(results: pathlib.Path) -> str:
     """Drops, their price and their spikes, as Markdown; also into `drops.md`."""
     lines = ["# Drops of accuracy", "", drop_counts.DEFINITION]
     for setting, variants in drop_counts.load(results).items():
-        lines += [
-            "",
-            f"## {drop_counts.describe(setting)}",
-            "",
-            "| variant | seeds × epochs | drops in 100 epochs | large ones | last accuracy, % "
-            "| best accuracy, % | drops in an epoch with a spike | epochs with a spike |",
-            "|---|---|---|---|---|---|---|---|",
+        lines += ["", f"## {drop_counts.describe(setting)}", ""]
+        rows = [
+            {
+                "variant": VARIANTS[variant][0],
+                **s.drop_cells(),
+                "last accuracy, %": mean_std(s.last),
+                "best accuracy, %": mean_std(s.best),
+                **s.spike_cells(),
+            }
+            for variant, s in variants.items()
         ]
-        for variant, s in variants.items():
-            n = len(s.last)
-            cells = [
-                VARIANTS[variant][0],
-                f"{n} × {s.epochs}",
-                drop_counts.mean_std(s.per_100, 1),
-                drop_counts.mean_std(s.large_per_100, 1),
-                drop_counts.mean_std(s.last, 2),
-                drop_counts.mean_std(s.best, 2),
-                f"{s.drops_with_spike} of {s.drops}",
-                f"{s.spikes} of {n * s.epochs}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## All settings of figures 6 and 7", "", *drop_counts.settings_lines(results)]
-    if len(steps := drop_steps.kicks_lines(results)) > 2:
-        lines += ["", "## Steps, root mean square in learning rates", "", *steps]
+        lines.append(markdown(rows))
+    for title, more in (
+        ("All settings of figures 6 and 7", drop_counts.settings_table(results)),
+        ("Steps, root mean square in learning rates", drop_steps.kicks_table(results)),
+    ):
+        lines += ["", f"## {title}", "", more] if more else []
     for path in sorted(results.glob("drops_trace-*.csv")):
         title, _ = drop_steps.trace_title(path)
-        lines += ["", f"**{title}.** {drop_steps.trace_summary(run.read_rows(path))}"]
+        lines += ["", f"**{title}.** {drop_steps.trace_summary(read_rows(path))}"]
     text = "\n".join(lines) + "\n"
     (results / "drops.md").write_text(text)
     return text
@@ -190,29 +184,30 @@ def main(args: Args) -> None:
     if unknown:
         msg = f"variant {' '.join(unknown)}: there is none; write some of {', '.join(VARIANTS)}."
         raise SystemExit(msg)
-    args.results.mkdir(parents=True, exist_ok=True)
+    results = args.where
+    results.mkdir(parents=True, exist_ok=True)
     if args.trace is not None:
         rows = drop_steps.trace(config_of(args, args.trace), data_dir=args.data_dir)
         if not rows:
             msg = f"no drop in {args.epochs} epochs; write more --epochs or another --first-seed."
             raise SystemExit(msg)
-        name = f"drops_trace-{args.setting}-{args.trace}-{args.first_seed}.csv"
-        run.write_rows(args.results / name, rows)
-        drop_steps.draw_trace(args.results / name, args.results / "drops_trace.png")
-        print(table(args.results))
+        path = results / f"drops_trace-{args.setting}-{args.trace}-{args.first_seed}.csv"
+        write_rows(path, rows)
+        drop_steps.draw_trace(path, results / "drops_trace.png")
+        print(table(results))
         return
     for variant in args.variants:
         if args.kicks:
             rows = drop_steps.kicks(config_of(args, variant), args.data_dir)
             name = f"drops_kicks-{args.setting}-{variant}-{args.first_seed}.csv"
-            run.write_rows(args.results / name, rows)
+            write_rows(results / name, rows)
         elif args.plot:
             collect(args, variant)
         else:
             train(args, variant)
-            report(args.results)
-    report(args.results)
-    print(table(args.results))
+            report(results)
+    report(results)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
-"""Figures of trainings: learning curves, and figures 6 and 7 of the paper with the authors' curves.
+"""Figures 6 and 7 of the paper, with the authors' curves, and their table.
 
-    python -m experiments.psl.reproduce --plot
-
-draws from whatever is in `experiments/psl/results/`. `authors_curves.csv` there holds the means and
+`authors_curves.csv` in `experiments/psl/results/` holds the means and
 standard deviations over 10 seeds, epoch by epoch, of the authors' own runs (published on the branch
 `pr-AAAI24-scripts` of KnetNLPModels.jl; measurements, to 4 decimals).
 """
 
-import csv
-import io
 import math
 import os
 import pathlib
-import re
 import textwrap
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-from experiments.psl import run
+from experiments._lib.figures import band, panel, save
+from experiments._lib.tables import (
+    markdown,
+    mean_std,
+    plus_minus,
+    read_named,
+    read_texts,
+    series,
+    std,
+)
 
 COLOURS = {  # Okabe and Ito's, told apart by the colour blind
     "LeNet_NLL": "#0072B2",
@@ -32,108 +33,23 @@ DATASETS = {"MNIST": (6, (85, 100)), "CIFAR10": (7, (10, 65))}  # number, accura
 BATCHES = (20, 100)
 AUTHORS = pathlib.Path(__file__).parent / "results" / "authors_curves.csv"
 AUTHORS_SEEDS = 10
-_NAME = re.compile(r"((?:LeNet|PSNet)_(?:NLL|PSL)-(?:MNIST|CIFAR10)-\d+)-seeds\d+-\d+\.csv")
-
-# ------------------------------------------------------------------------------------------- pieces
-
-
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG of 256 colours, 1200 pixels wide for a figure 10 inches wide."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
-    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
-
-
-def series(rows: list[dict], column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column by seed, `(epochs [E], values [seeds, E])`: the epochs that every seed has.
-
-    A row that is there twice counts once.
-    """
-    values = {(row["seed"], row["epoch"]): row[column] for row in reversed(rows)}
-    seeds = sorted({seed for seed, _ in values})
-    epochs = [e for e in sorted({e for _, e in values}) if all((s, e) in values for s in seeds)]
-    return np.array(epochs), np.array([[values[s, e] for e in epochs] for s in seeds])
-
-
-def std(values: np.ndarray, axis: int = 0):
-    """Standard deviation of a sample; NaN of a single one."""
-    n = values.shape[axis]
-    return np.std(values, axis, ddof=1) if n > 1 else np.full_like(values.mean(axis), np.nan)
-
-
-def band(ax, epochs, values, **style) -> None:
-    """Mean over seeds, `values [seeds, epochs]`, and a band of one standard deviation each way."""
-    mean, spread = values.mean(0), std(values)
-    (line,) = ax.plot(epochs, mean, linewidth=1.6, **style)
-    if len(values) > 1:
-        ax.fill_between(
-            epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0
-        )
-
-
-def panel(ax, title: str, x: str, y: str) -> None:
-    ax.set(title=title, xlabel=x, ylabel=y)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def plus_minus(mean: float, spread: float, digits: int = 2) -> str:
-    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
-
-
-# ----------------------------------------------------------------------------------- learning curve
-
-
-def learning_curve(rows: list[dict], path: str | os.PathLike, title: str) -> None:
-    """Training loss and test accuracy against the epoch; of several seeds mean and band.
-
-    Args:
-      rows: of `run.train`, an epoch and seed each.
-      path: of the PNG.
-      title: above both panels.
-    """
-    epochs, loss = series(rows, "train_loss")
-    _, accuracy = series(rows, "test_accuracy")
-    seeds = len(loss)
-    label = "one seed" if seeds == 1 else f"mean ± one standard deviation, {seeds} seeds"
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    marker = "o" if len(epochs) == 1 else None
-    band(left, epochs, loss, color="#0072B2", label=label, marker=marker)
-    band(right, epochs, 100 * accuracy, color="#D55E00", label=label, marker=marker)
-    panel(left, "Training loss", "epoch", "loss (mean of a sample, over the epoch)")
-    panel(right, "Test accuracy", "epoch", "test accuracy (%)")
-    if loss.min() > 0 and loss.max() > 50 * loss.min():
-        left.set_yscale("log")
-        left.set_ylim(bottom=0.8 * loss.mean(0).min())  # mean - std may well be negative
-    left.legend(frameon=False)
-    right.legend(frameon=False)
-    for ax in (left, right):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    save(figure, path)
-
+NAME = r"((?:LeNet|PSNet)_(?:NLL|PSL)-(?:MNIST|CIFAR10)-\d+)-seeds\d+-\d+\.csv"
 
 # ------------------------------------------------------------------------------------- figures 6, 7
 
 
 def load(results_dir: str | os.PathLike) -> dict[str, list[dict]]:
     """Rows of each setting, such as `LeNet_PSL-CIFAR10-20`, joined over its files of seeds."""
-    settings: dict[str, list[dict]] = {}
-    for path in sorted(pathlib.Path(results_dir).glob("*.csv")):
-        if (match := _NAME.fullmatch(path.name)) and (rows := run.read_rows(path)):
-            settings.setdefault(match[1], []).extend(rows)
-    return settings
+    return {name: rows for (name,), rows in read_named(results_dir, NAME).items()}
 
 
 def load_authors(path: str | os.PathLike) -> dict[str, dict[int, tuple[float, float]]]:
     """The authors' `{setting: {epoch: (mean, std)}}`, of the test accuracy."""
     settings: dict[str, dict[int, tuple[float, float]]] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            name = f"{row['pair']}-{row['dataset']}-{row['batch_size']}"
-            values = float(row["mean_test_accuracy"]), float(row["std"])
-            settings.setdefault(name, {})[int(row["epoch"])] = values
+    for row in read_texts(path):
+        name = f"{row['pair']}-{row['dataset']}-{row['batch_size']}"
+        values = float(row["mean_test_accuracy"]), float(row["std"])
+        settings.setdefault(name, {})[int(row["epoch"])] = values
     return settings
 
 
@@ -185,30 +101,33 @@ def table(results_dir: str | os.PathLike, authors_csv: str | os.PathLike | None 
     """Accuracy after the last epoch, ours and the authors', as Markdown; also into `table.md`."""
     results_dir = pathlib.Path(results_dir)
     ours, theirs = load(results_dir), load_authors(authors_csv or AUTHORS)
-    lines = [
-        "| setting | epoch | ours, % (seeds) | the authors', % (seeds) | difference "
-        "| in standard errors |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     names = [f"{p}-{d}-{b}" for d in DATASETS for b in BATCHES for p in COLOURS]
     for name in filter(ours.get, names):
         epochs, accuracy = series(ours[name], "test_accuracy")
-        last, n = int(epochs[-1]), len(accuracy)
-        mean, spread = 100 * accuracy[:, -1].mean(), float(100 * std(accuracy[:, -1]))
-        pair, dataset, batch_size = name.split("-")
-        cells = [f"{pair.replace('_', '-')}, {dataset}, {batch_size}", str(last)]
-        cells += [f"{plus_minus(mean, spread)} ({n})"]
+        final, last = 100 * accuracy[:, -1], int(epochs[-1])
+        theirs_at_last, difference, errors = ["not there"] * 3
         if last in theirs.get(name, {}):
-            their_mean, their_spread = (100 * x for x in theirs[name][last])
-            error = math.sqrt(spread**2 / n + their_spread**2 / AUTHORS_SEEDS)
-            cells += [f"{plus_minus(their_mean, their_spread)} ({AUTHORS_SEEDS})"]
-            cells += [f"{mean - their_mean:+.2f}"]
-            cells += ["one seed" if math.isnan(error) else f"{(mean - their_mean) / error:+.1f}"]
-        else:
-            cells += ["not there"] * 3
-        lines.append(f"| {' | '.join(cells)} |")
+            mean, spread = (100 * x for x in theirs[name][last])
+            theirs_at_last = f"{plus_minus(mean, spread)} ({AUTHORS_SEEDS})"
+            difference = f"{final.mean() - mean:+.2f}"
+            error = math.sqrt(float(std(final)) ** 2 / len(final) + spread**2 / AUTHORS_SEEDS)
+            errors = f"{(final.mean() - mean) / error:+.1f}"
+            errors = "one seed" if math.isnan(error) else errors
+        pair, dataset, batch_size = name.split("-")
+        rows.append(
+            {
+                "setting": f"{pair.replace('_', '-')}, {dataset}, {batch_size}",
+                "epoch": last,
+                "ours, % (seeds)": f"{mean_std(final)} ({len(final)})",
+                "the authors', % (seeds)": theirs_at_last,
+                "difference": difference,
+                "in standard errors": errors,
+            }
+        )
     missing = [name.replace("_", "-", 1) for name in names if name not in ours]
-    lines += [
+    lines = [
+        markdown(rows),
         "",
         "Test accuracy, mean ± standard deviation over seeds. The last column is the difference of "
         "the means over √(s₁²/n₁ + s₂²/n₂): within ±2 there is no sign of one.",

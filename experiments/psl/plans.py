@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import psjax
-from experiments._run import run_script
-from experiments.psl.figures import save
+from experiments._lib.command import run_script
+from experiments._lib.figures import save
 
 IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "mnist-53780": (28, 28, 1)}
 

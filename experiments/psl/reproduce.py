@@ -10,7 +10,8 @@ the *squared* exponential.
     python -m experiments.psl.reproduce --only LeNet_PSL-CIFAR10-20 --seeds 10
     python -m experiments.psl.reproduce --plot       # figures and table from what was measured
 
-Every setting continues where it was interrupted. The rows go to `experiments/psl/results/`.
+Every setting continues where it was interrupted. Rows and figures go to `runs/results/psl/`, which
+begins as a copy of `experiments/psl/results/`; with `--commit-results` to the latter.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ import itertools
 import pathlib
 import sys
 
-from experiments._run import paste, run_script
+from experiments._lib.command import run_script
+from experiments._lib.folder import results_folder
+from experiments._lib.tables import paste, write_rows
 from experiments.psl import run, training
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -34,23 +37,19 @@ SETTINGS = {
 }
 
 
+def authors_form(model: str, dataset: str, batch_size: int, **own) -> training.Config:
+    """A training as the authors ran it, but for its own options."""
+    # The network whose weight count the paper prints.
+    preset = "mnist-53780" if (model, dataset) == ("psnet", "mnist") else None
+    fixed = {"preset": preset, "compute": "fused", "learning_rate": 1e-3, "order": "dataset"}
+    return training.Config(dataset, model, batch_size=batch_size, **fixed, **own)
+
+
 def config_of(name: str, seeds: int, first_seed: int = 0, epochs: int = EPOCHS) -> training.Config:
-    """The training of one setting, in the authors' form."""
+    """The training of one setting."""
     network, loss, dataset, batch_size = SETTINGS[name]
-    return training.Config(
-        dataset=DATASETS[dataset],
-        model=NETWORKS[network],
-        # The network whose weight count the paper prints.
-        preset="mnist-53780" if (network, dataset) == ("PSNet", "MNIST") else None,
-        loss=LOSSES[loss],
-        compute="fused",
-        batch_size=batch_size,
-        epochs=epochs,
-        seeds=seeds,
-        first_seed=first_seed,
-        learning_rate=1e-3,
-        order="dataset",
-    )
+    own = {"loss": LOSSES[loss], "epochs": epochs, "seeds": seeds, "first_seed": first_seed}
+    return authors_form(NETWORKS[network], DATASETS[dataset], batch_size, **own)
 
 
 @dataclasses.dataclass
@@ -66,7 +65,9 @@ class Args:
     out: pathlib.Path = pathlib.Path("runs/reproduce")
     """Where run folders go."""
     plot: bool = False
-    """Run nothing; the figures and the table, also into README.md, from what was measured."""
+    """Run nothing; the figures and the table from what was measured."""
+    commit_results: bool = False
+    """Write to experiments/psl/results, and the table into README.md."""
 
 
 def main(args: Args) -> None:
@@ -74,22 +75,22 @@ def main(args: Args) -> None:
     if unknown:
         msg = f"--only {' '.join(unknown)}: no such setting; write some of {', '.join(SETTINGS)}."
         raise SystemExit(msg)
+    results = results_folder(RESULTS, args.commit_results)
     if args.plot:
         from experiments.psl import figures
 
-        figures.draw(RESULTS)
-        readme = RESULTS.parent / "README.md"
-        if readme.exists():
-            paste(readme, "table", (RESULTS / "table.md").read_text())
+        figures.draw(results)
+        readme = results.parent / "README.md"
+        if args.commit_results and readme.exists():
+            paste(readme, "table", (results / "table.md").read_text())
         return
-    RESULTS.mkdir(exist_ok=True)
     for name in args.only or SETTINGS:
         last = args.first_seed + args.seeds - 1
         folder = args.out / f"{name}-seeds{args.first_seed}-{last}"
         config = config_of(name, args.seeds, args.first_seed, args.epochs)
         rows = run.train(config, folder, resume=folder.exists(), checkpoint_every=1)
         if args.epochs == EPOCHS:
-            run.write_rows(RESULTS / f"{name}-seeds{args.first_seed}-{last}.csv", rows)
+            write_rows(results / f"{name}-seeds{args.first_seed}-{last}.csv", rows)
             print(f"{name}: done", file=sys.stderr)
 
 

@@ -1,111 +1,88 @@
-"""The loop around the compiled epoch: run folder, progress bar, CSV, checkpoints, exact resume."""
+"""Trainings in a run folder: a row an epoch and seed, and where a loss stops being a number."""
 
 import math
 import os
-import pathlib
-import sys
+from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from experiments._checkpoint import Checkpoints
-from experiments._run import NotFiniteError as NotFiniteError
-from experiments._run import hold_folder
-from experiments._run import read_rows as read_rows
-from experiments._run import write_rows as write_rows
-from experiments._signals import interruption
+from experiments._lib import loop
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.program import sound
 from experiments.psl import training
-
-COLUMNS = (
-    "epoch",
-    "seed",
-    "train_loss",
-    "test_accuracy",
-    "max_margin",
-    "median_grad_norm",
-    "max_grad_norm",
-)
 
 
 def train(
     config: training.Config,
     folder: str | os.PathLike,
     *,
-    resume: bool = False,
-    checkpoint_every: int = 5,
     data_dir: str | None = None,
-    report=lambda line: print(line, file=sys.stderr, flush=True),
+    report=loop.say,
+    **how: Any,
 ) -> list[dict]:
     """Train as `config` says, in a run folder; returns the metrics, a row an epoch and seed.
 
-    The folder gets `config.json`, `metrics.csv` (rewritten whole after every epoch) and
-    `checkpoints/`. A training that was interrupted at any moment and resumed ends with the same
-    parameters, bit for bit, as one that was not: every epoch follows from the state and (seed,
-    epoch) alone.
+    Every epoch follows from the state and (seed, epoch) alone.
 
     Args:
       config: the training.
       folder: the run folder.
-      resume: continue from the newest good checkpoint in `folder`; without one, from the start.
-      checkpoint_every: epochs between checkpoints; there is always one at the end.
       data_dir: where TFDS keeps its sets.
       report: told, a line at a time, what a person should know.
-
-    Raises:
-      FileExistsError: something is in the folder and `resume` is False.
-      BlockingIOError: another process trains in the folder.
-      ValueError: the folder holds a run of another configuration.
-      NotFiniteError: NaN or Inf in the loss, or in the state after an epoch, which is then not
-        saved; the last good checkpoint stays.
-      OSError: a checkpoint cannot be written.
+      **how: to resume, and how often to save, as for `experiments._lib.loop.train`, which says
+        what may be raised too.
     """
-    folder = pathlib.Path(folder)
-    with hold_folder(config, folder, resume):
-        return _train(config, folder, resume, checkpoint_every, data_dir, report)
+
+    def make():
+        program = training.build(config, data_dir)
+        if config.compute != "fused":
+            report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
+        return Epochs(config, program)
+
+    return loop.train(config, folder, make, report=report, **how)
 
 
-def _train(config, folder, resume, checkpoint_every, data_dir, report):
-    program = training.build(config, data_dir)
-    if config.compute != "fused":
-        report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
-    checkpoints = Checkpoints(folder / "checkpoints", config=config)
-    state, rows, start = program.state, [], 0
-    restored = checkpoints.restore(state, report) if resume else None
-    if restored is not None:
-        start, state = restored
-        rows = [row for row in read_rows(folder / "metrics.csv") if row["epoch"] <= start]
-        report(f"continuing after epoch {start}.")
-    seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
-    with tqdm(total=config.epochs, initial=start, unit="epoch", desc=folder.name) as bar:
-        for epoch in range(start + 1, config.epochs + 1):
-            interruption.check()
-            state, metrics = program.epoch(state, program.batches(epoch - 1), program.train)
-            metrics = jax.tree.map(np.asarray, metrics)
-            sound = np.asarray(training.sound(state))
-            _check_finite(metrics, sound, rows, seeds, epoch, checkpoints)
-            accuracy = np.asarray(program.accuracy(state["params"], program.test))
-            for s, seed in enumerate(seeds):
-                values = (
-                    metrics["loss"][s].mean(),
-                    accuracy[s],
-                    metrics["max_margin"][s].max(),
-                    np.median(metrics["grad_norm"][s]),
-                    metrics["grad_norm"][s].max(),
-                )
-                rows.append(
-                    dict(zip(COLUMNS, (epoch, int(seed), *map(float, values)), strict=True))
-                )
-            write_rows(folder / "metrics.csv", rows)
-            if epoch % checkpoint_every == 0 or epoch == config.epochs:
-                checkpoints.save(epoch, state)
-            bar.set_postfix(loss=f"{metrics['loss'].mean():.4f}", accuracy=f"{accuracy.mean():.4f}")
-            bar.update()
-    return rows
+class Epochs(loop.Training):
+    """A step of the loop is an epoch of all seeds."""
+
+    cure = "a lower --learning-rate, --clip or --margin-bound"
+
+    def __init__(self, config: training.Config, program: training.Program):
+        self.program, self.state, self.total = program, program.state, config.epochs
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
+
+    def advance(self, state, before, step):
+        state, metrics = self.program.epoch(state, self.program.batches(before), self.program.train)
+        return state, jax.tree.map(np.asarray, metrics)
+
+    def report(self, state, before, step, metrics, rows, seconds):
+        check_finite(metrics, np.asarray(sound(state)), rows, self.seeds, step)
+        accuracy = np.asarray(self.program.accuracy(state["params"], self.program.test))
+        return [
+            {
+                "epoch": step,
+                "seed": seed,
+                "train_loss": float(metrics["loss"][s].mean()),
+                "test_accuracy": float(accuracy[s]),
+                "max_margin": float(metrics["max_margin"][s].max()),
+                "median_grad_norm": float(np.median(metrics["grad_norm"][s])),
+                "max_grad_norm": float(metrics["grad_norm"][s].max()),
+            }
+            for s, seed in enumerate(self.seeds)
+        ]
 
 
-def _check_finite(metrics, sound, rows, seeds, epoch, checkpoints):
-    """Stop at the first loss that is not finite, or after the epoch where the state is not."""
+def check_finite(metrics, sound, rows, seeds, epoch) -> None:
+    """Raises NotFiniteError at the first loss that is not finite, or where the state is not.
+
+    Args:
+      metrics: `loss` and `max_margin` of the epoch, `[seeds, steps]`.
+      sound: whether a seed's state is finite after it, `[seeds]`.
+      rows: of the epochs before.
+      seeds: their numbers.
+      epoch: its number.
+    """
     finite = np.isfinite(metrics["loss"])  # [seeds, steps]
     if finite.all() and sound.all():
         return
@@ -119,11 +96,7 @@ def _check_finite(metrics, sound, rows, seeds, epoch, checkpoints):
     else:
         what = f"loss {loss} at {place}"
     margin = _largest_margin(metrics["max_margin"][s, : step + 1], rows, seeds[s])
-    steps = checkpoints.steps()
-    msg = (
-        f"{what}; {margin}. The last good checkpoint is that of epoch {steps[-1] if steps else 0}; "
-        "try a lower --learning-rate, --clip or --margin-bound."
-    )
+    msg = f"{what}; {margin}"
     raise NotFiniteError(msg)
 
 

@@ -4,7 +4,7 @@ P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partit
 training*, G-2023-36, sections 5 and 6.1. The networks are those of the experiments, for MNIST; in
 the paper they are small sketches.
 
-    python -m experiments.psl.structure          # writes experiments/psl/results/structure.png
+    python -m experiments.psl.structure          # writes runs/results/psl/structure.png
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 import psjax
-from experiments._run import run_script
-from experiments.psl.figures import save
+from experiments._lib.command import run_script
+from experiments._lib.figures import save
+from experiments._lib.folder import results_folder
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -28,8 +29,10 @@ class Args:
 
     classes: int = 10
     """Number of classes; each has the PSNet's own weights of one class."""
-    out: pathlib.Path = RESULTS / "structure.png"
-    """PNG to write."""
+    out: pathlib.Path | None = None
+    """PNG to write. Default: runs/results/psl/structure.png."""
+    commit_results: bool = False
+    """Write over experiments/psl/results/structure.png instead."""
 
 
 def found(model: nn.Module) -> psjax.structure.Dependencies:
@@ -56,7 +59,7 @@ def main(args: Args) -> None:
     for ax, (title, dependencies, mask) in zip(figure.subplots(3, 1), panels):
         psjax.structure.draw(dependencies, ax, keep=mask, title=title)
         print(f"{title}: {dependencies.count(mask)}")
-    save(figure, args.out)
+    save(figure, args.out or results_folder(RESULTS, args.commit_results) / "structure.png")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from typing import Annotated
 
 import tyro
 
-from experiments import _run
-from experiments.psl import figures, run, training
+from experiments._lib import command, figures
+from experiments._lib.tables import mean_at_end
+from experiments.psl import run, training
 
 
 @dataclasses.dataclass
-class Args(_run.TrainArgs):
+class Args(command.TrainArgs):
     """Train a classifier with a partially-separable loss."""
 
     config: Annotated[training.Config, tyro.conf.arg(name="")] = dataclasses.field(
@@ -35,21 +36,15 @@ class Args(_run.TrainArgs):
 
 def main(args: Args) -> pathlib.Path:
     """Train, draw the learning curve, return the run folder."""
-    config, folder = _run.begin(args)
-    if folder is None:
-        folder = _run.new_folder("psl", config.dataset, config.model, config.loss, config.compute)
-    rows = run.train(
-        config,
-        folder,
-        resume=args.resume is not None,
-        checkpoint_every=args.checkpoint_every,
-        data_dir=args.data_dir,
-    )
-    title = f"{config.model} on {config.dataset}, {config.loss} by {config.compute}"
-    figures.learning_curve(rows, folder / "learning_curve.png", title)
-    print(f"test accuracy {_run.mean_at_end(rows, 'test_accuracy')}; run folder {folder}")
+    command.begin(args)
+    c = args.config
+    title = f"{c.model} on {c.dataset}, {c.loss} by {c.compute}"
+    draw = lambda rows, path: figures.learning_curve(rows, path, title)
+    words = "psl", c.dataset, c.model, c.loss, c.compute
+    folder, rows = command.train_in_folder(args, run.train, draw, *words)
+    print(f"test accuracy {mean_at_end(rows, 'test_accuracy')}; run folder {folder}")
     return folder
 
 
 if __name__ == "__main__":
-    _run.run_script(main, Args, __doc__, "continue with --resume and the run folder.")
+    command.run_script(main, Args, __doc__, "continue with --resume and the run folder.")

@@ -16,43 +16,35 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 import psjax
+from experiments._lib import program
+from experiments._lib.program import initial_states as initial_states
 from experiments.psl.config import LOSSES as LOSSES
 from experiments.psl.config import Config as Config
 
 # ------------------------------------------------------------------------------------------- pieces
 
 
-def make_model(config: Config, num_classes: int):
-    preset = config.preset
-    if preset is None:
-        known = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar10"}
-        preset = known.get(config.dataset, "mnist")
-        if num_classes != 10:
-            net = getattr(psjax.models, config.model)(preset)
-            return net.clone(num_classes=num_classes)
-    return getattr(psjax.models, config.model)(preset, num_classes)
+def make_model(dataset: str, num_classes: int, model: str = "psnet", preset: str | None = None):
+    """A network of `psjax.models` for a data set, of the preset's size or of the set's own."""
+    make = getattr(psjax.models, model)
+    if preset is not None:
+        return make(preset, num_classes)
+    known = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar10"}
+    return make(known.get(dataset, "mnist")).clone(num_classes=num_classes)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    make = {
-        "adam": functools.partial(optax.adam, b2=config.b2),
-        "adamw": functools.partial(optax.adamw, b2=config.b2),
-        "sgd": optax.sgd,
-        "momentum": functools.partial(optax.sgd, momentum=0.9),
-    }[config.optimizer]
-    optimizer = make(config.learning_rate)
-    if config.clip is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    args = config.optimizer, config.learning_rate, config.clip
+    return program.make_optimizer(*args, b2=config.b2)
 
 
-def sample_loss(config: Config):
+def sample_loss(loss: str, margin_bound: float | None = None):
     """`(scores [B, C], labels [B]) -> [B]`."""
-    if config.loss == "nll":
+    if loss == "nll":
         return psjax.losses.nll_with_integer_labels
-    if config.loss == "one-vs-all":
+    if loss == "one-vs-all":
         return psjax.losses.one_vs_all_with_integer_labels
-    margin_fn = psjax.losses.margin_function(config.loss, config.margin_bound)
+    margin_fn = psjax.losses.margin_function(loss, margin_bound)
     return functools.partial(psjax.losses.psl_with_integer_labels, margin_fn=margin_fn)
 
 
@@ -76,7 +68,7 @@ def loss_and_grad_fn(config: Config, net, axes, like, num_classes: int):
     `[B, ...]`, or by label `[C, slots, ...]`, or in tiles `[tiles, tile, ...]`.
     """
     if config.compute == "fused":
-        per_sample = sample_loss(config)
+        per_sample = sample_loss(config.loss, config.margin_bound)
 
         def whole(params, _, batch):
             def fn(params):
@@ -157,35 +149,29 @@ class EpochBatches:
     def __init__(self, config: Config, labels, num_classes: int):
         self.config, self.labels, self.num_classes = config, labels, num_classes
         self.seeds = range(config.first_seed, config.first_seed + config.seeds)
-        self.room = None
+        self.slots = None
         if config.compute != "fused":
             epochs = range(1) if config.order in ("dataset", "fixed") else range(config.epochs)
-            orders = (self._order(seed, e) for e in epochs for seed in self.seeds)
-            if config.tile is None:
-                most = (
-                    psjax.data.most_of_a_label(labels, num_classes, config.batch_size, order)
-                    for order in orders
-                )
-            else:
-                most = (
-                    psjax.data.tiles_by_label(
-                        labels, num_classes, config.batch_size, config.tile, order
-                    ).labels.shape[1]
-                    for order in orders
-                )
-            self.room = max(most)
+            self.slots = max(self._most(seed, epoch) for epoch in epochs for seed in self.seeds)
 
-    def _order(self, seed, epoch):
-        return epoch_order(self.config, self.labels, self.num_classes, seed, epoch)
+    def _args(self, seed, epoch):
+        order = epoch_order(self.config, self.labels, self.num_classes, seed, epoch)
+        return (self.labels, self.num_classes, self.config.batch_size), order
+
+    def _most(self, seed, epoch):
+        """Slots of a label, or tiles, that the fullest batch of an epoch needs."""
+        args, order = self._args(seed, epoch)
+        if self.config.tile is None:
+            return psjax.data.most_of_a_label(*args, order)
+        return psjax.data.tiles_by_label(*args, self.config.tile, order).labels.shape[1]
 
     def _one(self, seed, epoch):
-        config, order = self.config, self._order(seed, epoch)
-        if config.compute == "fused":
-            return psjax.data.batches(self.labels, config.batch_size, order)
-        args = (self.labels, self.num_classes, config.batch_size)
-        if config.tile is None:
-            return psjax.data.batches_by_label(*args, order, self.room)
-        return psjax.data.tiles_by_label(*args, config.tile, order, self.room)
+        args, order = self._args(seed, epoch)
+        if self.config.compute == "fused":
+            return psjax.data.batches(self.labels, self.config.batch_size, order)
+        if self.config.tile is None:
+            return psjax.data.batches_by_label(*args, order, self.slots)
+        return psjax.data.tiles_by_label(*args, self.config.tile, order, self.slots)
 
     def __call__(self, epoch: int) -> dict[str, np.ndarray]:
         """`indices`, `weights` and `labels`, each `[seeds, steps, ...]`."""
@@ -197,13 +183,6 @@ class EpochBatches:
 
 
 # ------------------------------------------------------------------------------------------ program
-
-
-def over_seeds(fn):
-    """Map over the arguments' leading axis: one after the other on the CPU, else by vmap."""
-    if jax.default_backend() == "cpu":
-        return lambda *args: jax.lax.map(lambda xs: fn(*xs), args)
-    return jax.vmap(fn)
 
 
 class Step(NamedTuple):
@@ -254,9 +233,9 @@ def epoch_fn(
     function that makes a step's metrics of a `Step`; they come back as `[seeds, steps]`.
     """
     metrics_fn = make_metrics(net, num_classes)
-
-    def psum(x):
-        return jax.lax.psum(x, "workers") if config.devices != "one" else x
+    if config.devices == "shard_map":
+        loss_and_grad = psjax.shard(loss_and_grad, program.device_mesh(jax.device_count()))
+    pmap = config.devices == "pmap"
 
     def step(data, selection, carry, batch):
         params, opt_state = carry
@@ -268,11 +247,12 @@ def epoch_fn(
         own = {name: whole[name] for name in names}
         if config.tile is not None:
             selection = tile_selection(selection, batch["labels"], num_classes)
-            if config.devices != "one":  # this device's share of the elements
-                shares = selection.split(jax.device_count())
-                mine = jax.lax.axis_index("workers")
+            if pmap:  # this device's share of the elements
+                shares, mine = selection.split(jax.device_count()), jax.lax.axis_index("workers")
                 selection = jax.tree.map(lambda x: x[mine], shares)
-        loss, grads = psum(loss_and_grad(params, selection, own))
+        loss, grads = loss_and_grad(params, selection, own)
+        if pmap:
+            loss, grads = jax.lax.psum((loss, grads), "workers")
         updates, opt_state = optimizer.update(grads, opt_state, params)
         metrics = metrics_fn(Step(params, whole, loss, grads, updates, opt_state))
         return (optax.apply_updates(params, updates), opt_state), metrics
@@ -284,73 +264,32 @@ def epoch_fn(
         return {"params": params, "opt_state": opt_state}, metrics
 
     def epoch(state, batches, data, selection):
-        return over_seeds(lambda s, b: one_seed(s, b, data, selection))(state, batches)
+        one = lambda state, batches: one_seed(state, batches, data, selection)
+        return program.over_seeds(one)(state, batches)
 
-    if config.devices == "one":
-        jitted = jax.jit(epoch, donate_argnums=0)
-        return lambda state, batches, data: jitted(state, batches, data, selection)
-    parts = selection.split(jax.device_count())
-    if config.devices == "pmap":
-        mapped = jax.pmap(epoch, axis_name="workers", in_axes=(None, None, None, 0), out_axes=None)
-        return lambda state, batches, data: mapped(state, batches, data, parts)
-    mesh = jax.make_mesh((jax.device_count(),), ("workers",), (jax.sharding.AxisType.Auto,))
-
-    def own_part(state, batches, data, parts):
-        return epoch(state, batches, data, jax.tree.map(lambda x: x[0], parts))
-
-    # check_vma=False: parameters replicated in a scan's carry are not seen to stay so after a psum.
-    specs = (P(), P(), P(), P("workers"))
-    sharded = jax.jit(
-        jax.shard_map(own_part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    )
-    return lambda state, batches, data: sharded(state, batches, data, parts)
+    if pmap:
+        run = jax.pmap(epoch, axis_name="workers", in_axes=(None, None, None, 0), out_axes=None)
+        selection = selection.split(jax.device_count())
+    else:
+        run = jax.jit(epoch, donate_argnums=0)
+    return lambda state, batches, data: run(state, batches, data, selection)
 
 
-def all_finite(state):
-    """Whether there is no NaN or Inf in the weights and the optimizer's state of one seed."""
-    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
-sound = jax.jit(jax.vmap(all_finite))
-"""`state -> [seeds]`: `all_finite` of every seed, jitted."""
-
-
-def accuracy_fn(net, batch_size: int = 1000):
+def accuracy_fn(net):
     """`(params [seeds, ...], data) -> accuracy [seeds]`, jitted."""
 
     def one(params, data):
-        n = data["labels"].shape[0]
-        size = min(batch_size, n)
-        index = jnp.arange(-(-n // size) * size).reshape(-1, size)
+        images = lambda i: psjax.data.take(data["images"], i, data["scale"])
+        return program.share_right(
+            lambda i: net.apply({"params": params}, images(i)), data["labels"]
+        )
 
-        def correct(i):
-            images = psjax.data.take(data["images"], i, data["scale"])
-            right = jnp.argmax(net.apply({"params": params}, images), -1) == psjax.data.take(
-                data["labels"], i
-            )
-            return jnp.sum(right & (i < n))
-
-        return jnp.sum(jax.lax.map(correct, index)) / n
-
-    return jax.jit(lambda params, data: over_seeds(lambda p: one(p, data))(params))
+    return jax.jit(lambda params, data: program.over_seeds(lambda p: one(p, data))(params))
 
 
 def on_device(dataset: psjax.data.Dataset) -> dict[str, Any]:
     arrays = {"images": dataset.images, "labels": dataset.labels}
     return jax.device_put({**arrays, "scale": np.float32(dataset.scale)})
-
-
-def initial_states(start, seeds) -> dict[str, Any]:
-    """`start(seed)` of every seed, `[seeds, ...]`, as one program.
-
-    It runs once: on the CPU, most of the compiler's optimizations would take longer than they save.
-    The numbers are the same.
-    """
-    options: Any = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-    seeds = np.asarray(seeds, np.int32)
-    lowered = jax.jit(lambda seeds: jax.lax.map(start, seeds)).lower(seeds)
-    return lowered.compile(compiler_options=options)(seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,18 +309,16 @@ def build(config: Config, data_dir: str | None = None, make_metrics=margin_metri
     """Load the data, make the model and the compiled functions; `make_metrics` as in `epoch_fn`."""
     train = psjax.data.load(config.dataset, "train", data_dir)
     test = psjax.data.load(config.dataset, "test", data_dir)
-    net = make_model(config, train.num_classes)
+    net = make_model(config.dataset, train.num_classes, config.model, config.preset)
     optimizer = make_optimizer(config)
-    shape = train.images.shape[1:]
-    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, *shape))))
-    axes = nn.get_partition_spec(variables)["params"]
+    example = np.zeros((1, *train.images.shape[1:]), np.float32)
+    axes, like = (tree["params"] for tree in program.shapes_of(net, example))
 
     def start(seed):
-        params = nn.unbox(net.init(jax.random.key(seed), jnp.zeros((1, *shape))))["params"]
+        params = nn.unbox(net.init(jax.random.key(seed), example))["params"]
         return {"params": params, "opt_state": optimizer.init(params)}
 
     state = initial_states(start, range(config.first_seed, config.first_seed + config.seeds))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state["params"])
     loss_and_grad, selection = loss_and_grad_fn(config, net, axes, like, train.num_classes)
     args = config, net, optimizer, loss_and_grad, selection, train.num_classes
     epoch = epoch_fn(*args, make_metrics)

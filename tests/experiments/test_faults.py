@@ -1,13 +1,15 @@
-"""One cell of each kind of `experiments.hosts.faults`: it ends, says who, and goes on unharmed.
+"""One cell of each kind of `experiments.faults`: it ends, says who, and goes on unharmed.
 
-The whole matrix is `python -m experiments.hosts.faults`.
+The whole matrix is `python -m experiments.faults`.
 """
 
 import os
 
 import pytest
 
-from experiments.hosts import _namespaces, faults, launch
+from experiments.faults import matrix as faults
+from experiments.faults import namespaces
+from experiments.hosts import launch
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,8 @@ def test_after_a_fault_all_end_in_time_with_a_name_and_the_run_goes_on_bit_for_b
     expected, kind, process, place
 ):
     scratch, params = expected
-    if kind == "cut" and _namespaces.unavailable():
-        pytest.skip(_namespaces.unavailable())
+    if kind == "cut" and namespaces.unavailable():
+        pytest.skip(namespaces.unavailable())
     row = faults.one(kind, process, place, scratch, params)
     assert row["verdict"] == "ok", row
     assert float(row["seconds"]) <= faults.STATED

@@ -18,9 +18,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from experiments import _checkpoint, _run
-from experiments.hosts import _watch, cluster, launch, methods, problem
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.folder import hold_folder, open_folder
+from experiments.hosts import cluster, launch, methods, problem
 from experiments.hosts import train as script
+from experiments.hosts.watch import Watch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Half of a process's time is compilation; without LLVM's optimizations it is half of that.
@@ -205,10 +207,10 @@ def test_an_error_without_words_is_a_damaged_checkpoint_too(monkeypatch, tmp_pat
     def load(*_):
         raise AssertionError
 
-    monkeypatch.setattr(_checkpoint.Checkpoints, "_load", load)
+    monkeypatch.setattr(Checkpoints, "_load", load)
     lines = []
     with pytest.raises(ValueError, match="none of the checkpoints"):
-        _checkpoint.Checkpoints(tmp_path).restore({}, lines.append)
+        Checkpoints(tmp_path).restore({}, lines.append)
     assert lines == ["checkpoint of epoch 1 is damaged (AssertionError); trying the one before."]
 
 
@@ -319,7 +321,8 @@ def test_other_data_another_plan_or_version_are_refused_by_name(compared):
 STRANGE = r"""
 import pathlib, socket, sys, time
 from jax._src import distributed
-from experiments.hosts import _watch, cluster
+from experiments.hosts import cluster
+from experiments.hosts.watch import Watch
 address, processes, process = sys.argv[2], int(sys.argv[4]), int(sys.argv[6])
 cluster.initialize(address, processes, process, timeout=120)
 port = int(address.rpartition(":")[2])
@@ -337,7 +340,7 @@ if process == 0:
             print(f"reached at {other}.")
         except OSError:
             print(f"not reached at {other}.")
-with _watch.Watch(deadline=60 if process else 10, start=60) as watch:
+with Watch(deadline=60 if process else 10, start=60) as watch:
     client = distributed.global_state.client
     watch.at(0, "batch")
     if process == 0:
@@ -474,7 +477,7 @@ def test_numbers_that_mean_nothing_are_refused(arguments, message):
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
     folder = tmp_path / "run"
-    with _run.hold_folder(problem.Config(rounds=2, workers=1), folder, resume=False):
+    with hold_folder(problem.Config(rounds=2, workers=1), folder, resume=False):
         [(code, output)] = start(1, "--resume", str(folder))
     assert code == 1
     assert f"run folder {folder} is in use by process {os.getpid()}" in output
@@ -573,13 +576,13 @@ def test_a_slurm_job_goes_back_into_the_queue_if_that_may_help(tmp_path, code, r
 def test_only_where_the_workers_share_one_sum_may_their_number_change(tmp_path):
     for method, allowed in (("data-parallel", True), ("ist", False), ("local-sgd", False)):
         folder, config = tmp_path / method, problem.Config(method=method, workers=4)
-        _run.open_folder(config, folder, False, script._free)
+        open_folder(config, folder, False, script._free)
         other = problem.Config(method=method, workers=2, rounds=900)
         if allowed:
-            _run.open_folder(other, folder, True, script._free)
+            open_folder(other, folder, True, script._free)
         else:
             with pytest.raises(ValueError, match=r"another training \(workers 4 there, 2 here\)"):
-                _run.open_folder(other, folder, True, script._free)
+                open_folder(other, folder, True, script._free)
 
 
 def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
@@ -599,7 +602,7 @@ def watch(monkeypatch):
         raise Ended(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    watch = _watch.Watch(deadline=0.5)
+    watch = Watch(deadline=0.5)
     watch.me, watch.processes = 1, 2
     watch.client = watch.shell = mock.MagicMock()
     watch.heard = time.monotonic() + 1000

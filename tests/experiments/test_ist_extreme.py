@@ -15,8 +15,9 @@ import tyro
 from flax import linen as nn
 
 import psjax
-from experiments._run import NotFiniteError, read_rows, write_rows
-from experiments.ist import _sparse, amazon, extreme, training
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import read_rows, write_rows
+from experiments.ist import amazon, extreme, sparse, training
 
 
 def tiny(num_points, seed):
@@ -160,7 +161,7 @@ def test_a_second_run_trains_nothing_and_writes_the_same(trained, monkeypatch):
 
 def test_an_interrupted_run_continues_to_the_same_end(trained, folder, tmp_path):
     args, chosen = trained
-    whole, test = _sparse.load(folder)
+    whole, test = sparse.load(folder)
 
     def stop(rows):  # after the second epoch's row, before its checkpoint
         if rows[-1]["epoch"] == 2:
@@ -181,7 +182,7 @@ def test_a_run_folder_of_a_longer_training_is_refused(trained):
 
 
 def test_training_learns_the_labels(folder, tmp_path):
-    whole, test = _sparse.load(folder)
+    whole, test = sparse.load(folder)
     config = extreme.settings(small(folder, tmp_path, epochs=60, seeds=1), "tiny")["IST"]
     config = dataclasses.replace(config, learning_rate=0.03, width=32)
     rows = extreme.train(config, whole, whole, tmp_path / "run", checkpoint_every=60)
@@ -189,8 +190,8 @@ def test_training_learns_the_labels(folder, tmp_path):
 
 
 def test_the_validation_part_is_a_fifth_of_the_training_set_and_the_rest_is_the_rest(folder):
-    whole, _ = _sparse.load(folder)
-    part, validation = _sparse.divide(whole)
+    whole, _ = sparse.load(folder)
+    part, validation = sparse.divide(whole)
     assert (len(part), len(validation)) == (80, 20)
     rows = lambda data: {row.tobytes() for row in data.arrays["values"]}
     assert rows(part) | rows(validation) == rows(whole)
@@ -274,7 +275,8 @@ def test_a_round_of_the_shapes_in_small_is_measured_and_added_to_the_table(tmp_p
     olds = [{**old, "hidden": hidden, "batch_size": 4} for hidden in (16, 32)]
     write_rows(tmp_path / "amazon_shapes.csv", olds)
     args = extreme.Args(amazon_shapes=True, width=16, subnets=4, batch_size=4, out=tmp_path)
-    row = amazon.one_round(extreme.shapes_config(args), tmp_path, 300, 500)
+    config = training.Config(**args.options, learning_rate=args.learning_rates[0])
+    row = amazon.one_round(config, tmp_path, 300, 500)
     assert row["loss"] == pytest.approx(math.log(500), rel=0.1)
     rows = table(tmp_path / "amazon_shapes.csv")
     assert [row["hidden"] for row in rows] == ["16", "32"]
@@ -287,9 +289,9 @@ def test_a_round_holds_little_more_than_the_weights_twice():
     """Of large weights: the old ones, donated; the subnets'; one subnet's gradient."""
     args = {"subnets": 8, "local_steps": 2, "batch_size": 4, "learning_rate": 0.1}
     config = training.Config(width=128, **args)
-    rows = _sparse.padded(amazon.synthetic(64, 4000, 50_000, 5, 2))
-    net = _sparse.make_model(rows, 128)
-    weights = amazon.gib(_sparse.shapes_of(net)[1])
+    rows = sparse.padded(amazon.synthetic(64, 4000, 50_000, 5, 2))
+    net = sparse.make_model(rows, 128)
+    weights = amazon.gib(sparse.shapes_of(net)[1])
     assert amazon.needs(amazon.compiled_round(config, net, rows.arrays)) < 2.6 * weights
     alone = dataclasses.replace(config, method="data-parallel", subnets=1)
     subnet = amazon.compiled_round(alone, net.subnet(8), rows.arrays)

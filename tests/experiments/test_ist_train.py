@@ -13,8 +13,11 @@ import tyro
 from flax import linen as nn
 
 import psjax
-from experiments import _run
-from experiments._checkpoint import Checkpoints
+from experiments._lib import loop
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.command import parse
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.tables import read_rows, write_rows
 from experiments.ist import run, train, training
 
 SMALL = training.Config(
@@ -87,7 +90,7 @@ def test_the_command_reaches_nine_tenths_on_digits(tmp_path, capsys):
     folder = tmp_path / "run"
     args = tyro.cli(train.Args, args=[*options.split(), "--out", str(folder)])
     assert train.main(args) == folder
-    rows = run.read_rows(folder / "metrics.csv")
+    rows = read_rows(folder / "metrics.csv")
     # A round is longer than an epoch: of the epochs that end in it, the last is reported.
     assert [row["epoch"] for row in rows] == [1, 3, 5, 7, 8, 10, 12]
     row = rows[-1]
@@ -96,8 +99,8 @@ def test_the_command_reaches_nine_tenths_on_digits(tmp_path, capsys):
     assert row["samples"] == 7 * 2 * 20 * 64 >= 12 * 1437
     assert (folder / "learning_curve.png").stat().st_size
     assert "test accuracy 0.9" in capsys.readouterr().out
-    train.main(_run.parse(train.Args, args=["--resume", str(folder), "--epochs", "14"]))
-    assert run.read_rows(folder / "metrics.csv")[-1]["epoch"] == 14
+    train.main(parse(train.Args, args=["--resume", str(folder), "--epochs", "14"]))
+    assert read_rows(folder / "metrics.csv")[-1]["epoch"] == 14
     assert json.loads((folder / "config.json").read_text())["width"] == 64
 
 
@@ -109,13 +112,13 @@ def test_interrupted_and_resumed_ends_bit_for_bit_as_uninterrupted(options, tmp_
     config = dataclasses.replace(SMALL, epochs=5, **options)
     rows = fit(tmp_path / "whole", config)
 
-    def interrupt(path, rows, write=run.write_rows):
+    def interrupt(path, rows, write=write_rows):
         write(path, rows)
         if rows[-1]["epoch"] == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_rows", interrupt)
+        patch.setattr(loop, "write_rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "cut", config, checkpoint_every=2)
     assert Checkpoints(tmp_path / "cut" / "checkpoints").steps() == [2]
@@ -149,7 +152,7 @@ def test_methods_and_options_train(options, tmp_path):
 
 def test_one_compilation_for_a_whole_training(tmp_path):
     config = dataclasses.replace(SMALL, epochs=4, local_steps=7)
-    assert len({training.Stream(config, 1437).rounds(e) % 4 for e in range(5)}) > 1
+    assert len({training.make_stream(config, 1437).rounds(e) % 4 for e in range(5)}) > 1
     with Compilations() as names:
         fit(tmp_path / "run", config)
     assert sum("jit(rounds)" in name for name in names) == 1, names
@@ -160,7 +163,7 @@ def test_one_compilation_for_a_whole_training(tmp_path):
 
 def test_the_stream_is_every_epoch_once_and_loses_no_step():
     config = dataclasses.replace(SMALL, subnets=3, local_steps=4, batch_size=5, seeds=2)
-    stream, size = training.Stream(config, 143), 3 * 4 * 5
+    stream, size = training.make_stream(config, 143), 3 * 4 * 5
     seen, at = [[], []], 0
     for epoch in (1, 2, 7):
         last = stream.rounds(epoch) if epoch < 7 else at + stream.most_rounds
@@ -196,7 +199,11 @@ def test_devices_agree_with_one_and_never_recompile(devices, options, monkeypatc
     expected, _, none = state_after(config, spans)
     state, metrics, names = state_after(dataclasses.replace(config, devices=devices), spans)
     assert names == none == []
-    assert metrics["finite"].shape == (1, training.Stream(config, 1437).most_rounds, config.subnets)
+    assert metrics["finite"].shape == (
+        1,
+        training.make_stream(config, 1437).most_rounds,
+        config.subnets,
+    )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, state, expected)
 
@@ -223,7 +230,7 @@ def one_bad_sample(monkeypatch):
 def test_subnets_that_are_not_finite_are_left_out_counted_and_named(one_bad_sample, tmp_path):
     lines = []
     rows = fit(tmp_path / "run", report=lines.append)
-    stream = training.Stream(SMALL, 1437)
+    stream = training.make_stream(SMALL, 1437)
     indices = stream(0, stream.rounds(1))[0]
     [[round, subnet]] = np.argwhere(np.any(indices == one_bad_sample, axis=(2, 3)))
     assert rows[0]["left_out"] == 1
@@ -242,11 +249,11 @@ def test_of_many_that_were_left_out_the_first_are_named():
 
 
 def test_data_parallel_stops_at_the_first_loss_that_is_not_finite(one_bad_sample, tmp_path):
-    stream = training.Stream(SMALL, 1437)
+    stream = training.make_stream(SMALL, 1437)
     indices = stream(0, stream.rounds(1))[0]
     bad_round = int(np.argmax(np.any(indices == one_bad_sample, axis=(1, 2, 3))))
     config = dataclasses.replace(SMALL, method="data-parallel")
-    with pytest.raises(run.NotFiniteError, match=rf"round {bad_round} \(epoch 1\), seed 0: every"):
+    with pytest.raises(NotFiniteError, match=rf"round {bad_round} \(epoch 1\), seed 0: every"):
         fit(tmp_path / "run", config)
 
 
@@ -266,7 +273,7 @@ def test_divergence_keeps_the_last_good_checkpoint(trained, tmp_path, monkeypatc
         return make(dataclasses.replace(config, learning_rate=1e38), num_samples)
 
     monkeypatch.setattr(training, "make_optimizer", diverge)
-    with pytest.raises(run.NotFiniteError, match="last good checkpoint is that of epoch 2; try"):
+    with pytest.raises(NotFiniteError, match="last good checkpoint is that of epoch 2; try"):
         fit(tmp_path / "run", dataclasses.replace(SMALL, epochs=4), resume=True)
     equal(saved(tmp_path / "run"), before)
 

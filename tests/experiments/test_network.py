@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from experiments import _run
-from experiments.benchmarks import _network_worker, network
+from experiments._lib.command import run_script
+from experiments._lib.tables import read_mixed, write_rows
+from experiments.benchmarks import network, network_worker
 
 
 def row(**changes):
@@ -56,11 +57,11 @@ def test_without_root_or_its_commands_it_ends_in_one_clear_line(
     which = lambda name: None if name in missing else f"/sbin/{name}"
     monkeypatch.setattr("shutil.which", which)
     if missing == ("tc",):
-        monkeypatch.setattr("experiments.hosts._namespaces.unavailable", lambda: None)
+        monkeypatch.setattr("experiments.faults.namespaces.unavailable", lambda: None)
     out = str(tmp_path / "network.csv")
     monkeypatch.setattr("sys.argv", ["network", "--datasets", "digits", "--out", out])
     with pytest.raises(SystemExit, match=f"^error: .*{said}.*write --plot") as ended:
-        _run.run_script(network.main, network.Args, network.__doc__)
+        run_script(network.main, network.Args, network.__doc__)
     assert "\n" not in str(ended.value)
     assert not list(tmp_path.iterdir())
 
@@ -78,16 +79,16 @@ def test_sent_bytes_are_the_interfaces_counter(tmp_path):
     folder = tmp_path / "eth0" / "statistics"
     folder.mkdir(parents=True)
     (folder / "tx_bytes").write_text("123456789012\n")
-    assert _network_worker.sent_bytes("eth0", str(tmp_path)) == 123456789012
+    assert network_worker.sent_bytes("eth0", str(tmp_path)) == 123456789012
 
 
 @pytest.mark.parametrize(("mbit", "burst"), [(100, 16384), (1000, 125_000), (10_000, 1_250_000)])
 def test_a_bucket_holds_a_millisecond_of_the_link_or_ten_packets(mbit, burst):
-    remove, add = _network_worker.shape("eth0", mbit)
+    remove, add = network_worker.shape("eth0", mbit)
     assert remove == ["tc", "qdisc", "del", "dev", "eth0", "root"]
     limits = f"tbf rate {mbit}mbit burst {burst}b latency 100ms"
     assert " ".join(add) == f"tc qdisc add dev eth0 root {limits}"
-    assert _network_worker.shape("eth0", 0) == [remove]
+    assert network_worker.shape("eth0", 0) == [remove]
 
 
 def test_a_row_adds_the_hosts_bytes_and_finds_when_an_accuracy_was_reached():
@@ -106,7 +107,7 @@ def test_a_row_adds_the_hosts_bytes_and_finds_when_an_accuracy_was_reached():
         for i, own in enumerate(sent)
     )
     host = {"ledger_bytes": 44, "local_steps": 2, "weights": 3}
-    found = _network_worker.row_of((0.8, 0.9, 0.95), [host, host], cells)
+    found = network_worker.row_of((0.8, 0.9, 0.95), [host, host], cells)
     assert (found["hosts"], found["rounds"]) == (2, 8)
     assert (found["raw_mbit_low"], found["raw_mbit_high"]) == (90, 91)
     assert found["host_round_bytes"] == 180 / 2 / 8
@@ -143,8 +144,8 @@ def test_tables_and_a_figure_come_from_the_csv_alone(tmp_path):
     slow = {"mbit": 100, "step_ms_mean": 50.0, "seconds_80": 1.5}
     whole = {"method": "data-parallel", "local_steps": 1}
     rows = [row(), row(**slow), row(**whole), row(**whole, **slow | {"seconds_80": 15.0})]
-    _run.write_rows(out, rows)
-    assert network.read(out) == rows
+    write_rows(out, rows)
+    assert read_mixed(out) == rows
     network.main(network.Args(out=out, plot=True))
     text = out.with_suffix(".md").read_text()
     assert "| digits | 2 | IST, J = 10 | 5 | 1.00 | 1.050 | 1.050 |" in text  # bytes
@@ -162,7 +163,7 @@ def test_numbers_have_three_digits(value, text):
 
 
 def test_of_what_was_measured_bytes_are_those_of_the_ledger_where_a_step_sends_a_megabyte():
-    rows = [r for r in network.read(network.CSV) if r["ledger_host_round_bytes"] >= 1e6]
+    rows = [r for r in read_mixed(network.CSV) if r["ledger_host_round_bytes"] >= 1e6]
     assert {r["hosts"] for r in rows} == {2, 4}
     assert {"data-parallel", "local-sgd", "ist"} <= {r["method"] for r in rows}
     for r in rows:
@@ -179,7 +180,7 @@ def test_two_hosts_send_over_a_slow_link_what_the_ledger_says(tmp_path):
     command = [sys.executable, "-m", "experiments.benchmarks.network", *chosen.split(), str(out)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    (found,) = network.read(out)
+    (found,) = read_mixed(out)
     assert found["ledger_host_round_bytes"] > 1e6
     assert found["host_round_bytes"] == pytest.approx(found["ledger_host_round_bytes"], rel=0.08)
     assert 50 < found["raw_mbit_low"] < 100

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
-from experiments.benchmarks import _timing, psl
+from experiments.benchmarks import psl, timing
 from experiments.psl import training
 
 # -------------------------------------------------------------------------------------------- times
@@ -23,7 +23,7 @@ from experiments.psl import training
 def turns(monkeypatch):
     """`turns({name: seconds of its calls}) -> seconds that were measured, names in order`."""
     now = [0.0]
-    monkeypatch.setattr(_timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
     def measured(seconds):
         order, left = [], {name: iter(own) for name, own in seconds.items()}
@@ -34,7 +34,7 @@ def turns(monkeypatch):
 
         calls = {name: lambda name=name: call(name) for name in seconds}
         repeats = len(next(iter(seconds.values()))) - 1
-        found = _timing.take_turns(calls, repeats)
+        found = timing.take_turns(calls, repeats)
         return found, order
 
     return measured
@@ -49,16 +49,16 @@ def test_programs_take_turns_and_the_first_round_is_not_counted(turns):
 
 def test_a_ratio_is_of_medians_and_its_quartiles_round_by_round(turns, tmp_path):
     seconds, _ = turns({"a": [100, 1, 8, 3], "b": [200, 2, 4, 1]})
-    ratio = _timing.Ratio.of("a / b", 1.4, seconds["a"], seconds["b"])
+    ratio = timing.Ratio.of("a / b", 1.4, seconds["a"], seconds["b"])
     assert (ratio.value, ratio.reference, ratio.unit) == (3000, 2000, "ms")
     assert ratio.ratio == pytest.approx(3 / 2)  # the median of 1/2, 8/4 and 3/1 is 2
     assert (ratio.low, ratio.high) == pytest.approx((1.25, 2.5))
     assert str(ratio).endswith("2000.00 ms  missed")
     assert str(dataclasses.replace(ratio, goal=1.5)).endswith("2000.00 ms")
     assert str(dataclasses.replace(ratio, goal=None)).endswith("2000.00 ms")
-    between = _timing.Ratio.between("memory", 2, 6.0, 4.0, "KiB")
+    between = timing.Ratio.between("memory", 2, 6.0, 4.0, "KiB")
     assert (between.ratio, between.low) == (1.5, None)
-    _timing.write(tmp_path / "new" / "table.csv", [ratio, between])
+    timing.write(tmp_path / "new" / "table.csv", [ratio, between])
     with open(tmp_path / "new" / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["ratio"] for row in rows] == ["1.5", "1.5"]
@@ -158,7 +158,7 @@ def test_the_table_divides_seconds_of_a_step(bench, monkeypatch):
     a_step = {"fused": 2.0, "nll": 1.0, "elements": 8.0, "pairs": 12.0, "blocks": 5.0}
     a_step |= {"one": 6.0, "scalar": 6.0, "passes": 80.0, "native passes": 160.0}
     seconds = {name: table.steps[name] * np.full(3, s) for name, s in a_step.items()}
-    monkeypatch.setattr(_timing, "take_turns", lambda calls, repeats: seconds)
+    monkeypatch.setattr(timing, "take_turns", lambda calls, repeats: seconds)
     rows = {row.figure: row for row in table.measure(3)}
     expected = {
         "fused PSL / fused NLL": (2, 1.05),
@@ -182,7 +182,7 @@ def test_a_table_is_measured(bench, monkeypatch):
     dataset = psl.balanced(10)
     table = psl.table_of(bench, dataset, training.on_device(dataset), 10, with_torch=False)
     names = ("fused", "nll")
-    rows = lambda s: [_timing.Ratio.of("fused / nll", None, s["fused"], s["nll"])]
+    rows = lambda s: [timing.Ratio.of("fused / nll", None, s["fused"], s["nll"])]
     calls = {name: table.calls[name] for name in names}
     [ratio] = psl.Table(calls, table.steps, rows).measure(1)
     assert 0 < ratio.ratio < math.inf

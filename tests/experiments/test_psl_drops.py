@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from experiments._lib.tables import read_rows, write_rows
 from experiments.psl import drop_counts, drop_steps, drops, reproduce, run, training
 
 
@@ -62,8 +63,8 @@ def test_drops_and_spikes_are_counted_by_seed():
 
 
 def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
-    run.write_rows(tmp_path / "drops-lenet-cifar10-20-psl.csv", rows_of(CURVES, {(0, 4)}))
-    run.write_rows(tmp_path / "drops-lenet-cifar10-20-unheard-of.csv", rows_of(CURVES))
+    write_rows(tmp_path / "drops-lenet-cifar10-20-psl.csv", rows_of(CURVES, {(0, 4)}))
+    write_rows(tmp_path / "drops-lenet-cifar10-20-unheard-of.csv", rows_of(CURVES))
     text = drops.table(tmp_path)
     cells = "PSL | 2 × 9 | 18.8 ± 8.8 | 6.2 ± 8.8 | 63.00 ± 2.83 | 65.50 ± 6.36 | 1 of 3 | 1 of 18"
     assert f"| {cells} |" in text
@@ -93,16 +94,16 @@ def test_of_a_seed_the_longest_run_is_taken_and_only_what_is_missing_is_trained(
     monkeypatch, tmp_path
 ):
     args = drops.Args(dataset="digits", out=tmp_path, results=tmp_path, seeds=4, epochs=5)
-    run.write_rows(tmp_path / "drops-lenet-digits-20-psl.csv", rows_of([[0.1], [0.2] * 5]))
+    write_rows(tmp_path / "drops-lenet-digits-20-psl.csv", rows_of([[0.1], [0.2] * 5]))
     folder = tmp_path / "lenet-digits-20-psl-seeds0-0"
     folder.mkdir()
-    run.write_rows(folder / "metrics.csv", rows_of([[0.3] * 5]))
+    write_rows(folder / "metrics.csv", rows_of([[0.3] * 5]))
     rows = drops.collect(args, "psl")
     assert [(row["epoch"], row["seed"]) for row in rows] == [
         (e, s) for e in range(1, 6) for s in (0, 1)
     ]
     assert {row["test_accuracy"] for row in rows if row["seed"] == 0} == {0.3}
-    assert run.read_rows(tmp_path / "drops-lenet-digits-20-psl.csv") == rows
+    assert read_rows(tmp_path / "drops-lenet-digits-20-psl.csv") == rows
     asked = []
     monkeypatch.setattr(run, "train", lambda config, folder, **_: asked.append((config, folder)))
     drops.train(args, "psl")
@@ -166,7 +167,7 @@ def test_recorded_steps_are_a_row_of_the_table(tmp_path):
         dict(zip((*names, "kick", "median_step"), (e, 0, accuracy, peak, 1.0, 9.5, kick, 0.25)))
         for e, (accuracy, peak, kick) in enumerate(zip(accuracies, peaks, kicks), 1)
     ]
-    run.write_rows(tmp_path / "drops_kicks-lenet-mnist-20-nll-0.csv", rows)
-    [line] = drop_steps.kicks_lines(tmp_path)[2:]
+    write_rows(tmp_path / "drops_kicks-lenet-mnist-20-nll-0.csv", rows)
+    [line] = drop_steps.kicks_table(tmp_path).splitlines()[2:]
     cells = "LeNet, MNIST, batches of 20 | NLL | 0, 5 | 1 | 2 | 70 | 9.5 | 0.5 | 4 | 5 | 0.25"
     assert line == f"| {cells} |"

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.psl import figures, reproduce, run, training
+from experiments._lib.tables import plus_minus, read_rows, series, std, write_rows
+from experiments.psl import figures, reproduce, training
 
 
 @pytest.mark.parametrize("name", reproduce.SETTINGS)
@@ -73,7 +74,12 @@ def test_a_setting_continues_where_it_was_and_one_that_is_done_trains_no_more(
     monkeypatch.setattr(reproduce, "EPOCHS", 4)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     args = reproduce.Args(
-        only=("PSNet_PSL-MNIST-100",), seeds=2, first_seed=3, epochs=4, out=tmp_path / "runs"
+        only=("PSNet_PSL-MNIST-100",),
+        seeds=2,
+        first_seed=3,
+        epochs=4,
+        out=tmp_path / "runs",
+        commit_results=True,
     )
     with pytest.raises(KeyboardInterrupt):
         reproduce.main(args)
@@ -81,7 +87,7 @@ def test_a_setting_continues_where_it_was_and_one_that_is_done_trains_no_more(
     assert not path.exists()
     reproduce.main(args)
     assert trained == [1, 2, 3, 3, 4]
-    found = [(row["epoch"], row["seed"], row["test_accuracy"]) for row in run.read_rows(path)]
+    found = [(row["epoch"], row["seed"], row["test_accuracy"]) for row in read_rows(path)]
     assert found == [(e, s, e / 10) for e in (1, 2, 3, 4) for s in (3, 4)]
     before = path.read_text()
     path.unlink()
@@ -106,16 +112,16 @@ def rows_of(*curves, first_seed=0):
 
 def test_a_series_has_the_epochs_of_every_seed_and_a_row_once():
     rows = rows_of([0.1, 0.2, 0.3], [0.4, 0.5]) + rows_of([0.9])
-    epochs, values = figures.series(rows, "test_accuracy")
+    epochs, values = series(rows, "test_accuracy")
     np.testing.assert_array_equal(epochs, [1, 2])
     np.testing.assert_array_equal(values, [[0.1, 0.2], [0.4, 0.5]])
 
 
 def test_the_deviation_is_that_of_a_sample():
-    np.testing.assert_allclose(figures.std(np.array([[1.0, 5.0], [3.0, 5.0]])), [math.sqrt(2), 0])
-    assert np.isnan(figures.std(np.array([1.0])))
-    assert figures.plus_minus(1.234, math.nan) == "1.23"
-    assert figures.plus_minus(1.234, 0.56, 1) == "1.2 ± 0.6"
+    np.testing.assert_allclose(std(np.array([[1.0, 5.0], [3.0, 5.0]])), [math.sqrt(2), 0])
+    assert np.isnan(std(np.array([1.0])))
+    assert plus_minus(1.234, math.nan) == "1.23"
+    assert plus_minus(1.234, 0.56, 1) == "1.2 ± 0.6"
 
 
 @pytest.fixture
@@ -128,7 +134,7 @@ def results(tmp_path):
         "PSNet_PSL-MNIST-100-seeds0-0": rows_of([0.9]),
         "drops-lenet-cifar10-20-psl": rows_of([0.5]),
     }.items():
-        run.write_rows(tmp_path / f"{name}.csv", rows)
+        write_rows(tmp_path / f"{name}.csv", rows)
     authors = tmp_path / "authors_curves.csv"
     with open(authors, "w", newline="") as file:
         writer = csv.writer(file)
@@ -155,7 +161,7 @@ def test_a_difference_is_told_in_standard_errors(results):
 
 def test_figures_are_drawn_of_what_was_measured(results, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "RESULTS", results)
-    reproduce.main(reproduce.Args(plot=True))
+    reproduce.main(reproduce.Args(plot=True, commit_results=True))
     assert "| PSNet-NLL, MNIST, 100 |" in capsys.readouterr().out
     for name in ("figure6_mnist.png", "figure7_cifar10.png"):
         assert 1000 < (results / name).stat().st_size < 200_000

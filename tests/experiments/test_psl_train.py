@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _run
-from experiments._checkpoint import Checkpoints
-from experiments._config import read_config
-from experiments._signals import uninterrupted
+from experiments._lib import program
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.config import read_config
+from experiments._lib.folder import open_folder
+from experiments._lib.loop import NotFiniteError
+from experiments._lib.signals import uninterrupted
+from experiments._lib.tables import read_rows
 from experiments.ist import train as ist_train
 from experiments.psl import run, train, training
 
@@ -75,7 +78,7 @@ def _wait_for_epoch(folder, epoch, process):
 
 def test_without_options_it_reaches_95_percent_on_digits(tmp_path):
     folder = train.main(train.Args(out=tmp_path / "run"))
-    rows = run.read_rows(folder / "metrics.csv")
+    rows = read_rows(folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == list(range(1, training.Config().epochs + 1))
     assert rows[-1]["test_accuracy"] >= 0.95
 
@@ -138,7 +141,7 @@ def trained(tmp_path_factory):
 
 
 def test_metrics_have_a_row_an_epoch_and_seed(trained):
-    rows = run.read_rows(trained / "metrics.csv")
+    rows = read_rows(trained / "metrics.csv")
     assert [(row["epoch"], row["seed"]) for row in rows] == [(e, 0) for e in range(1, 7)]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
@@ -185,7 +188,7 @@ def test_a_run_folder_that_exists_is_left_alone(trained):
 def test_a_folder_that_an_interrupted_start_left_empty_is_started_in(tmp_path, left):
     for name in left:
         (tmp_path / name).write_text("{")
-    _run.open_folder(SMALL, tmp_path, resume=False)
+    open_folder(SMALL, tmp_path, resume=False)
     assert read_config(tmp_path / "config.json", training.Config) == SMALL
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -193,7 +196,7 @@ def test_a_folder_that_an_interrupted_start_left_empty_is_started_in(tmp_path, l
 def test_a_folder_of_other_files_is_no_run_folder(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match=r"holds files but no run .*write another --out"):
-        _run.open_folder(SMALL, tmp_path, resume=False)
+        open_folder(SMALL, tmp_path, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -226,12 +229,12 @@ def test_divergence_stops_with_step_and_margin_and_keeps_the_last_checkpoint(
     good = _params(trained, 6)
     last = good["SeparableDense_1"]
     last["bias"] = last["bias"].at[:, 0].add(5.0)  # steep: one step leads beyond float32
-    _run.open_folder(config, tmp_path, resume=False)
+    open_folder(config, tmp_path, resume=False)
     shutil.copy(trained / "metrics.csv", tmp_path)
     state = {"params": good, "opt_state": training.make_optimizer(config).init(good)}
     Checkpoints(tmp_path / "checkpoints").save(6, state)
     margin = r"the largest margin of step 1 was -?\d.*checkpoint is that of epoch 6; try a lower"
-    with pytest.raises(run.NotFiniteError, match=words + margin):
+    with pytest.raises(NotFiniteError, match=words + margin):
         run.train(config, tmp_path, resume=True, checkpoint_every=1, report=lambda line: None)
     kept = _params(tmp_path, 6, config)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
@@ -246,7 +249,7 @@ def test_a_state_is_sound_where_every_number_in_it_is_finite():
     }
     state["params"]["bias"][1, 2] = np.nan
     state["opt_state"][1][3, 0, 0] = np.inf
-    np.testing.assert_array_equal(training.sound(state), [True, False, True, False])
+    np.testing.assert_array_equal(program.sound(state), [True, False, True, False])
 
 
 NAN, INF = float("nan"), float("inf")
@@ -266,12 +269,11 @@ NAN, INF = float("nan"), float("inf")
         ),
     ],
 )
-def test_the_margin_is_the_last_that_is_known(tmp_path, loss, margins, sound, words):
+def test_the_margin_is_the_last_that_is_known(loss, margins, sound, words):
     metrics = {"loss": np.array(loss, float), "max_margin": np.array(margins, float)}
     rows = [{"epoch": e, "seed": 5, "max_margin": m} for e, m in ((5, 1.0), (6, 7.5), (7, INF))]
-    args = rows, (4, 5), 8, Checkpoints(tmp_path)
-    with pytest.raises(run.NotFiniteError, match=words):
-        run._check_finite(metrics, np.array(sound, bool), *args)
+    with pytest.raises(NotFiniteError, match=words):
+        run.check_finite(metrics, np.array(sound, bool), rows, (4, 5), 8)
 
 
 def _only_one_line_of_error(output):

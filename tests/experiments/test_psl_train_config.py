@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
-from experiments import _run
-from experiments._checkpoint import Checkpoints
-from experiments._config import read_config
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.command import parse
+from experiments._lib.config import read_config
+from experiments._lib.folder import hold_folder, open_folder
+from experiments._lib.tables import read_rows
 from experiments.hosts import problem
 from experiments.hosts import train as hosts
 from experiments.ist import run as ist_run
@@ -23,7 +25,7 @@ HOSTS = problem.Config(rounds=10, learning_rate=0.5, method="ist")
 
 
 def written(folder, config):
-    _run.open_folder(config, folder, resume=False)
+    open_folder(config, folder, resume=False)
     return folder
 
 
@@ -47,30 +49,28 @@ def test_an_option_that_was_typed_counts_also_where_it_is_the_default(
     folder = str(written(tmp_path / "run", saved))
     assert getattr(saved, name) != value
     typed = ["--resume", folder, f"--{name.replace('_', '-')}", str(value)]
-    assert _run.parse(script.Args, args=typed).config == dataclasses.replace(saved, **{name: value})
-    assert _run.parse(script.Args, args=typed[:2]).config == saved
+    assert parse(script.Args, args=typed).config == dataclasses.replace(saved, **{name: value})
+    assert parse(script.Args, args=typed[:2]).config == saved
 
 
 def test_a_run_of_three_epochs_goes_on_to_the_default_number_where_it_is_asked_to(tmp_path):
     run.train(SMALL, tmp_path / "run", report=lambda line: None)
     typed = ["--resume", str(tmp_path / "run"), "--epochs", "100", "--checkpoint-every", "100"]
-    train.main(_run.parse(train.Args, args=typed))
-    rows = run.read_rows(tmp_path / "run" / "metrics.csv")
+    train.main(parse(train.Args, args=typed))
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
     assert [row["epoch"] for row in rows] == list(range(1, 101))
 
 
 def test_another_option_that_is_typed_is_refused_also_where_it_is_the_default(tmp_path):
     written(tmp_path / "run", SMALL)
-    args = _run.parse(
-        train.Args, args=["--resume", str(tmp_path / "run"), "--learning-rate", "5e-3"]
-    )
+    args = parse(train.Args, args=["--resume", str(tmp_path / "run"), "--learning-rate", "5e-3"])
     with pytest.raises(ValueError, match=r"another training \(learning_rate 0.01 there, 0.005 her"):
         train.main(args)
 
 
 def test_only_a_run_is_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"nothing: no run there \(no config.json\)"):
-        _run.parse(train.Args, args=["--resume", str(tmp_path / "nothing")])
+        parse(train.Args, args=["--resume", str(tmp_path / "nothing")])
 
 
 # ------------------------------------------------------------------------------------- config.json
@@ -145,7 +145,7 @@ def test_a_configuration_that_somebody_changed_is_refused_in_one_line(name, tmp_
     text, words = FILES[name]
     path = tmp_path / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    said = refused(path, lambda: _run.parse(train.Args, args=["--resume", str(tmp_path)]))
+    said = refused(path, lambda: parse(train.Args, args=["--resume", str(tmp_path)]))
     assert words in said
     assert refused(path, lambda: run.train(SMALL, tmp_path, resume=True)) == said
 
@@ -160,7 +160,7 @@ def test_a_flag_is_true_or_false(tmp_path):
 def test_a_configuration_that_is_a_folder_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(OSError, match=r"config\.json"):
-        _run.parse(train.Args, args=["--resume", str(tmp_path)])
+        parse(train.Args, args=["--resume", str(tmp_path)])
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_IST, HOSTS, dataclasses.replace(SMALL, clip=1)])
@@ -213,13 +213,13 @@ def test_a_checkpoint_that_carries_no_configuration_is_taken(trained, tmp_path):
 @pytest.mark.parametrize(("loop", "config"), [(run, SMALL), (ist_run, SMALL_IST)])
 def test_one_folder_is_trained_in_by_one_process(loop, config, tmp_path):
     folder = tmp_path / "run"
-    with _run.hold_folder(config, folder, resume=False):
+    with hold_folder(config, folder, resume=False):
         for resume in (True, False):
             with pytest.raises(OSError, match="in use by process|exists; write --resume") as found:
                 loop.train(config, folder, resume=resume)
             assert "\n" not in str(found.value)
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock"]
-    with _run.hold_folder(config, folder, resume=True):
+    with hold_folder(config, folder, resume=True):
         pass
 
 
@@ -227,7 +227,7 @@ def test_a_folder_of_other_files_gets_no_lock(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with (
         pytest.raises(FileExistsError, match="holds files but no run"),
-        _run.hold_folder(SMALL, tmp_path, resume=False),
+        hold_folder(SMALL, tmp_path, resume=False),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -259,5 +259,5 @@ def test_a_folder_of_other_files_gets_no_lock(tmp_path):
 )
 def test_numbers_that_cannot_be_are_refused_before_the_start(script, typed, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        script.main(_run.parse(script.Args, args=[*typed.split(), "--out", str(tmp_path / "run")]))
+        script.main(parse(script.Args, args=[*typed.split(), "--out", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from experiments import _run
-from experiments._checkpoint import Checkpoints
-from experiments._signals import Interruption, Tolerant
+from experiments._lib.checkpoint import Checkpoints
+from experiments._lib.signals import Interruption, Tolerant
+from experiments._lib.tables import write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICK = ("--compute", "fused", "--batch-size", "1437", "--checkpoint-every", "1")
@@ -65,8 +65,8 @@ def test_interrupted_while_xla_compiles_it_ends_in_the_usual_way(tmp_path, kind,
 
 SWALLOWED = """
 import signal
-from experiments.{0} import run
-write = run.write_rows
+from experiments._lib import loop
+write = loop.write_rows
 
 def write_and_swallow(path, rows):
     write(path, rows)
@@ -76,7 +76,7 @@ def write_and_swallow(path, rows):
         except KeyboardInterrupt:
             print("swallowed")
 
-run.write_rows = write_and_swallow
+loop.write_rows = write_and_swallow
 """
 
 
@@ -90,7 +90,7 @@ run.write_rows = write_and_swallow
 def test_a_signal_that_a_callback_swallows_ends_the_training_all_the_same(
     tmp_path, script, options
 ):
-    lines = SWALLOWED.format(script)
+    lines = SWALLOWED
     process = start(
         "--out", tmp_path / "run", "--epochs", 30, *options, first_lines=lines, script=script
     )
@@ -178,10 +178,10 @@ def test_a_full_disk_is_one_line(small_disk):
 
 def test_metrics_that_cannot_be_written_are_named_and_the_old_ones_stay(small_disk):
     path = small_disk / "metrics.csv"
-    _run.write_rows(path, [{"epoch": 1}])
+    write_rows(path, [{"epoch": 1}])
     (small_disk / "other").write_bytes(bytes(80_000))
     with pytest.raises(OSError, match=r"metrics.csv could not be written: No space left on devi"):
-        _run.write_rows(path, [{"epoch": e} for e in range(10_000)])
+        write_rows(path, [{"epoch": e} for e in range(10_000)])
     assert path.read_text() == "epoch\n1\n"
     assert sorted(p.name for p in small_disk.iterdir()) == ["metrics.csv", "other"]
 

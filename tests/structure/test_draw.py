@@ -9,10 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 import psjax
-from experiments.psl import structure as script
 from psjax import structure
 from psjax.models import PSNet
 from tests.structure.test_count import DIGITS
@@ -116,14 +114,3 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     found = structure.dependencies(lambda w, x: x * w, jnp.ones(3), jnp.ones((2, 3)))
     with pytest.raises(ImportError, match=r"pip install psjax\[experiments\]"):
         structure.draw(found)
-
-
-def test_the_script_draws_three_panels_and_prints_the_paper_s_counts(tmp_path, capsys):
-    script.main(script.Args(out=tmp_path / "structure.png"))
-    printed = capsys.readouterr().out
-    assert "n=44426" in printed
-    assert "n=53780, score=6314, element=11588" in printed
-    assert "common=0" in printed
-    with Image.open(tmp_path / "structure.png") as image:
-        assert image.size[0] == 840
-    assert (tmp_path / "structure.png").stat().st_size < 200_000

@@ -242,7 +242,3 @@ def main(argv: list[str] | None = None) -> None:
                 f"{mbit:g} Mbit/s: {last['round']} rounds, {last['seconds']:.1f} s, accuracy "
                 f"{last['accuracy']:.4f}\n"
             )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,18 @@
 """What happens when a process dies, stops, is slow, cannot write or cannot be reached: the matrix.
 
-    python -m experiments.hosts.faults                      # all cells, about 20 minutes
-    python -m experiments.hosts.faults --only kill stop     # some kinds
+    python -m experiments.faults                      # all cells, about 20 minutes
+    python -m experiments.faults --only kill stop     # some kinds
 
 Each cell starts a training of two processes by `experiments.hosts.launch`, lets one process meet
 one fault at one place, and measures how long it takes until all processes have ended, what they
 say, and whether `--resume`, with nothing repaired, ends with the parameters of an uninterrupted
 training, bit for bit. `cut` and `full-disk` need root (network namespaces, a small tmpfs);
-elsewhere they say so. Rows go to results/faults.csv as they come, and as a table to README.md.
+elsewhere they say so. Rows are written as they come. The exit code is 1 if a cell is not as it
+should be.
 """
 
-import argparse
 import contextlib
-import csv
+import dataclasses
 import os
 import pathlib
 import re
@@ -25,10 +25,15 @@ import time
 
 import numpy as np
 
-from experiments import _run
-from experiments.hosts import _namespaces
+from experiments._lib.config import check_choice
+from experiments._lib.folder import results_folder
+from experiments._lib.tables import markdown, paste, read_texts, write_rows
+from experiments.faults.namespaces import Namespaces, unavailable
+
+HERE = pathlib.Path(__file__).resolve().parent
 
 KINDS = ("kill", "stop", "slow", "full", "cut")
+ALL = (*KINDS, "full-disk", "elastic")
 PLACES = ("compute", "collective", "saving")
 DEADLINE, GRACE, SLACK = 6, 8, 6
 STATED = DEADLINE + GRACE + SLACK
@@ -56,37 +61,47 @@ TRAIN = (
     f"--method ist --width 64 --rounds {ROUNDS} --report-every 12 --checkpoint-every {SAVE} "
     f"--deadline {DEADLINE}"
 ).split()
-_HERE = pathlib.Path(__file__).resolve().parent
-CSV = _HERE / "results" / "faults.csv"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the number of cells that are not as they should be."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    extra = ("full-disk", "elastic")
-    parser.add_argument("--only", nargs="+", choices=(*KINDS, *extra), default=(*KINDS, *extra))
-    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
-    parser.add_argument("--out", type=pathlib.Path, default=CSV)
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = pathlib.Path(scratch)
+@dataclasses.dataclass
+class Args:
+    """Let processes of a training meet faults, and see how it ends and goes on."""
+
+    only: tuple[str, ...] = ALL
+    """Kinds of fault."""
+    places: tuple[str, ...] = PLACES
+    """Where the process is that meets it."""
+    out: pathlib.Path | None = None
+    """CSV to write. Default: runs/results/faults/faults.csv."""
+    commit_results: bool = False
+    """Write over experiments/faults/results/faults.csv, and the table into README.md there."""
+
+    def __post_init__(self):
+        for name, choices in (("only", ALL), ("places", PLACES)):
+            for value in getattr(self, name):
+                check_choice(name, value, choices)
+
+
+def main(args: Args) -> None:
+    """Measure the cells; exits with 1 if one is not as it should be."""
+    path = args.out or results_folder(HERE / "results", args.commit_results) / "faults.csv"
+    with tempfile.TemporaryDirectory() as name:
+        scratch = pathlib.Path(name)
         expected = uninterrupted(scratch, 2)
-        rows, bad = _read(args.out), 0
+        rows, bad = read_texts(path), 0
         for cell in cells(args.only, args.places):
             row = one(*cell, scratch, expected)
             row["message"] = row["message"].replace(str(scratch), "...")
             bad += row["verdict"] not in ("ok", "not run")
             cell_of = lambda r: [str(r[k]) for k in COLUMNS[:3]]
             rows = sorted([*(r for r in rows if cell_of(r) != cell_of(row)), row], key=_order)
-            _write(args.out, rows)
+            write_rows(path, rows, digits="")
             print(*(row[k] for k in COLUMNS), sep=" | ", flush=True)
-    if args.out == CSV:
-        _run.paste(_HERE / "README.md", "faults", table(rows))
-    else:
-        print(table(rows))
-    return bad
+    print(table(rows))
+    if args.commit_results:
+        paste(HERE / "README.md", "faults", table(rows))
+    if bad:
+        sys.exit(1)
 
 
 def cells(kinds=KINDS, places=PLACES) -> list[tuple[str, int, str]]:
@@ -113,19 +128,19 @@ def one(kind: str, process: int, place: str, scratch: pathlib.Path, expected) ->
         return _full_disk(row, scratch, expected)
     if kind == "elastic":
         return _elastic(row, scratch, expected)
-    reason = _namespaces.unavailable() if kind == "cut" else None
+    reason = unavailable() if kind == "cut" else None
     if reason:
         return row | {"verdict": "not run", "message": reason}
-    hosts = _namespaces.Namespaces(2) if kind == "cut" else contextlib.nullcontext()
+    hosts = Namespaces(2) if kind == "cut" else contextlib.nullcontext()
     folder = scratch / f"{kind}-{process}-{place}"
     with hosts:
         launch: list[str] = []
-        if isinstance(hosts, _namespaces.Namespaces):
+        if isinstance(hosts, Namespaces):
             launch = ["--prefix", "ip netns exec psjax-{i}", "--coordinator", "10.77.0.1:9999"]
         when = 3 * SAVE - 1 if place == "saving" else 2 * SAVE + 2
         fault = {"PSJAX_FAULT": f"{kind}:{process}:{place}:{when}", "PSJAX_FAULT_INTERFACE": "eth0"}
         lines, began, ended, code = start(launch, ["--out", str(folder)], fault)
-        if isinstance(hosts, _namespaces.Namespaces):
+        if isinstance(hosts, Namespaces):
             hosts.up()
         row |= _judge(lines, began, ended, code, process)
         row |= _resumed(launch, folder, expected, row["verdict"])
@@ -263,35 +278,16 @@ def _elastic(row, scratch, expected):
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
-    head = ("kind", "process", "place", "s", "exit codes", "resumed after", "difference", "message")
-    keys = ("kind", "process", "place", "seconds", "exit_codes", "resumed_after", "difference")
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
-        short = str(row["message"])[:160].replace("|", "/")
         verdict = "" if row["verdict"] == "ok" else f"**{row['verdict']}** "
-        lines.append(f"| {' | '.join(str(row[k]) for k in keys)} | {verdict}{short} |")
-    return "\n".join(lines)
+        line = {name: row[name] for name in ("kind", "process", "place")}
+        line |= {"s": row["seconds"], "exit codes": row["exit_codes"]}
+        line |= {"resumed after": row["resumed_after"], "difference": row["difference"]}
+        line["message"] = verdict + str(row["message"])[:160].replace("|", "/")
+        lines.append(line)
+    return markdown(lines)
 
 
 def _order(row):
-    kinds = (*KINDS, "full-disk", "elastic")
-    return kinds.index(row["kind"]), str(row["process"]) != "1", PLACES.index(row["place"])
-
-
-def _read(path):
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    return ALL.index(row["kind"]), str(row["process"]) != "1", PLACES.index(row["place"])

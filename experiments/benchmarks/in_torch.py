@@ -10,11 +10,7 @@ WEIGHTS = {"psnet": 46740, "lenet": 44426}
 
 
 def program(
-    model: str,
-    dataset: psjax.data.Dataset,
-    batches: np.ndarray,
-    steps: int,
-    loss: str,
+    model: str, dataset: psjax.data.Dataset, batches: np.ndarray, steps: int, loss: str
 ) -> Callable[[], None]:
     """Some training steps, on PyTorch's own threads.
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from experiments._config import Free, differences, longer, shown
-from experiments._signals import uninterrupted
+from experiments._lib.config import Free, differences, longer, shown
+from experiments._lib.signals import uninterrupted
 
 
 class Checkpoints:
@@ -32,7 +32,7 @@ class Checkpoints:
       everybody: with many processes, `(name, yes) -> bool`, whether all of them say yes.
       config: the training's configuration; a checkpoint carries it, and one that was saved with
         another is refused. None: not carried, not looked at.
-      free: as in `experiments._run.open_folder`.
+      free: as in `experiments._lib.folder.open_folder`.
     """
 
     def __init__(

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value store has no public name
 
-from experiments import _run
+from experiments._lib.loop import NotFiniteError
 from experiments.hosts import cluster
 from experiments.hosts.launch import FAILED, MISSING
 
 DOING = ("start", "batch", "step", "report", "save", "end")
 """What a process does in a round, in this order."""
 _LIVE = "psjax/live/"
-MENDABLE = (ValueError, OSError, ImportError, _run.NotFiniteError)
+MENDABLE = (ValueError, OSError, ImportError, NotFiniteError)
 """Errors that say in a line what to do; of others the traceback is printed."""
 
 

@@ -3,12 +3,10 @@
 import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import psjax
+from experiments._lib import program
 from experiments.ist import training
 
 
@@ -84,11 +82,13 @@ def make_model(rows: Rows, width: int) -> psjax.models.SparseMLP:
     return psjax.models.SparseMLP(rows.num_labels, rows.num_features, (width,))
 
 
+ROW = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
+"""Ids and values of a point, to initialise a network with."""
+
+
 def shapes_of(net):
     """Axes and shapes of a network's parameters."""
-    row = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1))
-    variables = jax.eval_shape(net.init, jax.random.key(0), *row)
-    return nn.get_partition_spec(variables)["params"], nn.unbox(variables)["params"]
+    return tuple(tree["params"] for tree in program.shapes_of(net, *ROW))
 
 
 def round_fn(config: training.Config, net):

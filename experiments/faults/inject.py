@@ -1,4 +1,4 @@
-"""Faults on purpose, for `experiments.hosts.faults` and the tests: never set outside of them.
+"""Faults on purpose, for `experiments.faults` and the tests: never set outside of them.
 
 `PSJAX_FAULT=kind:process:place:round`, such as `kill:1:collective:3`, makes one process meet one
 fault, once (a file `fault-met` in the run folder says that it has been, also to processes that

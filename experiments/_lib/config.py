@@ -7,7 +7,7 @@ import math
 import pathlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 KINDS = {
@@ -111,3 +111,64 @@ def shown(value: Any, most: int = 160) -> str:
     text = str(value)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def check_options(
+    config: Any,
+    choices: Mapping[str, Collection[str]],
+    least: Mapping[str, float],
+    positive: Collection[str] = (),
+) -> None:
+    """Raises ValueError at the first option that has none of its values.
+
+    Args:
+      config: a dataclass of options.
+      choices: of some options all values.
+      least: of others the least; the value may be None.
+      positive: options whose value, where it is not None, must be above 0.
+    """
+    for name, known in choices.items():
+        check_choice(name, getattr(config, name), known)
+    for name, low in least.items():
+        check_least(name, getattr(config, name), low)
+    for name in positive:
+        check_positive(name, getattr(config, name))
+
+
+def check_choice(option: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError, with the nearest choice, if the option has none of its values."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value)[:100], choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"{_option(option)} {shown(value)}: write one of {', '.join(choices)}.{hint}"
+        raise ValueError(msg)
+
+
+def check_least(option: str, value: float | None, least: float) -> None:
+    """Raises ValueError if the option has a value, and it is not finite or below the least."""
+    if value is not None and not (least <= value < math.inf):
+        msg = f"{_option(option)} {shown(value)}: write {least} or more."
+        raise ValueError(msg)
+
+
+def check_positive(option: str, value: float | None) -> None:
+    """Raises ValueError if the option has a value, and it is not finite and above 0."""
+    if value is not None and not (0 < value < math.inf):
+        msg = f"{_option(option)} {shown(value)}: write a number above 0."
+        raise ValueError(msg)
+
+
+def check_seeds(first: int, number: int) -> None:
+    """Raises ValueError if the seeds from `first` on are not all from 0 to 2147483647."""
+    check_least("seeds", number, 1)
+    most = 2**31 - number
+    if not 0 <= first <= most:
+        msg = f"--first-seed {shown(first)}: write a number between 0 and {most}."
+        raise ValueError(msg)
+
+
+def _option(name):
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,1 @@
+"""Faults on purpose in trainings over many processes, and what comes of them."""
