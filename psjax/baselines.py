@@ -109,7 +109,7 @@ def data_parallel(
         )
         raise ValueError(msg)
     if in_axes not in (0, None):
-        msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
+        msg = f"data_parallel(in_axes={in_axes!r}): pass 0 or None."
         raise ValueError(msg)
 
     def wide_loss(
@@ -174,7 +174,7 @@ def _check_replicas(call: str, selection: Selection):
     if selection.indices:
         msg = (
             f"{call}: the selection divides {sorted(selection.indices)}; every worker must see the "
-            "whole: write psjax.replicas(params, n)."
+            "whole: pass psjax.replicas(params, n)."
         )
         raise ValueError(msg)
 

@@ -34,7 +34,7 @@ def _hits(
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim != 2 or labels.ndim != 2 or len(predictions) != len(labels):
         msg = (
-            f"{call}: predictions have shape {predictions.shape} and labels {labels.shape}; write "
+            f"{call}: predictions have shape {predictions.shape} and labels {labels.shape}; pass "
             "[N, num_labels] scores or [N, k] ids, and [N, K] ids."
         )
         raise ValueError(msg)
@@ -42,10 +42,10 @@ def _hits(
         msg = f"{call}: no samples."
         raise ValueError(msg)
     if not np.issubdtype(labels.dtype, np.integer):
-        msg = f"{call}: labels are {labels.dtype}; write ids in [0, {num_labels}], padded."
+        msg = f"{call}: labels are {labels.dtype}; pass ids in [0, {num_labels}], padded."
         raise TypeError(msg)
     if not isinstance(k, int) or not 1 <= k <= predictions.shape[1]:
-        msg = f"{call}: k={k}; write an integer from 1 to {predictions.shape[1]}."
+        msg = f"{call}: k={k}; pass an integer from 1 to {predictions.shape[1]}."
         raise ValueError(msg)
     if np.issubdtype(predictions.dtype, np.integer):
         top = predictions[:, :k]
@@ -57,7 +57,7 @@ def _hits(
             row, column = bad[0]
             msg = (
                 f"{call}: {what} {ids[row, column]} of sample {row} is outside [0, {num_labels}); "
-                f"write {num_labels} for an empty place."
+                f"pass {num_labels} for an empty place."
             )
             raise ValueError(msg)
         ordered = np.sort(ids, axis=1)
@@ -76,7 +76,7 @@ def _top_k(call: str, scores: Shaped[np.ndarray, "N P"], num_labels: int, k: int
     """Ids of the k largest scores of each row, best first; of equal ones, the lowest id first."""
     if scores.shape[1] != num_labels or not np.issubdtype(scores.dtype, np.floating):
         msg = (
-            f"{call}: predictions are {scores.dtype}{list(scores.shape)}; write floating scores of "
+            f"{call}: predictions are {scores.dtype}{list(scores.shape)}; pass floating scores of "
             f"all {num_labels} labels, or integer ids, best first."
         )
         raise ValueError(msg)
@@ -178,7 +178,7 @@ def propensities(
     """
     counts = np.asarray(label_counts, np.float64)
     if num_points < 3:
-        msg = f"propensities(num_points={num_points}): write 3 or more."
+        msg = f"propensities(num_points={num_points}): pass 3 or more."
         raise ValueError(msg)
     if counts.ndim != 1 or not ((counts >= 0) & (counts <= num_points)).all():
         msg = (
@@ -220,7 +220,7 @@ def propensity_scored_precision_at_k(
     call = "propensity_scored_precision_at_k(predictions, labels, propensities)"
     propensities = np.asarray(propensities, np.float64)
     if propensities.ndim != 1 or not ((propensities > 0) & (propensities <= 1)).all():
-        msg = f"{call}: propensities have shape {propensities.shape}; write [L], in (0, 1]."
+        msg = f"{call}: propensities have shape {propensities.shape}; pass [L], in (0, 1]."
         raise ValueError(msg)
     top, labels, hits = _hits(call, predictions, labels, len(propensities), k)
     worth = np.append(1 / propensities, 0)

@@ -132,7 +132,7 @@ class _Divided(nn.Module):
         least = min(hidden, default=0)
         if not 1 <= num_subnets <= least:
             msg = (
-                f"subnet({num_subnets}): the hidden layers have {hidden} neurons; write a number "
+                f"subnet({num_subnets}): the hidden layers have {hidden} neurons; pass a number "
                 f"of subnets from 1 to {least}, or wider layers."
             )
             raise ValueError(msg)
@@ -306,7 +306,7 @@ def _preset(call: str, presets: Mapping[str, tuple[Any, ...]], name: str):
     if name not in presets:
         near = difflib.get_close_matches(str(name), presets, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"{call}({name!r}): no such preset; write one of {sorted(presets)}.{hint}"
+        msg = f"{call}({name!r}): no such preset; pass one of {sorted(presets)}.{hint}"
         raise ValueError(msg)
     return presets[name]
 
@@ -336,7 +336,7 @@ def psnet(preset: str = "digits", num_classes: int = 10) -> PSNet:
         if num_classes < 1 or width % num_classes:
             msg = (
                 f"psnet({preset!r}, num_classes={num_classes}): {width} neurons or kernels cannot "
-                f"be divided among {num_classes} classes; write PSNet(num_classes={num_classes}, "
+                f"be divided among {num_classes} classes; pass PSNet(num_classes={num_classes}, "
                 "fan_out=..., hidden=...) with the numbers for one class."
             )
             raise ValueError(msg)

@@ -129,7 +129,7 @@ def test_axes_that_lack_a_part_of_the_parameters_are_refused_by_name(call):
         ({"kernel": P("a*b"), "bias": P("class")}, r"does not tell the sizes of \['a', 'b'\]"),
         (
             {"kernel": "class", "bias": P("class")},
-            r"\['head'\]\['kernel'\] has axes 'class'; write",
+            r"\['head'\]\['kernel'\] has axes 'class'; pass",
         ),
         ({"kernel": np.zeros(3), "bias": P("class")}, r"has an array in \['head'\]\['kernel'\]"),
     ],
@@ -254,9 +254,9 @@ def test_sizes_are_positive_integers(size):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (0, r"=0\): write 1 or more"),
-        (-2, r"=-2\): write 1 or more"),
-        (2.0, r"=2.0\): write 1 or more"),
+        (0, r"=0\): pass 1 or more"),
+        (-2, r"=-2\): pass 1 or more"),
+        (2.0, r"=2.0\): pass 1 or more"),
         (7, r"=7\): num_\w+=7 exceeds size 6 of axis 'class'"),
     ],
 )

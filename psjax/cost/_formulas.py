@@ -201,12 +201,12 @@ def _matrices(
 ):
     if len(widths) < least:
         layer = "layer" if least == 2 else "hidden layer"
-        msg = f"{call}(widths={tuple(widths)}): write (N_0, ..., N_t) with one {layer} at least."
+        msg = f"{call}(widths={tuple(widths)}): pass (N_0, ..., N_t) with at least one {layer}."
         raise ValueError(msg)
     numbers = {"batch_size": batch_size, "num_workers": num_workers, "local_steps": local_steps}
     for name, value in [*numbers.items(), ("widths", min(widths))]:
         if value < 1:
             given = tuple(widths) if name == "widths" else value
-            msg = f"{call}({name}={given}): write 1 or more."
+            msg = f"{call}({name}={given}): pass 1 or more."
             raise ValueError(msg)
     return [a * b for a, b in zip(widths, widths[1:])]

@@ -130,7 +130,7 @@ def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = No
     else:
         msg = (
             f"ledger(compiled): got {type(compiled).__name__}; "
-            "write jax.jit(f).lower(*args).compile()."
+            "pass jax.jit(f).lower(*args).compile()."
         )
         raise TypeError(msg)
     program = _Program(text, trip_count)
@@ -249,7 +249,7 @@ class _Program:
         if trips is None:
             msg = (
                 f"ledger(compiled): loop %{x.name} ({_op_name(x)}) has no known trip count; "
-                "write ledger(compiled, trip_count=...) with what to assume."
+                "pass the number to assume, ledger(compiled, trip_count=...)."
             )
             raise ValueError(msg)
         return condition.times(trips + 1) + body.times(trips)
@@ -369,7 +369,7 @@ def _parse(text: str):
     if entry is None:
         msg = (
             "ledger(compiled): this text is not of a compiled program; "
-            "write jax.jit(f).lower(*args).compile().as_text()."
+            "pass jax.jit(f).lower(*args).compile().as_text()."
         )
         raise ValueError(msg)
     return computations, entry

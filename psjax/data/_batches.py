@@ -28,10 +28,10 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
 def labels_of(call: str, labels: Labels, num_classes: int):
     labels = np.asarray(labels)
     if labels.ndim != 1 or not labels.size:
-        msg = f"{call}: labels have shape {labels.shape}; write a non-empty [N]."
+        msg = f"{call}: labels have shape {labels.shape}; pass a non-empty [N]."
         raise ValueError(msg)
     if not np.issubdtype(labels.dtype, np.integer):
-        msg = f"{call}: labels are {labels.dtype}; write integers in [0, {num_classes})."
+        msg = f"{call}: labels are {labels.dtype}; pass integers in [0, {num_classes})."
         raise TypeError(msg)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
@@ -66,7 +66,7 @@ def _flat(labels: Integer[np.ndarray, " N"], batch_size: int, order: Labels | No
     """The epoch's samples as `[steps, batch_size]`, -1 where the last batch has none."""
     order = np.arange(len(labels)) if order is None else _check_order(order, len(labels))
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(order):
-        msg = f"batches(batch_size={batch_size}): write an integer from 1 to {len(order)}."
+        msg = f"batches(batch_size={batch_size}): pass an integer from 1 to {len(order)}."
         raise ValueError(msg)
     steps = math.ceil(len(order) / batch_size)
     flat = np.full(steps * batch_size, -1)
@@ -78,17 +78,17 @@ def _check_order(order: Labels, num_samples: int):
     order = np.asarray(order)
     if order.ndim != 1 or not order.size:
         msg = (
-            f"batches(order=...): it has shape {order.shape}; write a non-empty [M], or None for "
+            f"batches(order=...): it has shape {order.shape}; pass a non-empty [M], or None for "
             "the data set's own order."
         )
         raise ValueError(msg)
     if not np.issubdtype(order.dtype, np.integer):
-        msg = f"batches(order=...): it is {order.dtype}; write integers in [0, {num_samples})."
+        msg = f"batches(order=...): it is {order.dtype}; pass integers in [0, {num_samples})."
         raise TypeError(msg)
     bad = np.flatnonzero((order < 0) | (order >= num_samples))
     if bad.size:
         msg = (
-            f"batches(order=...): entry {bad[0]} is {order[bad[0]]}; write positions in "
+            f"batches(order=...): entry {bad[0]} is {order[bad[0]]}; pass positions in "
             f"[0, {num_samples}), the samples of the data set."
         )
         raise ValueError(msg)
@@ -192,7 +192,7 @@ def batches_by_label(
     slots = needed if slots is None else slots
     if slots < needed:
         msg = (
-            f"batches_by_label(slots={slots}): a batch has {needed} samples of one label; write "
+            f"batches_by_label(slots={slots}): a batch has {needed} samples of one label; pass "
             f"slots={needed} or more, for nothing may be dropped."
         )
         raise ValueError(msg)
@@ -228,7 +228,7 @@ def tiles_by_label(
     """
     labels = check_labels(labels, num_classes)
     if not isinstance(tile, int) or tile < 1:
-        msg = f"tiles_by_label(tile={tile}): write a positive integer."
+        msg = f"tiles_by_label(tile={tile}): pass a positive integer."
         raise ValueError(msg)
     runs = _runs(labels, batch_size, order)
     of_run = -(-runs.length // tile)
@@ -237,9 +237,7 @@ def tiles_by_label(
     needed = int((start + of_run).max())
     tiles = needed if tiles is None else tiles
     if tiles < needed:
-        msg = (
-            f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
-        )
+        msg = f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; pass {needed} or more."
         raise ValueError(msg)
     indices = np.full((runs.steps, tiles, tile), len(labels), np.int32)
     tile_labels = np.full((runs.steps, tiles), num_classes, np.int32)

@@ -52,7 +52,7 @@ def load(name: str = "digits", split: str = "train", data_dir: str | None = None
       ImportError: scikit-learn or tensorflow-datasets is not installed.
     """
     if split not in ("train", "test"):
-        msg = f"load({name!r}, split={split!r}): write 'train' or 'test'."
+        msg = f"load({name!r}, split={split!r}): pass 'train' or 'test'."
         raise ValueError(msg)
     return _load_digits(split) if name == "digits" else _load_tfds(name, split, data_dir)
 

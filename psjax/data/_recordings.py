@@ -132,7 +132,7 @@ class Folders:
             msg = (
                 f"{call}: {missing[0]!r} and {len(missing) - 1} others of the 35 words and two "
                 f"lists are not in {folder}. Unpack http://download.tensorflow.org/data/"
-                "speech_commands_v0.02.tar.gz, and write data_dir=its folder."
+                "speech_commands_v0.02.tar.gz, and pass data_dir=its folder."
             )
             raise FileNotFoundError(msg)
         names = [

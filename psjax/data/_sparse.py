@@ -271,7 +271,7 @@ def _read_split(path: str | pathlib.Path, column: int | None, num_points: int):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         tokens = line.split()
         if column is None and len(tokens) != 1:
-            msg = f"{call}: line {number} has {len(tokens)} columns; write column=0, 1, ..."
+            msg = f"{call}: line {number} has {len(tokens)} columns; pass column=0, 1, ..."
             raise ValueError(msg)
         if not 0 <= (column or 0) < len(tokens):
             msg = f"{call}: line {number} has {len(tokens)} columns, counted from 0."
@@ -368,7 +368,7 @@ def pad_rows(
         raise ValueError(msg)
     if indices.size and indices.max() >= pad_id:
         msg = (
-            f"pad_rows(pad_id={pad_id}): the largest id is {indices.max()}; write the number of "
+            f"pad_rows(pad_id={pad_id}): the largest id is {indices.max()}; pass the number of "
             "columns."
         )
         raise ValueError(msg)
@@ -376,7 +376,7 @@ def pad_rows(
     if counts.size and counts.max() > width:
         longest = rows.flat[counts.argmax()]
         msg = (
-            f"pad_rows(width={width}): row {longest} has {counts.max()} ids; write "
+            f"pad_rows(width={width}): row {longest} has {counts.max()} ids; pass "
             f"width={counts.max()} or more, for nothing may be dropped."
         )
         raise ValueError(msg)

@@ -48,7 +48,7 @@ class LogMel:
             whole = name == "dynamic_range" or isinstance(value, int)
             if not whole or not value > 0:
                 kind = "number" if name == "dynamic_range" else "integer"
-                msg = f"LogMel({name}={value!r}): write a positive {kind}."
+                msg = f"LogMel({name}={value!r}): pass a positive {kind}."
                 raise ValueError(msg)
         if self.window_ms > self.duration_ms:
             msg = f"LogMel(window_ms={self.window_ms}): longer than duration_ms={self.duration_ms}."
@@ -83,7 +83,7 @@ def _filters(sample_rate: int, window: int, num_mels: int):
     if empty.size:
         msg = (
             f"log_mel(sample_rate={sample_rate}): mel band {empty[0]} of {num_mels} lies between "
-            f"two frequencies of a window of {window} samples; write a longer window_ms or fewer "
+            f"two frequencies of a window of {window} samples; pass a longer window_ms or fewer "
             "num_mels."
         )
         raise ValueError(msg)
@@ -127,11 +127,11 @@ def log_mel(waveform: ArrayLike, sample_rate: int, settings: LogMel = LogMel()):
     if not waveform.ndim or not waveform.shape[-1] or jnp.iscomplexobj(waveform):
         msg = (
             f"log_mel(waveform, {sample_rate}): the waveform is {waveform.dtype}"
-            f"{list(waveform.shape)}; write real [..., samples]."
+            f"{list(waveform.shape)}; pass real [..., samples]."
         )
         raise ValueError(msg)
     if not isinstance(sample_rate, int) or sample_rate <= 0:
-        msg = f"log_mel(waveform, sample_rate={sample_rate!r}): write a positive integer, in Hz."
+        msg = f"log_mel(waveform, sample_rate={sample_rate!r}): pass a positive integer, in Hz."
         raise ValueError(msg)
     size = sample_rate * settings.duration_ms // 1000
     window = sample_rate * settings.window_ms // 1000
@@ -227,7 +227,7 @@ def load_speech(
         msg = f"{call}: no such set. There are: {known}."
         raise ValueError(msg)
     if split not in splits:
-        msg = f"{call}: write split={' or '.join(map(repr, splits))}."
+        msg = f"{call}: pass split={' or '.join(map(repr, splits))}."
         raise ValueError(msg)
     if labels == "words":
         source = Folders(call, data_dir, split, split_by)

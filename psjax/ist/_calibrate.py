@@ -40,7 +40,7 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
     batches = batches if isinstance(batches, tuple) else (batches,)
     for x in batches:
         if jnp.ndim(x) < 2 or not x.shape[0]:
-            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; write [K, B, ...], K >= 1."
+            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; pass [K, B, ...], K >= 1."
             raise ValueError(msg)
     init = lambda *args: nn.unbox(model.init(jax.random.key(0), *args, **kwargs))
     shapes = jax.eval_shape(init, *(x[0] for x in batches))
@@ -66,7 +66,7 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
             odd = sorted(_norm_paths(found, is_norm) ^ _norm_paths(stats, is_norm))
             msg = (
                 f"calibrate({type(model).__name__}): 'batch_stats' has {', '.join(odd)}, which no "
-                "psjax.nn.SubnetNorm computes; write SubnetNorm in the place of BatchNorm."
+                "psjax.nn.SubnetNorm computes; use SubnetNorm in the place of BatchNorm."
             )
             raise ValueError(msg)
         stats = jax.tree.map(

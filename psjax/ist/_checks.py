@@ -103,7 +103,7 @@ def _check_at(
         if jnp.shape(small) != jnp.shape(large):
             msg = (
                 f"check_subnets: a subnet's scores have shape {jnp.shape(small)}, those of the "
-                f"whole network {jnp.shape(large)}; write two functions of the same output."
+                f"whole network {jnp.shape(large)}; pass two functions of the same output."
             )
             raise ValueError(msg)
         largest = float(jnp.max(jnp.abs(large)))

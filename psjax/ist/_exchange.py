@@ -177,7 +177,7 @@ def _check(selection: Selection, n: int):
     if selection.keep is not None:
         msg = (
             "exchange: the selection drops weights (Selection.drop), which does not work with "
-            "weights in shards; write psjax.local_update alone, or a selection that drops nothing."
+            "weights in shards; use psjax.local_update alone, or a selection that drops nothing."
         )
         raise ValueError(msg)
     if selection.num_elements != n or selection.blocks != n:

@@ -74,11 +74,11 @@ def many_label_cross_entropy(
     hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        msg = f"{call}: labels are {labels.dtype}; write integers in [0, L), filled up with L."
+        msg = f"{call}: labels are {labels.dtype}; pass integers in [0, L), padded with L."
         raise TypeError(msg)
     if labels.ndim != 2 or labels.shape[0] != hidden.shape[0]:
         msg = (
-            f"{call}: labels have shape {labels.shape} and hidden {hidden.shape}; write labels "
+            f"{call}: labels have shape {labels.shape} and hidden {hidden.shape}; pass labels "
             "[B, K], a list for each sample, and hidden [B, H]."
         )
         raise ValueError(msg)
@@ -132,7 +132,7 @@ def top_k_labels(
     hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
     num_labels = kernel.shape[1]
     if not 1 <= k <= num_labels:
-        msg = f"{call}: k={k} with {num_labels} labels; write 1 <= k <= {num_labels}."
+        msg = f"{call}: k={k} with {num_labels} labels; k must be from 1 to {num_labels}."
         raise ValueError(msg)
     hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias))
 
@@ -287,7 +287,7 @@ def _check_layer(
     bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim != 2 or kernel.ndim != 2 or hidden.shape[1] != kernel.shape[0]:
         msg = (
-            f"{call}: hidden has shape {hidden.shape} and kernel {kernel.shape}; write hidden "
+            f"{call}: hidden has shape {hidden.shape} and kernel {kernel.shape}; pass hidden "
             "[B, H] and kernel [H, L]."
         )
         raise ValueError(msg)
@@ -296,18 +296,18 @@ def _check_layer(
         raise ValueError(msg)
     if bias is not None and bias.shape != kernel.shape[1:]:
         msg = (
-            f"{call}: bias has shape {bias.shape} and kernel {kernel.shape}; write bias "
+            f"{call}: bias has shape {bias.shape} and kernel {kernel.shape}; pass bias "
             f"[{kernel.shape[1]}], one number a label, or None."
         )
         raise ValueError(msg)
     dtypes = [x.dtype for x in (hidden, kernel, bias) if x is not None]
     if not jnp.issubdtype(hidden.dtype, jnp.floating) or len(set(dtypes)) > 1:
         msg = (
-            f"{call}: dtypes are {', '.join(d.name for d in dtypes)}; write one floating dtype "
+            f"{call}: dtypes are {', '.join(d.name for d in dtypes)}; pass one floating dtype "
             "for hidden, kernel and bias."
         )
         raise TypeError(msg)
     if chunk_size < 1:
-        msg = f"{call}: chunk_size={chunk_size}; write at least 1."
+        msg = f"{call}: chunk_size={chunk_size}; pass 1 or more."
         raise ValueError(msg)
     return hidden, kernel, bias

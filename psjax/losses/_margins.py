@@ -164,7 +164,7 @@ def pair(
     if jnp.shape(scores) != (*jnp.shape(weight), 2):
         msg = (
             f"pair(scores, weight): scores have shape {jnp.shape(scores)} and weight "
-            f"{jnp.shape(weight)}; write scores [..., 2] and weight [...]."
+            f"{jnp.shape(weight)}; pass scores [..., 2] and weight [...]."
         )
         raise ValueError(msg)
     return _weighted(weight, margin_fn, scores[..., 1] - scores[..., 0])
@@ -195,7 +195,7 @@ def block(
     if not fits or jnp.shape(pairs) != (shape[0], shape[2]):
         msg = (
             f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight "
-            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [l, slots, s], weight "
+            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; pass scores [l, slots, s], weight "
             "[l, slots], pairs [l, s] with l <= s."
         )
         raise ValueError(msg)
@@ -213,12 +213,12 @@ def _weighted(weight: Float[AnyArray, "..."], margin_fn: MarginFn, margins: Floa
 def _check(call: str, scores: Shaped[AnyArray, "..."], labels: Shaped[AnyArray, "..."]):
     scores, labels = jnp.asarray(scores), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        msg = f"{call}(scores, labels): labels are {labels.dtype}; write integers in [0, C)."
+        msg = f"{call}(scores, labels): labels are {labels.dtype}; pass integers in [0, C)."
         raise TypeError(msg)
     if scores.ndim != labels.ndim + 1 or scores.shape[:-1] != labels.shape:
         msg = (
             f"{call}(scores, labels): scores have shape {scores.shape} and labels {labels.shape}; "
-            "write scores [..., C] and labels [...]."
+            "pass scores [..., C] and labels [...]."
         )
         raise ValueError(msg)
     if scores.shape[-1] < 2:
@@ -252,7 +252,7 @@ def margin_function(name: str, bound: float | None = None) -> MarginFn:
     if name not in table:
         near = difflib.get_close_matches(str(name).lower(), table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"margin_function({name!r}): no such loss; write one of {sorted(table)}.{hint}"
+        msg = f"margin_function({name!r}): no such loss; pass one of {sorted(table)}.{hint}"
         raise ValueError(msg)
     if bound is None:
         return table[name]

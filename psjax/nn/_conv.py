@@ -58,13 +58,13 @@ def _check_conv(
 ):
     call = f"conv(x={jnp.shape(x)}, kernel={jnp.shape(kernel)}, pool={pool})"
     if implementation not in (None, "native", "patches"):
-        msg = f"{call}: implementation={implementation!r}; write 'native', 'patches' or None."
+        msg = f"{call}: implementation={implementation!r}; pass 'native', 'patches' or None."
         raise ValueError(msg)
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4 or x.shape[3] != kernel.shape[2]:
         msg = f"{call}: x is [batch, height, width, in] and kernel [height, width, in, out]."
         raise ValueError(msg)
     if pool < 1 or any((n - k + 1) // pool < 1 for n, k in zip(x.shape[1:3], kernel.shape[:2])):
-        msg = f"{call}: nothing is left of the image; write a smaller kernel or pooling window."
+        msg = f"{call}: nothing is left of the image; pass a smaller kernel or pooling window."
         raise ValueError(msg)
 
 

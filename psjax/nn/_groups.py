@@ -22,7 +22,7 @@ def split_groups(x: Shaped[AnyArray, "... features"], num_groups: int):
     if num_groups < 1 or features % num_groups:
         msg = (
             f"split_groups(x, num_groups={num_groups}): the last axis of x has {features} features,"
-            f" which {num_groups} groups cannot share evenly; write a multiple of {num_groups}."
+            f" which {num_groups} groups cannot share evenly; pass a multiple of {num_groups}."
         )
         raise ValueError(msg)
     return x.reshape(*x.shape[:-1], num_groups, features // num_groups)

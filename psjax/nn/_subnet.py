@@ -101,7 +101,7 @@ class SubnetNorm(nn.Module):
             if self.has_variable("moments", "mean"):
                 msg = (
                     f"SubnetNorm {'/'.join(self.path)}: called twice in one pass, but it has one "
-                    "mean and variance; write a SubnetNorm for each place."
+                    "mean and variance; make one SubnetNorm for each place."
                 )
                 raise ValueError(msg)
             mean, var = _moments(x)
@@ -140,7 +140,7 @@ class SubnetNorm(nn.Module):
             msg = (
                 f"SubnetNorm {'/'.join(self.path)}: prediction (train=False) needs statistics of "
                 f"the whole network, and 'batch_stats' has no {' and no '.join(missing)} here; "
-                "write variables = {'params': params, "
+                "pass variables = {'params': params, "
                 "'batch_stats': psjax.ist.calibrate(model, params, batches)}."
             )
             raise ValueError(msg)

@@ -219,8 +219,8 @@ def check_numbers(call: str, **numbers: Any):
         least = 0 if name == "moments" else 1
         real = name in ("bandwidth", "flops")
         if not (value > 0 if real else value >= least):
-            write = "a positive number" if real else f"{least} or more"
-            msg = f"{call}({name}={value}): write {write}."
+            needed = "a positive number" if real else f"{least} or more"
+            msg = f"{call}({name}={value}): pass {needed}."
             raise ValueError(msg)
 
 

@@ -45,7 +45,7 @@ def difference_cover(num_groups: SupportsIndex) -> tuple[int, ...]:
     except TypeError:
         modulus = 0
     if modulus < 1:
-        msg = f"difference_cover(num_groups={num_groups}): write a positive integer."
+        msg = f"difference_cover(num_groups={num_groups}): pass a positive integer."
         raise ValueError(msg)
     if modulus <= len(_TABLE):
         return _TABLE[modulus - 1]

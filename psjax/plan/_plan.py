@@ -226,7 +226,7 @@ class Plan:
           ValueError: fewer than one replica; labels outside `[0, C)`; as `batches_by_label`.
         """
         if replicas < 1:
-            msg = f"Plan.batches(replicas={replicas}): write 1 or more."
+            msg = f"Plan.batches(replicas={replicas}): pass 1 or more."
             raise ValueError(msg)
         rows = data.batches_by_label(labels, self.num_classes, batch_size, order, slots)
         index, step = self.shares[..., 0], self.shares[..., 1]
@@ -292,7 +292,7 @@ def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
     if block_size < 2 or (block_size % 2 and block_size < num_classes):
         msg = (
             f"blocks({num_classes}, {num_workers}, block_size={block_size}): a task holds two "
-            "equal groups; write an even number, 2 or more."
+            "equal groups; pass an even number, 2 or more."
         )
         raise ValueError(msg)
     half = block_size // 2 if block_size < num_classes else num_classes
@@ -324,7 +324,7 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
     num = min(num_workers, num_classes) if num_groups is None else num_groups
     if not 1 <= num <= num_classes:
         msg = (
-            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): write a number of "
+            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): pass a number of "
             f"groups from 1 to {num_classes}, the classes."
         )
         raise ValueError(msg)
@@ -443,8 +443,8 @@ def _describe(plan: Plan):
 
 def check_classes(call: str, num_classes: int, num_workers: int):
     if num_classes < 2:
-        msg = f"{call}(num_classes={num_classes}): one class has no pairs; write 2 or more."
+        msg = f"{call}(num_classes={num_classes}): one class has no pairs; pass 2 or more."
         raise ValueError(msg)
     if num_workers < 1:
-        msg = f"{call}(num_workers={num_workers}): write 1 worker or more."
+        msg = f"{call}(num_workers={num_workers}): pass 1 worker or more."
         raise ValueError(msg)

@@ -54,7 +54,7 @@ def score_exchange(
         if own.ndim != 2 or own.shape[1] != m:
             msg = (
                 f"score_exchange(scores_fn): got scores of shape {own.shape}; a worker has {m} of "
-                f"the {store.num_classes} classes: write [B, {m}]."
+                f"the {store.num_classes} classes: pass [B, {m}]."
             )
             raise ValueError(msg)
         everyone = jax.lax.all_gather(own, axis_name)  # [W, B, m]

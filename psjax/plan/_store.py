@@ -48,7 +48,7 @@ class Store:
         specs, paths, sizes = axis_sizes("Store", self.axes, self.like)
         object.__setattr__(self, "axes", jax.tree.structure(self.like).unflatten(specs))
         if self.axis not in sizes:
-            msg = f"Store(axis={self.axis!r}): no parameter has this axis; write one of {sizes}."
+            msg = f"Store(axis={self.axis!r}): no parameter has this axis; pass one of {sizes}."
             raise ValueError(msg)
         for path, spec in zip(paths, specs):
             parts = [part for part in Layout(spec, len(spec), sizes).pieces]
@@ -59,7 +59,7 @@ class Store:
                 )
                 raise ValueError(msg)
         if self.num_workers < 1:
-            msg = f"Store(num_workers={self.num_workers}): write 1 worker or more."
+            msg = f"Store(num_workers={self.num_workers}): pass 1 worker or more."
             raise ValueError(msg)
 
     @functools.cached_property

@@ -48,7 +48,7 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
     if size < 2:
         msg = (
             f"count(axis={axis!r}): the axis has size {size}, and an element is a pair of classes; "
-            "write a model of two classes or more."
+            "pass a model of two classes or more."
         )
         raise ValueError(msg)
     drop = lambda s: s if keep is None else s.drop(keep)
@@ -98,6 +98,6 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
 def _check_axis(call: str, axes: Axes, like: Params, axis: str):
     sizes = axis_sizes(call, axes, like)[2]
     if axis not in sizes:
-        msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."
+        msg = f"{call}(axis={axis!r}): no parameter has this axis; pass one of {sorted(sizes)}."
         raise ValueError(msg)
     return sizes[axis]

@@ -25,7 +25,7 @@ def rounds(num_classes: int) -> np.ndarray:
       ValueError: fewer than two classes have no pairs.
     """
     if num_classes < 2:
-        msg = f"rounds({num_classes}): one class has no pairs; write 2 or more."
+        msg = f"rounds({num_classes}): one class has no pairs; pass 2 or more."
         raise ValueError(msg)
     m = num_classes - 1 + num_classes % 2  # classes in the circle
     r, i = np.arange(m)[:, None], np.arange(1, (m + 1) // 2)

@@ -403,7 +403,7 @@ def test_nothing_to_calibrate_is_refused():
 
 @pytest.mark.parametrize("shape", [(), (0, 5, 7)])
 def test_no_batch_to_calibrate_with_is_refused(shape):
-    with pytest.raises(ValueError, match=r"got shape .*; write \[K, B, ...\], K >= 1"):
+    with pytest.raises(ValueError, match=r"got shape .*; pass \[K, B, ...\], K >= 1"):
         psjax.ist.calibrate(NETS["1 layer"], {}, jnp.ones(shape))
 
 

@@ -400,11 +400,11 @@ def test_a_slow_network_chooses_less_traffic_and_a_slow_processor_fewer_operatio
     ("wrong", "message"),
     [
         ({"num_workers": 0}, "num_workers=0"),
-        ({"batch_size": 0}, "batch_size=0.*write 1 or more"),
-        ({"bandwidth": 0}, "bandwidth=0.*write a positive number"),
-        ({"flops": -1.0}, "flops=-1.0.*write a positive number"),
-        ({"moments": -1}, "moments=-1.*write 0 or more"),
-        ({"local_steps": 0}, "local_steps=0.*write 1 or more"),
+        ({"batch_size": 0}, "batch_size=0.*pass 1 or more"),
+        ({"bandwidth": 0}, "bandwidth=0.*pass a positive number"),
+        ({"flops": -1.0}, "flops=-1.0.*pass a positive number"),
+        ({"moments": -1}, "moments=-1.*pass 0 or more"),
+        ({"local_steps": 0}, "local_steps=0.*pass 1 or more"),
         ({"slots": 9}, "slots=9.*100 samples of 10 classes need 10 slots"),
     ],
 )
