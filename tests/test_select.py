@@ -108,7 +108,7 @@ def test_parameters_that_are_none_have_no_leaf(call):
 
 @every_call
 def test_axes_that_lack_a_part_of_the_parameters_are_refused_by_name(call):
-    with pytest.raises(ValueError, match=r"has no entry for \['trunk'\]\['bias'\], .*None: every"):
+    with pytest.raises(ValueError, match=r"has no entry for \['trunk'\]\['bias'\], .*None: all el"):
         CALLS[call]({"head": P("class")}, LIKE)
     with pytest.raises(ValueError, match=r"the parameters have no \['head'\]\['scale'\]"):
         CALLS[call]({"trunk": None, "head": {**WHOLE["head"], "scale": P("class")}}, LIKE)

@@ -601,7 +601,7 @@ def test_where_all_entries_take_all_steps_a_count_an_entry_is_adam(x64):
         ({"h3": 8}, 2, False, r"no parameter has an axis 'h3'; the named ones are \['h1'"),
         ({"h1": 7}, 0, False, "num_subnets=0"),
         ({"h1": 7}, -1, False, "num_subnets=-1"),
-        ({}, 2, False, "pass the name and the size of an axis"),
+        ({}, 2, False, "pass the name and size of every axis"),
         ({"h1": 7}, 2, True, "axis 'h1' has size 7, which 2 \\* 2 must divide"),
         ({"h1": 6}, 3, True, "axis 'h1' has size 6, which 3 \\* 3 must divide"),
     ],

@@ -313,9 +313,7 @@ def test_bad_input_is_named():
     loss, top = losses.many_label_cross_entropy, losses.top_k_labels
     with pytest.raises(ValueError, match=r"hidden has shape \(7, 4\) and kernel \(5, 23\); pass"):
         loss(hidden[:, :4], kernel, bias, labels)
-    with pytest.raises(
-        ValueError, match=r"bias has shape \(22,\) and kernel \(5, 23\); pass bias"
-    ):
+    with pytest.raises(ValueError, match=r"bias has shape \(22,\) and kernel \(5, 23\); pass bias"):
         loss(hidden, kernel, bias[1:], labels)
     with pytest.raises(ValueError, match=r"labels have shape \(7,\) and hidden \(7, 5\); pass"):
         loss(hidden, kernel, bias, labels[:, 0])
