@@ -395,7 +395,7 @@ def test_pairs_are_all_pairs():
         (AXES, {"i": [[0], [1]], "j": [[0]]}, r"numbers of elements differ, {'i': 2, 'j': 1}"),
         (AXES, {"i": np.zeros((2, 2, 2), int)}, r"axis 'i' has indices of shape \(2, 2, 2\)"),
         (AXES, {"i": 3}, r"axis 'i' has indices of shape \(\)"),
-        (AXES, {"i": [[[0, 1]], [[0]]]}, r"axis 'i' has an element with indices of rank 2"),
+        (AXES, {"i": [[[0, 1]], [[0]]]}, r"axis 'i' has an element of rank 2"),
         (AXES, {"i": [[]]}, r"axis 'i' has no index"),
         (AXES, {"i": np.zeros((0, 2), int)}, r"axis 'i' has no index"),
         (AXES, {}, r"nothing is selected; psjax.replicas"),

@@ -567,7 +567,7 @@ def test_outside_interpolation_the_gradient_bias_does_not_vanish(x64):
 
 def test_no_selection_has_no_gradient_bias():
     params, _, _, batch = linear_network(1)
-    with pytest.raises(ValueError, match="no selection; give one for every draw"):
+    with pytest.raises(ValueError, match="there is no selection; pass one per draw"):
         psjax.ist.gradient_bias(squared_loss, squared_loss, params, [], batch)
 
 
