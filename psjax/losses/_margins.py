@@ -141,7 +141,7 @@ def one_vs_all_with_integer_labels(
 
 
 def one_score(score: Float[AnyArray, "*batch"], own: Bool[AnyArray, "*batch"]):
-    """The one-vs-all loss of one class j: `softplus` of minus the score for samples of j, else of it.
+    """One-vs-all loss of class j: `softplus(-score)` if the label is j, else `softplus(score)`.
 
     Args:
       score: `[...]`, the score $c_j$.

@@ -17,10 +17,10 @@ class WeightCounts(NamedTuple):
     """Numbers of weights.
 
     Attributes:
-      n: of the whole network.
-      score: behind one score, $n_j$.
-      element: behind one element $h_{kj}$, $n_{kj}$.
-      common: behind every score.
+      n: number of weights of the network.
+      score: number that one score depends on, $n_j$.
+      element: number that one element $h_{kj}$ depends on, $n_{kj}$.
+      common: number that every score depends on.
     """
 
     n: int
@@ -35,14 +35,14 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
     Args:
       axes: as in `psjax.select`.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them; nothing is computed.
-      axis: name of the class axis, of two classes at least.
-      keep: None, or a mask as in `Selection.drop`: count what remains, as figure 5 draws it. Where
-        classes keep different numbers, `score` and `element` are the largest. A weight that
-        remains counts, though it may lead to none that does.
+      axis: name of the class axis, which has two classes or more.
+      keep: None, or a mask as in `Selection.drop`: count the weights that remain, as in figure 5.
+        If classes keep different numbers, `score` and `element` are the largest. A weight that is
+        kept counts, even if all weights after it are dropped.
 
     Raises:
-      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has, or
-        of one class; from `Selection.drop`.
+      ValueError: as `psjax.select` and `Selection.drop`; no parameter has the axis, or it has only
+        one class.
     """
     size = _check_axis("count", axes, like, axis)
     if size < 2:
@@ -61,7 +61,7 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
 
 
 def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) -> Any:
-    """Which scores depend on each weight, as the figures 1, 3 and 5 of the paper draw it.
+    """Find which scores depend on each weight, as drawn in figures 1, 3 and 5 of the paper.
 
     Args:
       axes: as in `psjax.select`.
@@ -70,8 +70,8 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
       keep: None, or a mask as in `Selection.drop`.
 
     Returns:
-      A tree like `params`, int32: the class whose score alone sees the weight, -1 for a weight
-      that every score sees, -2 for one that is dropped.
+      A tree like `params`, int32: j for a weight that only score j depends on, -1 for a weight that
+      every score depends on, -2 for a dropped weight.
 
     Raises:
       ValueError: as `count`.
