@@ -264,7 +264,7 @@ def elements(num_classes: int, num_workers: int) -> Plan:
 
 
 def pairs(num_classes: int, num_workers: int) -> Plan:
-    """A plan with $h_{kj} + h_{jk}$ per task. No other merging needs as few weights as `elements`.
+    """A plan with $h_{kj} + h_{jk}$ per task: the only merging that needs no more weights.
 
     Arguments and errors are those of `elements`; there are C (C - 1) / 2 tasks.
     """

@@ -354,7 +354,7 @@ def test_a_row_of_subnets_says_where_the_exchange_would_refuse_it():
     assert "refuses hidden_1 (6), which 4^2 must divide" in note(net, 4)
     assert "refuses" not in note(net.clone(hidden=(16, 48)), 4)
     assert "no hidden axis of 17 neurons or more" in note(net, 17)
-    assert "no row, for a narrower model is not model.clone(hidden=...)" in note(Named(), 4)
+    assert "no row, because model.clone(hidden=...) is not a narrower model" in note(Named(), 4)
 
 
 class Named(nn.Module):
