@@ -86,9 +86,9 @@ def independent_subnets(
     r"""Independent subnet training between workers that own the weights in shards.
 
     Every hidden layer is split: a subnet has a share $1/n$ of its neurons. Each leaf is sharded
-    over the n workers along one split axis. At the beginning of a round, one all-to-all per leaf sends
-    every worker the parts of its subnet, and at the end another returns them. The share $1/n$ that
-    a worker owns itself is not sent. A round of $J$ steps sends
+    over the n workers along one split axis. At the beginning of a round, one all-to-all per leaf
+    sends every worker the parts of its subnet, and at the end another returns them. The share $1/n$
+    that a worker owns itself is not sent. A round of $J$ steps sends
 
     $$2 (1 - 1/n) (1 + m) \Big[N_0 N_1 + N_{t-1} N_t + \frac1n \sum_{i=2}^{t-1} N_{i-1} N_i + V\Big]
     + 2 (n - 1) (1 + m) S$$

@@ -405,7 +405,7 @@ def test_bad_input_is_named():
         ValueError, match=r"batches\(batch_size=231\): pass an integer from 1 to 230"
     ):
         data.batches(LABELS, 231)
-    with pytest.raises(ValueError, match="slots=2.*nothing may be dropped"):
+    with pytest.raises(ValueError, match="slots=2.*so that nothing is dropped"):
         data.batches_by_label(LABELS, 7, 50, slots=2)
     with pytest.raises(ValueError, match="tiles=2"):
         data.tiles_by_label(LABELS, 7, 50, 4, tiles=2)
