@@ -69,7 +69,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
     if not isinstance(local, LocalUpdate):
         msg = (
             f"exchange(update={update!r}): pass psjax.local_update(loss_fn, optimizer) or jax.jit "
-            "of it, whose optimizer says how its state travels."
+            "of it; its optimizer determines how the state is exchanged."
         )
         raise TypeError(msg)
 
