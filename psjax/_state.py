@@ -197,8 +197,8 @@ def _refusal(call: str, path: str, shape: tuple[int, ...], over: Sequence[str]):
     return (
         f"{call}(optimizer=...): the optimizer's state {path}, of shape {shape}, is reduced over "
         f"{', '.join(over[:3])}{' ...' if len(over) > 3 else ''}. An element sees only a part of "
-        "that, so that its state cannot be put back. Pass an optimizer with a state per entry, such "
-        "as optax.adam, optax.sgd or optax.adafactor(factored=False), or choose one for such "
+        "that, so that its state cannot be put back. Pass an optimizer with a state per entry, "
+        "such as optax.adam, optax.sgd or optax.adafactor(factored=False), or choose one for such "
         "parameters by optax.partition."
     )
 
@@ -264,8 +264,8 @@ def _origins(call: str, optimizer: optax.GradientTransformation, like: Params):
     if any(ranks(state) != ranks(none) for state in (every, *one)):
         msg = (
             f"{call}(optimizer=...): the optimizer's state depends on the sizes of the parameters; "
-            "psjax cannot tell how to divide it. Pass an option that does not depend on sizes, such "
-            "as optax.adafactor(factored=False)."
+            "psjax cannot tell how to divide it. Pass an option that does not depend on sizes, "
+            "such as optax.adafactor(factored=False)."
         )
         raise ValueError(msg)
 
