@@ -1,4 +1,4 @@
-"""Whether elements add up to the loss that they are meant to be."""
+"""`check_elements`: whether the elements add up to the whole loss."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -36,37 +36,37 @@ def check_elements(
 ) -> None:
     r"""Raise unless the elements add up to the whole loss, in value and gradient.
 
-    Compares $\sum_e \hat f_e(U_e w)$ and its gradient, from `psjax.value_and_grad`, with
-    `whole_loss` and its own gradient, at random parameters near the given ones. Call it once before
-    training, on the host, with a small batch: elements that sum to another loss train that other
-    loss without an error.
+    Elements that add up to another loss would train that loss, and no error would be raised.
+    Therefore call this once before training, on the host, with a small batch. It compares
+    $\sum_e \hat f_e(U_e w)$ and its gradient, from `psjax.value_and_grad`, with `whole_loss` and
+    its gradient, at random parameters near the given ones.
 
-    The message lists the leaves that differ and by how much, and a cause where one fits: samples
-    chosen by the wrong index, a constant factor (a forgotten 1/L), a constant term, a loss that
-    couples the samples of a batch (a batch normalisation), or one that couples more rows than any
-    element holds (a norm or a softmax over the scores), with the line of the program that does so.
+    The message lists the leaves that differ, by how much, and a cause if one fits: samples chosen
+    by the wrong index; a constant factor, such as a forgotten 1/L; a constant term; a loss that
+    couples the samples of a batch, such as a batch normalisation; or a loss that couples more rows
+    than any element has, such as a softmax over the scores, with the line of the program.
 
     Args:
       element_fn: as in `psjax.value_and_grad`.
       whole_loss: `whole_loss(params, *whole_args)` returns the scalar that the elements should sum
         to.
       params: parameters of the whole network.
-      selection: the elements. What its masks drop is zero in both losses.
+      selection: the elements. Weights that its masks drop are zero in both losses.
       *args: further arguments of `element_fn`, such as a batch sorted by label.
       in_axes: as in `psjax.value_and_grad`: how `args` are mapped.
       whole_args: further arguments of `whole_loss`, such as the same samples as a flat batch. None:
-        those of `element_fn`.
+        `args`.
       chunk_size: as in `psjax.value_and_grad`.
-      noise: standard deviation of what is added to every parameter, relative to the root mean
-        square of its leaf (absolute where that is zero). 0 compares at the given parameters.
-      seed: of the noise.
-      tolerance: largest difference allowed: of the value relative to the value, of a leaf relative
-        to its largest entry, or to 1/100 of the largest of all leaves. None: the square root of
-        the machine epsilon, 3e-4 for float32; with data in half precision, which is widened to
-        float32 first, the epsilon of that, 8e-3 for bfloat16.
+      noise: standard deviation of the noise added to every parameter, relative to the root mean
+        square of its leaf (absolute if that is zero). 0 compares at the given parameters.
+      seed: seed of the noise.
+      tolerance: largest difference allowed. For the value, it is relative to the value; for a leaf,
+        to its largest entry, or to 1/100 of the largest entry of all leaves. None: the square root
+        of the machine epsilon, 3e-4 for float32. Data in half precision is widened to float32
+        first; the default is then the epsilon of half precision, 8e-3 for bfloat16.
 
     Raises:
-      ValueError: the value or a leaf of the gradient differs, or is not finite.
+      ValueError: the value or a leaf of the gradient differs or is not finite.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -107,7 +107,7 @@ def check_elements(
 
 
 def _tolerance(tree: PyTree):
-    """The square root of the epsilon computed with, or the epsilon that the data are known to."""
+    """The square root of the epsilon of the computation, or the epsilon of the data."""
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(tree)} | {jnp.result_type(float)}
     floats = [jnp.finfo(x) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
     eps, single = (float(x) for x in (max(f.eps for f in floats), jnp.finfo(jnp.float32).eps))
@@ -115,7 +115,7 @@ def _tolerance(tree: PyTree):
 
 
 def _single(x: ArrayLike):
-    """In single precision at least: what half precision rounds away is another question."""
+    """Widen to single precision at least: rounding in half precision is not tested here."""
     dtype = jnp.result_type(x)
     wide = jnp.issubdtype(dtype, jnp.floating)
     return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32)) if wide else x
@@ -169,7 +169,7 @@ class _Comparison:
         return abs(self.value - whole) <= self.tolerance * max(abs(self.value), abs(whole))
 
     def close_grads(self, factor: float):
-        """Which leaves agree. What is below 1/100 of the largest entry of all is held to that."""
+        """Which leaves agree. Small leaves are compared with 1/100 of the largest entry of all."""
         pairs = [(a, factor * b) for a, b in zip(self.grads, self.whole_grads)]
         sizes = [max(_largest(a), _largest(b)) for a, b in pairs]
         least = max(sizes, default=0) / 100
@@ -224,7 +224,7 @@ def _causes(
     seed: int,
     agrees: Callable[[Selection], bool],
 ) -> Iterator[str]:
-    """Causes that fit, the surest first; each is looked for only if those before do not fit."""
+    """Causes that fit, the surest first; each is tried only if the earlier ones do not fit."""
     if not found.finite:
         yield "Some numbers are NaN or Inf: pass other parameters or samples, or a smaller noise."
     for name, other, place, selected in _other_samples(selection, params):
@@ -246,7 +246,7 @@ def _causes(
     size = _couples_samples(whole_loss, selection.masked(params), own, found.tolerance, seed)
     if size:
         yield (
-            f"whole_loss is no sum over samples: what one sample adds depends on the others "
+            f"whole_loss is not a sum over samples: what one sample adds depends on the others "
             f"(by {size:.2g} of the loss), as with a batch normalisation. An element sees other "
             "samples than the whole batch. Normalise each sample by itself, or with fixed "
             "statistics."
@@ -254,7 +254,7 @@ def _causes(
     for name, rows, size in _coupled_rows(whole, params, selection, seed):
         if size > found.tolerance:
             yield (
-                f"whole_loss is no sum of functions of what single elements see: rows {rows} of "
+                f"whole_loss is not a sum of functions of what single elements see: rows {rows} of "
                 f"axis {name!r} act together (by {size:.2g} of the loss), and no element holds all "
                 f"of them. {_step(whole, params, selection, name)}Leave the reduction out, or "
                 "choose a loss that is a sum over the elements."
@@ -263,7 +263,7 @@ def _causes(
 
 
 def _step(whole: Callable[[Params], Any], params: Params, selection: Selection, name: str):
-    """Which step of the program lets the rows of an axis act together, where that is found."""
+    """The step of the program that lets the rows of an axis act together, if it is found."""
     leaves, treedef = jax.tree.flatten(params)
     fn = lambda leaves: whole(treedef.unflatten(leaves))
     told = coupled_axes(fn, leaves, selection.specs, selection.sizes, [name])[name].coupled
@@ -281,7 +281,7 @@ def _of_factor(found: _Comparison, factor: float, args: tuple[Any, ...], own: tu
     if found.close_value(factor):
         text = f"Value and gradient of the elements are {what}. "
     else:
-        text = f"The gradient of the elements is {what}, the value is not. "
+        text = f"The gradient of the elements is {what}, but the value is not. "
     for label, tree in (("whole_args", own), ("args", args)):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             shape = jnp.shape(x)
@@ -353,7 +353,7 @@ def _couples_samples(
     tolerance: float,
     seed: int,
 ):
-    """How much the halves of a batch act together, relative to the loss; 0 below the tolerance."""
+    """How much the halves of a batch interact, relative to the loss; 0 below the tolerance."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(own)
     arrays = [
@@ -383,7 +383,7 @@ def _couples_samples(
 def _coupled_rows(
     whole: Callable[[Params], Any], params: Params, selection: Selection, seed: int
 ) -> Iterator[tuple[str, list[int], float]]:
-    """How much rows of an axis act together of which no element holds all."""
+    """How much rows of an axis interact if no element has all of them."""
     rng = np.random.default_rng(seed)
     leaves, treedef = jax.tree.flatten(params)
     for name, index in sorted(selection.indices.items()):
@@ -424,7 +424,7 @@ def _along(spec: P, name: str, factors: Num[np.ndarray, " size"], move: Array | 
 
 
 def _not_held_together(holds: Bool[np.ndarray, "E size"], rng: np.random.Generator):
-    """Up to three smallest sets of rows, 4 at most, that no element holds all of."""
+    """Up to three smallest sets of 4 rows or fewer, such that no element has a whole set."""
     size = holds.shape[1]
     for number in range(2, min(4, size) + 1):
         draws = [np.sort(rng.permutation(size)[:number]) for _ in range(50)]

@@ -1,4 +1,4 @@
-"""How many elements to evaluate at once, from what one of them computes and holds."""
+"""How many elements to evaluate at once, from the work and the memory of one."""
 
 import math
 import os
@@ -9,23 +9,23 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from psjax._programs import programs_in
 
-# Operations of a step of a loop on a CPU. With fewer, starting the step takes longer than the work.
-# The products of runs share an operand and grow with the number of elements; others do not, and
-# many small products together are slower than one after the other.
+# Least operations in one step of a loop on a CPU: with fewer, starting the step takes longer than
+# its work. The second number is for runs: their products share an operand and merge into larger
+# ones. Without runs, many small products at once are slower than one after the other.
 _FLOPS, _FLOPS_OF_RUNS = 2**21, 2**27
 
 
 def chunk_sizes(program: ClosedJaxpr, num_elements: int, run_length: int) -> tuple[int, int]:
-    """Elements evaluated at once on a CPU, and elsewhere, where the user has not said.
+    """Default numbers of elements evaluated at once: on a CPU, and elsewhere.
 
-    On a CPU, as many runs as it takes to make a step of the loop worth starting: products of large
-    elements are no faster together. Elsewhere all. In both cases no more than fit into a part of
-    the memory, by the sizes of the intermediate arrays of one element.
+    On a CPU, just as many runs as make a step of the loop worth its start: large elements are no
+    faster together. Elsewhere, all elements. In both cases no more than fit into a part of the
+    memory, estimated by the intermediate arrays of one element.
 
     Args:
-      program: `jax.make_jaxpr` of the element function, of what one element sees.
+      program: the element function as a jaxpr, on what one element sees.
       num_elements: E.
-      run_length: elements that share what they see of some axes.
+      run_length: number of consecutive elements that share rows.
     """
     flops, temporaries = work(program.jaxpr)
     fits = lambda memory: max(1, min(num_elements, int(memory // max(1, 2 * temporaries))))
@@ -35,7 +35,7 @@ def chunk_sizes(program: ClosedJaxpr, num_elements: int, run_length: int) -> tup
 
 
 def work(jaxpr: Jaxpr) -> tuple[int, int]:
-    """Operations of the products of a program, and bytes of all arrays that it makes."""
+    """Operations of all products in a program, and bytes of all arrays that it makes."""
     flops = temporaries = 0
     for eqn in jaxpr.eqns:
         inner = [work(j) for j in programs_in(eqn)]
@@ -77,6 +77,6 @@ def _host_memory():
 
 
 def _device_memory():
-    """Of the default device, 16 GiB where it does not say or is a CPU."""
+    """Memory of the default device in bytes; 16 GiB if it is a CPU or does not say."""
     stats = None if jax.default_backend() == "cpu" else jax.devices()[0].memory_stats()
     return (stats or {}).get("bytes_limit", 2**34)

@@ -1,4 +1,4 @@
-"""The same gradient function over many devices: split the elements, map, psum."""
+"""A gradient function over many devices: split the elements, map, psum."""
 
 import functools
 import math
@@ -27,24 +27,26 @@ def shard(
     """Spread a gradient function's elements over a mesh, by `jax.shard_map`.
 
     `shard(fn, mesh)(params, selection, *args)` equals `fn(params, selection, *args)`: the elements
-    are split evenly, every device sums its own, one psum adds. Call it inside your `jax.jit`.
+    are split evenly, every device sums over its part, and one psum adds the parts. Call it inside
+    your `jax.jit`.
 
-    Parameters and arguments may be laid out over the mesh in any way; every device gets them whole,
-    and the result is whole on every device. The types of the mesh's axes, Auto or Explicit, do not
-    matter, nor whether it is also the mesh of `jax.set_mesh`.
+    Parameters and arguments may be laid out over the mesh in any way. Every device gets them whole,
+    and every device has the whole result. The axes of the mesh may be Auto or Explicit, and
+    `jax.set_mesh` may be used or not.
 
     Args:
       fn: `(params, selection, *args) -> tree of this device's sums`, such as
         `psjax.value_and_grad(element_fn)` or `psjax.partially_separable(element_fn)`.
       mesh: a `jax.sharding.Mesh`.
-      in_axes: those of `fn`, where an argument is mapped with 0; its rows go with their elements.
-      axis_name: the axis of the mesh, or a tuple of axes, over which the elements are spread;
-        devices along the other axes compute the same. None: the only axis.
+      in_axes: the `in_axes` of `fn`. Pass them if an argument is mapped with 0: its rows are then
+        split like the elements.
+      axis_name: the axis of the mesh over which the elements are spread, or a tuple of axes.
+        Devices along the other axes compute the same. None: the only axis.
 
     Raises:
-      ValueError: an axis that the mesh does not have, None for a mesh of several; at the call, an
-        argument with `in_axes=0` whose rows are not the elements, or another mesh in
-        `jax.set_mesh`.
+      ValueError: the mesh does not have the axis, or has several and `axis_name` is None. At the
+        call: an argument with `in_axes=0` does not have one row per element, or `jax.set_mesh` set
+        another mesh.
     """
     axes = _axes_of(mesh, axis_name)
     n = math.prod(mesh.shape[axis] for axis in axes)
@@ -83,7 +85,7 @@ def _axes_of(mesh: jax.sharding.Mesh, axis_name: AxisName | None):
 
 
 def _mesh_of_call(mesh: jax.sharding.Mesh, operands: PyTree):
-    """The mesh for `jax.shard_map`: the context's, or the user's; Explicit if an operand is."""
+    """The mesh for `jax.shard_map`: of the context, or the user's; Explicit if an operand is."""
     context = jax.sharding.get_abstract_mesh()
     if context.empty:
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
@@ -101,7 +103,7 @@ def _mesh_of_call(mesh: jax.sharding.Mesh, operands: PyTree):
 def _laid_out(
     tree: PyTree, axes: tuple[Hashable, ...], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ):
-    """Rows over some axes: where these are Explicit, `jax.shard_map` leaves it to its caller."""
+    """Lay rows out over some axes; `jax.shard_map` does it by itself for Auto axes only."""
     types = dict(zip(mesh.axis_names, mesh.axis_types))
     if AxisType.Explicit not in types.values():
         return tree
@@ -111,7 +113,7 @@ def _laid_out(
 
 
 def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
-    """Spread a gradient function's elements over devices by `jax.pmap`, which compiles by itself.
+    """Spread a gradient function's elements over devices, by `jax.pmap`.
 
     Args:
       fn: as in `shard`.
@@ -119,8 +121,8 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
       in_axes: as in `shard`.
 
     Returns:
-      A function like `fn`, to be called outside `jit`; in a training loop put the whole step into
-      your own `jax.pmap`, as the README shows.
+      A function like `fn`. Call it outside `jax.jit`, because `jax.pmap` compiles by itself. In a
+      training loop, put the whole step into your own `jax.pmap` instead.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     compiled = {}
@@ -144,7 +146,7 @@ def pmap(fn: Callable[..., Any], devices: Any = None, in_axes: Any = None):
 
 
 def _mapped(call: str, in_axes: InAxes, args: PyTree):
-    """Which arguments go row by row with the elements."""
+    """Which arguments have one row per element."""
     return [
         axes is not None and not isinstance(axes, P) for axes in each_in_axes(call, in_axes, args)
     ]

@@ -1,4 +1,4 @@
-"""A loop over the elements of a selection, some at a time, and what they see of the arguments."""
+"""A loop over chunks of elements, and how elements see further arguments."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,17 +21,18 @@ ELEMENT = "element of the selection"  # the axis of arguments mapped with in_axe
 def over_chunks(selection: Selection, chunk_size: Any, body: Callable, init: Any, *operands: Any):
     """`jax.lax.scan` of `body(carry, part, *operands) -> carry, out` over parts of a selection.
 
-    A part is a selection of `chunk_size` elements at most, `[chunk]`, or of one, `[]`; where the
-    elements come in runs, it is of whole runs or of a part of one. `out` comes back `[E, ...]`. One
-    part, no scan. Masks stay outside: `Selection.masked` before and after.
+    A part is a selection of `chunk_size` elements or fewer, `[chunk]`, or of one element, `[]`. If
+    elements come in runs, a part consists of whole runs, or is a piece of one. `out` is returned as
+    `[E, ...]`. A single part is evaluated without a scan. Parts have no masks: apply
+    `Selection.masked` before and after.
 
     Args:
       selection: of `[E]`.
-      chunk_size: a number of elements; or two, on a CPU and elsewhere, of which the platform that a
-        program is lowered for takes its own; None: 1 and E.
+      chunk_size: a number of elements; or two, for CPUs and for other platforms: the platform that
+        the program is lowered for decides. None: 1 and E.
       body: as in `jax.lax.scan`.
       init: the carry before the first part.
-      *operands: what every part gets.
+      *operands: passed whole to every part.
     """
     chunk_size = (1, selection.num_elements) if chunk_size is None else chunk_size
     on_cpu, elsewhere = chunk_size if isinstance(chunk_size, tuple) else (chunk_size,) * 2
@@ -48,8 +49,8 @@ def _over_chunks(
 ):
     step = lambda carry, part: body(carry, part, *operands)
     E, r = selection.num_elements, selection.run_length
-    # As few chunks as the size allows, then as even as they can be: less padding. Padding repeats
-    # an element: one of zeros could make NaN, which gets past a mask in second derivatives.
+    # As few chunks as the size allows, and as even as possible, for less padding. Padding repeats
+    # an element: an element of zeros could give NaN, which second derivatives carry past a mask.
     if chunk_size >= r:
         runs, per_chunk = E // r, chunk_size // r
         num = -(-runs // per_chunk)
@@ -63,7 +64,7 @@ def _over_chunks(
         parts = selection.cut_runs(cuts, size)
         of_runs = lambda y: y.reshape(E // r, cuts * size, *y.shape[1:])[:, :r]
         trim = lambda y: of_runs(y).reshape(E, *y.shape[1:])
-    if num > 1 or size == 1:  # a chunk's gather of all rows would cost as much as that of all
+    if num > 1 or size == 1:  # else every chunk would gather all rows of the leaf
         parts = dataclasses.replace(parts, disjoint=())
     if size == 1:
         parts = dataclasses.replace(parts, run_length=1, run_axes=())
@@ -102,7 +103,7 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
         hint = f" (nearest: {near!r})" if near else ""
         msg = (
             f"{call}: the selection has indices of {unused}, which neither a parameter nor "
-            f"in_axes={in_axes} names; every element would see the whole. Name it in "
+            f"in_axes={in_axes} names; every element would see everything. Name it in "
             f"in_axes=P({unused[0]!r}), or, if a dimension of the parameters was meant, name that "
             f"dimension in axes{hint}."
         )
@@ -112,7 +113,7 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
 
 
 def each_in_axes(call: str, in_axes: InAxes, args: tuple[Any, ...]):
-    """`in_axes` as a tuple, one of None, 0 or a `PartitionSpec` for each argument."""
+    """`in_axes` as a tuple with one entry per argument: None, 0 or a `PartitionSpec`."""
     if not isinstance(in_axes, tuple) or isinstance(in_axes, P):
         in_axes = (in_axes,) * len(args)
     if len(in_axes) != len(args):
@@ -121,7 +122,7 @@ def each_in_axes(call: str, in_axes: InAxes, args: tuple[Any, ...]):
     for i, axes in enumerate(in_axes):
         if not (axes is None or isinstance(axes, P) or (type(axes) is int and axes == 0)):
             msg = (
-                f"{call}: in_axes[{i}] is {axes!r}; write None, 0 or a PartitionSpec of axis names "
+                f"{call}: in_axes[{i}] is {axes!r}; pass None, 0 or a PartitionSpec of axis names "
                 "of the selection."
             )
             raise ValueError(msg)
@@ -131,7 +132,7 @@ def each_in_axes(call: str, in_axes: InAxes, args: tuple[Any, ...]):
 def _check_argument(call: str, seen: Selection, spec: P, where: str, shape: tuple[int, ...]):
     for name in names(spec):
         if name not in seen.indices:
-            msg = f"{call}: in_axes names {name!r}, of which the selection has no index."
+            msg = f"{call}: in_axes names {name!r}, but the selection has no indices of it."
             raise ValueError(msg)
     for d, entry in enumerate(spec):
         if entry is None:
@@ -147,5 +148,5 @@ def _check_argument(call: str, seen: Selection, spec: P, where: str, shape: tupl
 
 def check_chunk_size(call: str, chunk_size: int | None):
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        msg = f"{call}(chunk_size={chunk_size}): write a positive integer, or None."
+        msg = f"{call}(chunk_size={chunk_size}): pass a positive integer, or None."
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Who holds an entry of the parameters: sums over the holders, and how many there are."""
+"""The holders of an entry, that is the elements that have it: sums over them, and their number."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,16 @@ from psjax._types import AnyArray, AxisName, Rows, Sizes, Struct
 
 
 class Holders(NamedTuple):
-    """The elements that count, and who of them holds each row of the axes that are divided.
+    """Some elements, and which of them holds each row of the divided axes.
 
     Attributes:
       indices: as of a `Selection`.
       valid: `bool[E]`, or `bool[]` of one element.
       sizes: of the named axes.
-      disjoint: names of axes no row of which two elements hold.
-      distinct: names of axes no row of which an element holds twice.
-      owners: of each of `disjoint` the element that holds a row, -1 for none: `int32[size]`.
-      places: the row's place in that element.
+      disjoint: the axes of which no two elements share a row.
+      distinct: the axes of which no element has a row twice.
+      owners: per axis of `disjoint`, the element that holds each row, or -1: `int32[size]`.
+      places: the place of the row in that element.
     """
 
     indices: Rows
@@ -34,16 +34,16 @@ class Holders(NamedTuple):
     places: dict[str, Int32[Array, "..."]]
 
     def add(self, total: Array, y: Array, spec: P):
-        """Add what the elements hold of a leaf, `y [E, ...]`, to `total [...]`."""
+        """Add the elements' entries of a leaf, `y [E, ...]`, to `total [...]`."""
         if self.valid.ndim and self.alone(spec):
             held = merge_leaf(y, spec, self.indices, self.owners, self.places, self.sizes)
             return total + held.astype(total.dtype)
         return scatter_leaf(total, y, spec, self.indices, self.valid, self.sizes, self.distinct)
 
     def number(self, x: Struct, spec: P):
-        """How many hold each entry of a leaf, int32, of size 1 where it is the same along an axis.
+        """The number of holders of each entry of a leaf, int32.
 
-        The axes of a leaf that are not selected have size 1.
+        An axis of the leaf that is not selected has size 1 in the result.
         """
         if self.alone(spec):
             return held_entries(x.shape, spec, self.owners, self.sizes).astype(jnp.int32)
@@ -56,7 +56,7 @@ class Holders(NamedTuple):
         return scatter_leaf(zeros, ones, spec, self.indices, self.valid, self.sizes, self.distinct)
 
     def alone(self, spec: P) -> bool:
-        """Whether no entry of such a leaf can have two holders."""
+        """Whether no entry of a leaf with these axes can have two holders."""
         if not self.disjoint:
             return False
         parts = [[]]

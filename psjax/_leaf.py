@@ -1,9 +1,9 @@
 """Gather and scatter of one leaf, by one advanced index.
 
-`indices` maps axis names to int arrays `[*lead, m]`, which keep the axis, or `[*lead]`, which take
-one row and drop it; `lead` is 0 or 1 axes of elements. `sizes` maps axis names to their sizes. A
-leaf whose dimensions are products or concatenations of axes (`_notation`) is cut into pieces that
-have neither, and joined again.
+`indices` maps axis names to int arrays: `[*lead, m]` keeps the axis, `[*lead]` takes one row and
+drops the axis. `lead` is the number of leading dimensions for elements, 0 or 1. `sizes` maps axis
+names to their sizes. A leaf with dimensions that are products or concatenations of axes
+(`_notation`) is cut into pieces without either, and joined again.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def selected(spec: P, indices: Rows) -> bool:
 
 
 def gather_leaf(x: Array, spec: P, indices: Indices, lead: int, sizes: Sizes):
-    """`[...] -> [*lead, ...]`; a leaf without indexed axes comes back as it is, without `lead`."""
+    """`[...] -> [*lead, ...]`; a leaf without indexed axes is returned as it is, without `lead`."""
     if is_plain(spec) or not selected(spec, indices):
         return _gather(x, spec, indices, lead)
     layout = Layout(spec, x.ndim, sizes)
@@ -46,9 +46,9 @@ def scatter_leaf(
     sizes: Sizes,
     distinct: Sequence[str] = (),
 ):
-    """Add `y [*lead, ...]` where `valid [*lead]`; the transpose of `gather_leaf`.
+    """Add `y [*lead, ...]` where `valid [*lead]`: the transpose of `gather_leaf`.
 
-    `distinct` names axes of which no element holds a row twice; the result does not depend on it.
+    `distinct` names axes of which no element has a row twice. It changes the speed, not the result.
     """
     if is_plain(spec) or not selected(spec, indices):
         return _scatter(total, y, spec, indices, valid, distinct)
@@ -58,11 +58,11 @@ def scatter_leaf(
 
 
 def merge_leaf(y: Array, spec: P, indices: Rows, owners: Rows, places: Rows, sizes: Sizes):
-    """`[E, ...] -> [...]` where no entry has two holders, 0 where it has none.
+    """`[E, ...] -> [...]` where no entry has two holders; 0 where it has none.
 
-    The same as `scatter_leaf` into zeros on a partition, by gathers from the inverse permutation:
-    scattering columns takes 10 times as long. `owners` and `places` map each axis to the element
-    that holds a row, -1 for none, and the row's place there.
+    On a partition, this equals `scatter_leaf` into zeros, but gathers by the inverse permutation,
+    because scattering columns takes 10 times as long. `owners` maps each axis to the element that
+    holds a row, or -1; `places` maps it to the place of the row in that element.
     """
     if is_plain(spec):
         return _merge(y, spec, owners, places)
@@ -72,7 +72,7 @@ def merge_leaf(y: Array, spec: P, indices: Rows, owners: Rows, places: Rows, siz
 
 
 def held_entries(shape: tuple[int, ...], spec: P, owners: Rows, sizes: Sizes):
-    """Which entries of a leaf one element holds: its rows on every axis have the same owner."""
+    """Whether one element holds an entry: its rows on all axes have the same owner."""
     if is_plain(spec):
         return _held(len(shape), spec, owners)
     layout = Layout(spec, len(shape), sizes)
@@ -85,7 +85,7 @@ def held_entries(shape: tuple[int, ...], spec: P, owners: Rows, sizes: Sizes):
 
 
 def _layout(spec: P, indices: Rows, lead: int):
-    """Dimensions that are indexed, their indices as an open mesh, where the kept ones return."""
+    """Indexed dimensions, their indices as an open mesh, and where dimensions that stay belong."""
     dims = [d for d, name in enumerate(spec or ()) if name in indices]
     kept = [d for d in dims if indices[spec[d]].ndim > lead]
     mesh = []
@@ -93,7 +93,7 @@ def _layout(spec: P, indices: Rows, lead: int):
         index = indices[spec[d]]
         shape = [index.shape[lead] if k == d else 1 for k in kept]
         mesh.append(index.reshape((*index.shape[:lead], *shape)))
-    # After the advanced index: [*lead, *kept, *rest]. Where do the kept axes stand originally?
+    # After the advanced index: [*lead, *kept, *rest]. Find where the kept axes were originally.
     dropped = [d for d in dims if d not in kept]
     home = [lead + d - sum(x < d for x in dropped) for d in kept]
     return dims, tuple(mesh), home
@@ -107,7 +107,7 @@ def _gather(x: Array, spec: P, indices: Rows, lead: int):
     if len(dims) == 1:
         fill = None if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 0
         y = y.at[mesh].get(mode="fill" if fill == 0 else "clip", fill_value=fill)
-    else:  # one mask an axis: filling by a mask of all axes at once takes 5 times as long
+    else:  # one mask per axis: one mask for all axes together takes 5 times as long
         y = y.at[mesh].get(mode="clip")
         for index, size in zip(mesh, (x.shape[d] for d in dims)):
             real = (index < size).reshape((*index.shape, *[1] * (y.ndim - index.ndim)))
@@ -145,11 +145,10 @@ def _is_dense(
     indices: Rows,
     distinct: Sequence[str],
 ):
-    """Whether few elements hold large parts of a leaf: then gathers are faster than a scatter.
-
-    On one core, [2048, 2048] in float32, 4 elements of half the rows: 2 ms by gathers, 19 by
-    scatter; of half the rows and columns 9 and 34; of a quarter of the rows 1.2 and 2.3.
-    """
+    """Whether few elements hold large parts of a leaf: then gathers are faster than a scatter."""
+    # On one core, for a leaf [2048, 2048] in float32 and 4 elements: 2 ms by gathers and 19 ms by
+    # a scatter if each has half the rows; 9 and 34 ms if half the rows and half the columns; 1.2
+    # and 2.3 ms if a quarter of the rows.
     E = len(indices[spec[dims[0]]])
     share = 1.0
     for d in dims:
@@ -159,7 +158,7 @@ def _is_dense(
 
 
 def _spread(y: Array, spec: P, indices: Rows, shape: tuple[int, ...]):
-    """What one element holds at its places in the whole leaf, 0 elsewhere: by gathers."""
+    """The whole leaf with the entries of one element and 0 elsewhere, by gathers."""
     held = jnp.ones((), bool)
     for d in (d for d, name in enumerate(spec) if name in indices):
         index, size = indices[spec[d]], shape[d]

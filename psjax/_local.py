@@ -1,8 +1,8 @@
-r"""Local training: gather, J optimizer steps on one's own batches, scatter the mean.
+r"""Local training: gather, J optimizer steps per element, scatter the mean.
 
-Disjoint index sets make it independent subnet training: Algorithms 1 and 2 of B. Yuan,
+With disjoint index sets this is independent subnet training: Algorithms 1 and 2 of B. Yuan,
 A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent Subnet
-Training*, arXiv:1910.02120. Replicas make it local SGD.
+Training*, arXiv:1910.02120. With replicas it is local SGD.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ class LocalMetrics(NamedTuple):
     """What a round reports.
 
     Attributes:
-      loss: `[E, J]`, loss of every local step; that of an element which is not valid means nothing.
+      loss: `[E, J]`, the loss of every local step; meaningless for elements that are not valid.
       finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
-        and state were left out: the entries it held are as before the round.
-      aux: with `has_aux`, what `loss_fn` returns besides, leaves `[E, J, ...]`; else None.
+        and state are left out of the mean: entries that no other element holds are unchanged.
+      aux: with `has_aux`, the `aux` that `loss_fn` returned, leaves `[E, J, ...]`; else None.
     """
 
     loss: jax.Array
@@ -48,7 +48,7 @@ class LocalMetrics(NamedTuple):
 
 
 class LocalUpdate:
-    """A round, as `local_update` returns it: `(params, opt_state, selection, batches) -> ...`.
+    """The function that `local_update` returns: `(params, opt_state, selection, batches) -> ...`.
 
     Attributes:
       optimizer: the optimizer that was given.
@@ -74,65 +74,65 @@ def local_update(
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> LocalUpdate:
-    r"""One round: every element trains what it sees for J steps; the weights go home.
+    r"""One round: every element trains what it sees for J steps, and the weights are put back.
 
-    Element e starts from $y_e = U_e w$ and the same entries of the optimizer's state, takes J steps
-    on its own batches, and $w + U^+(y - U w)$ is the new $w$: an entry held by one element is set,
-    one held by several (shared leaves too) is averaged, one that nobody holds keeps its bits. A
-    weight that `Selection.drop` dropped is 0 at every local step, and nobody holds it.
-    Algorithm 2 of arXiv:1910.02120, with any optax optimizer in the place of SGD.
+    Element e starts from $y_e = U_e w$ and the same entries of the optimizer's state, and takes J
+    steps on its own batches. The new $w$ is $w + U^+(y - U w)$: an entry that one element has is
+    set, one that several have (shared leaves, too) is averaged, and any other keeps its bits. A
+    weight that `Selection.drop` dropped is 0 at every local step and unchanged afterwards. This is
+    Algorithm 2 of arXiv:1910.02120 with any optax optimizer in place of SGD.
 
-    Optimizer state travels with the weights. The optimizer's own `init`, traced for parameters of
-    other sizes, says which dimension of the state is which of a parameter:
+    Optimizer state is gathered and put back with the weights. psjax traces the optimizer's own
+    `init` for other sizes to learn which dimension of the state belongs to which of a parameter:
 
-    - Moments and traces travel entry by entry, with dimensions in front of the parameter's too.
+    - Moments and traces are gathered entry by entry; they may have extra leading dimensions.
     - A state that is reduced over some dimensions of a parameter (the rows and columns of
-      `optax.adafactor`) travels by the dimensions left, unless a divided one was reduced over.
-      That is refused, and so are arrays of inner products of gradients (`optax.lbfgs`).
-    - Everything else travels whole to every element. Integers (Adam's count), keys and what no
-      gradient reaches (a learning rate, the coefficients of muon) come from the first finite
-      element; floats that depend on gradients or losses (the scale of `reduce_on_plateau`) are
-      averaged.
+      `optax.adafactor`) is gathered along the remaining ones. It is refused if a divided dimension
+      was reduced over; so are arrays of inner products of gradients (`optax.lbfgs`).
+    - Everything else is copied whole to every element. Integers (Adam's count), keys and whatever
+      no gradient reaches (a learning rate, the coefficients of muon) come back from the first
+      finite element; floats that depend on gradients or losses (the scale of `reduce_on_plateau`)
+      are averaged.
 
-    With one count for all, Adam's moments of an entry that was seldom held are corrected for as
-    many steps as the others took; see `psjax.ist.scale_by_adam` for a count per entry.
+    Adam has one step count for all entries, so its bias correction is wrong for an entry that few
+    rounds selected; `psjax.ist.scale_by_adam` has a count per entry.
 
     Args:
       loss_fn: `loss_fn(element_params, batch) -> scalar`, a mean over the element's batch as in
-        any training step. Leaves of `element_params` are the selected rows; a module's dropout keys
-        are leaves of the batch. No layer may reduce over a divided axis (`psjax.ist.check_subnets`
-        finds one that does).
+        any training step. Leaves of `element_params` are the selected rows. Pass a module's dropout
+        keys as leaves of the batch. No layer may reduce over a divided axis
+        (`psjax.ist.check_subnets` finds one that does).
       optimizer: an `optax.GradientTransformation`. It sees one element: `optax.clip_by_global_norm`
-        clips the subnet's norm. It gets `value=`, `grad=` and `value_fn=` (`obj_fn=`, as
-        `optax.contrib.sophia` calls it), those of the element's loss on the step's batch.
-      in_axes: which batches an element sees: 0, row e of leaves `[E, J, ...]`; None, all see the
-        same `[J, ...]`; or a `PartitionSpec` of axis names of the selection, as in
-        `psjax.value_and_grad`. What the element sees has its J batches first.
+        clips the subnet's norm. It gets `value=`, `grad=` and `value_fn=` (`obj_fn=` in
+        `optax.contrib.sophia`) of the element's loss on the step's batch.
+      in_axes: how the batches are mapped. 0: element e gets row e of leaves `[E, J, ...]`. None:
+        all get the same `[J, ...]`. A `PartitionSpec`: indexed by the selection, as in
+        `psjax.value_and_grad`. What an element gets begins with J, one batch per step.
       axis_name: name of a mapped axis (`pmap`, `shard_map`) over which the elements are spread.
-        Parameters and state are then averaged over the devices, and are the same on all. Without
-        it every device keeps its own result. In `jax.shard_map` that raises if the parameters are
-        replicated and the batches are not; in `jax.pmap` and with `check_vma=False` it cannot be
-        seen, and nothing is raised.
+        Parameters and state are then averaged over the devices, and are equal on all. Without it,
+        every device keeps its own result: `jax.shard_map` then raises if the parameters are
+        replicated and the batches are not; in `jax.pmap`, and with `check_vma=False`, nothing is
+        raised.
       mutable: names of top-level entries of the parameters that are not trained but overwritten
         (Flax's mutable collections, `("batch_stats",)` with `params` the whole variables).
         `loss_fn` then returns `(loss, {name: new value})`, and the optimizer's state is that of the
         other entries, `optimizer.init({"params": variables["params"]})`.
-      has_aux: `loss_fn` returns `(loss, aux)`, with `mutable` `(loss, ({name: new value}, aux))`.
-        `LocalMetrics.aux` has them by element and step, `[E, J, ...]`.
-      chunk_size: elements trained at once; None: 1 on the CPU, all elsewhere.
+      has_aux: whether `loss_fn` returns `(loss, aux)`; with `mutable`, it returns
+        `(loss, ({name: new value}, aux))`. They are stacked in `LocalMetrics.aux`, `[E, J, ...]`.
+      chunk_size: number of elements trained at once; None: 1 on the CPU, all elsewhere.
 
     Returns:
-      A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)`. A
-      slot of padding in an uneven share stays zero at every local step. Means are computed in
-      float32 or wider and cast to the leaf's dtype.
+      A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)`.
+      Means are computed in float32 or wider and cast to the leaf's dtype. Padded rows of an uneven
+      share stay zero at every local step.
 
     Raises:
-      ValueError: at the call: batches whose leading shape is not `[E, J]`, J = 0, an optimizer
-        state that cannot travel (named), parameters that are not those of the selection, an
-        optimizer whose epsilon is 0 in float16. And, where uneven shares have padding, an optimizer
-        that counts the entries of a leaf (`optax.centralize`, `optax.clip_by_block_rms`): this is
-        read off the constants of its traced update, and not seen where the index sets are traced
-        and not known to be disjoint.
+      ValueError: at the call: the batches do not begin with `[E, J]`, J is 0, a state of the
+        optimizer cannot be divided (the message names it), the parameters are not those of the
+        selection, or the optimizer's epsilon is 0 in float16. With uneven shares, also: the
+        optimizer counts the entries of a leaf (`optax.centralize`, `optax.clip_by_block_rms`). That
+        is read off the constants of its traced update, and goes unnoticed where index sets are
+        traced and not known to be disjoint.
 
     Example:
       One element that sees everything, one batch of size 1: a step of SGD.
@@ -196,7 +196,7 @@ def routes_home(
     mutable: tuple[str, ...] = (),
     like: Any = None,
 ) -> list[Route]:
-    """How every leaf of `(params, opt_state)` goes home; the state is that of what is trained."""
+    """How every leaf of `(params, opt_state)` is put back; the state is of what is trained."""
     keep = _keep(selection)
     leaves, treedef = jax.tree.flatten(params)
     numbers = _split(treedef.unflatten(range(len(leaves))), mutable)[0]
@@ -240,7 +240,7 @@ def _check_optimizer(
     mutable: tuple[str, ...],
     padded: Sequence[str],
 ):
-    """On the host: what an element's own optimizer would do on the shapes that it sees."""
+    """Check, on the host, what the optimizer does on the shapes that an element sees."""
     check_low_precision("local_update", optimizer, _split(params, mutable)[0])
     if not any(selected(spec, held.indices) for spec in held.specs):
         return
@@ -266,7 +266,7 @@ def _keep(selection: Selection):
 
 
 def _filled(selection: Selection):
-    """Of every divided axis, which slots of an element are rows and not padding: seen as `True`."""
+    """Per divided axis with padding, an array of True: an element sees True at its real rows."""
     return {
         name: jnp.ones(selection.sizes[name], bool)
         for name, index in sorted(selection.indices.items())
@@ -275,7 +275,7 @@ def _filled(selection: Selection):
 
 
 def _padded(selection: Selection):
-    """The axes that have padding, as far as that is known without the values of traced indices."""
+    """The axes that have padding, as far as known: the values of traced indices are not."""
     found = []
     for name, index in selection.indices.items():
         host, size = isinstance(index, np.ndarray), selection.sizes[name]
@@ -286,7 +286,7 @@ def _padded(selection: Selection):
 
 
 def _masks_seen(selection: Selection, params: Params):
-    """The masks of the weights by leaf, None where nothing is dropped: seen as the weights are."""
+    """One mask per leaf, gathered like the weights; None where nothing is dropped."""
     leaves = zip(_keep(selection), jax.tree.leaves(params), strict=True)
     return [None if k is None else kept(k, jnp.ones(jnp.shape(x), bool)) for k, x in leaves]
 
@@ -297,7 +297,7 @@ def _cleaner(
     filled: Mapping[str, Bool[Array, "..."]],
     masks: Sequence[Mask],
 ):
-    """Zero in the padded slots and the dropped weights of a tree like `params`, or a part of it."""
+    """A function that zeroes padded rows and dropped weights in `params`, or in a part of it."""
     own = {}
     found = jax.tree_util.tree_leaves_with_path(params)
     lengths = {**selection.sizes, **_lengths(selection)}
@@ -336,7 +336,7 @@ def _home(
     finite: Bool[Array, " E"],
     axis_name: AxisName | None,
 ):
-    """The mean of what the elements hold; of what is copied, the first finite element's."""
+    """The mean over the holders; where a leaf is copied, the value of the first finite element."""
     before, treedef = jax.tree.flatten(old)
     before = [jnp.asarray(x) for x in before]
     after = jax.tree.leaves(new)
@@ -403,7 +403,7 @@ def first_good(
     good: Bool[Array, " E"],
     axis_name: AxisName | None,
 ):
-    """Of `[E, ...]` the row of the first good element, over all devices; `old` if none is."""
+    """The row of the first good element of `[E, ...]` over all devices; `old` if none is good."""
     if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
         data = jax.random.key_data
         first = first_good(data(y), data(old), good, axis_name)
@@ -420,7 +420,7 @@ def first_good(
 
 
 def _anywhere(keep: Mask, axis_name: AxisName | None):
-    """What some device keeps."""
+    """Which weights any device keeps."""
     if keep is None or axis_name is None:
         return keep
     return jax.lax.pmax(jnp.asarray(keep).astype(jnp.int32), axis_name) > 0

@@ -1,4 +1,4 @@
-"""Masks of the weights that a selection drops: one for each leaf, or None; and random ones."""
+"""Masks of the weights that a selection drops, one per leaf or None; and random masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,15 +18,15 @@ def dropout_mask(
 ) -> Any:
     r"""Draw which weights and which whole layers are kept: a mask for `Selection.drop`.
 
-    Section 6.1 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
-    partitioned neural network training*, G-2023-36: a dropped layer changes the structure of the
-    loss, and without the layers that all scores share the elements of other classes do not overlap
-    (`psjax.structure.disjoint_rounds`). Weights are dropped one by one (L. Wan et al.,
-    *Regularization of Neural Networks using DropConnect*, 2013); for whole neurons write the mask
-    by hand, `[rows, 1]`.
+    Single weights are dropped independently (L. Wan et al., *Regularization of Neural Networks
+    using DropConnect*, 2013). To drop whole neurons, make a mask `[rows, 1]` yourself. A dropped
+    layer changes the structure of the loss: without the layers that all scores share, elements of
+    different classes do not overlap (`psjax.structure.disjoint_rounds`). See section 6.1 of
+    P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
+    network training*, G-2023-36.
 
-    **Nothing is rescaled.** For inverted dropout, where the expectation of a weight is the weight,
-    divide by $1 - r$ inside the element function, and use the whole weights to predict::
+    **Nothing is rescaled.** For inverted dropout, which keeps the expectation of a weight, divide
+    by $1 - r$ inside the element function, and predict with the whole weights::
 
         def element_fn(w, batch):
             w = jax.tree.map(lambda x: x / (1 - rate), w)
@@ -36,17 +36,17 @@ def dropout_mask(
         share the parameters must share it.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
       rate: $r$ in `[0, 1]`, the probability that a weight is dropped, independently of all others.
-      layers: `{path: probability}` that a whole layer is dropped, by one draw for all its leaves;
-        the path as `"Conv_0"` or `"block/Conv_0/kernel"`. In a layer that is kept, single weights
-        are dropped at `rate`.
+      layers: `{path: probability}` that a whole layer is dropped, with one draw for all its leaves.
+        A path is written `"Conv_0"` or `"block/Conv_0/kernel"`. Single weights of a layer that is
+        kept are dropped at `rate`.
 
     Returns:
-      A tree like the parameters: None for a leaf that nothing can drop, `bool[]` for one that is
-      dropped or kept whole, `bool[...]` of the leaf's shape else; True is kept. Which it is depends
-      on the arguments alone and not on the draw.
+      A tree like the parameters, where True means kept. A leaf is None if nothing can be dropped,
+      `bool[]` if the whole leaf is dropped or kept, and `bool[...]` of the leaf's shape otherwise.
+      The form depends on the arguments only, not on the draw.
 
     Raises:
-      ValueError: a probability outside `[0, 1]`, a path that no parameter has.
+      ValueError: a probability is outside `[0, 1]`, or no parameter has the path.
 
     Example:
       >>> import jax, jax.numpy as jnp, psjax
@@ -57,7 +57,7 @@ def dropout_mask(
     layers = dict(layers or {})
     for name, p in {"rate": rate, **{f"layers[{path!r}]": p for path, p in layers.items()}}.items():
         if not 0 <= p <= 1:
-            msg = f"dropout_mask: {name} is {p}; write a probability from 0 to 1."
+            msg = f"dropout_mask: {name} is {p}; pass a probability from 0 to 1."
             raise ValueError(msg)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
     paths = ["/".join(_key_name(k) for k in path) for path, _ in leaves]
@@ -91,7 +91,7 @@ def dropout_mask(
 
 
 def _key_name(entry: Any):
-    """`Conv_0` of a dictionary's key, an attribute, a place in a list."""
+    """The name in a path entry: a dictionary's key, an attribute, a place in a list."""
     return jax.tree_util.keystr((entry,), simple=True)
 
 
@@ -105,7 +105,7 @@ def kept(keep: Mask | bool, x: ArrayLike, other: Any = 0):
 
 
 def masks_of(keep: PyTree, paths: Sequence[str]):
-    """The leaves of a tree of masks, flat, one for every path."""
+    """The masks as a flat tuple, one per path."""
     found = jax.tree_util.tree_leaves_with_path(keep, is_leaf=lambda x: x is None)
     by_path = {keystr(path): x for path, x in found}
     wrong = [p for p in by_path if p not in paths and by_path[p] is not None]
@@ -113,7 +113,7 @@ def masks_of(keep: PyTree, paths: Sequence[str]):
     if odd:
         msg = (
             "Selection.drop(keep): keep is not a tree like the parameters; they differ in "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}. Write None where nothing is "
+            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}. Pass None where nothing is "
             "dropped."
         )
         raise ValueError(msg)
@@ -126,7 +126,7 @@ def _mask(path: str, x: Any) -> Mask:
     x = x if hasattr(x, "dtype") else np.asarray(x)
     if x.dtype != bool:
         msg = (
-            f"Selection.drop(keep): {path} is {x.dtype}{list(x.shape)}; write None, a bool or an "
+            f"Selection.drop(keep): {path} is {x.dtype}{list(x.shape)}; pass None, a bool or an "
             "array of bool, True for what is kept."
         )
         raise TypeError(msg)
@@ -134,7 +134,7 @@ def _mask(path: str, x: Any) -> Mask:
 
 
 def both(path: str, a: Mask, b: Mask):
-    """What two masks of one leaf keep together."""
+    """The mask that keeps what two masks of a leaf both keep."""
     if a is None or b is None:
         return b if a is None else a
     if not broadcasts(a.shape, b.shape, either=True):
@@ -149,7 +149,7 @@ def both(path: str, a: Mask, b: Mask):
 
 
 def broadcasts(shape: Sequence[int], to: Sequence[int], either: bool = False):
-    """Whether an array broadcasts to a shape; with `either`, whether two do to a third."""
+    """Whether a shape broadcasts to another; with `either`, whether both do to a third."""
     try:
         wide = np.broadcast_shapes(shape, to)
     except ValueError:

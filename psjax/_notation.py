@@ -4,11 +4,11 @@ A dimension is `None` (no axis), the name of an axis, a product of axes in row-m
 concatenation of such products, written as a string:
 
 - `"hidden"`: one axis;
-- `"9*hidden"`: 9 positions, the neurons inside each, as a convolution's channels after flattening;
+- `"9*hidden"`: 9 positions with all neurons in each, such as flattened channels of a convolution;
 - `"3*heads*dim"`: a fused query-key-value kernel;
 - `"hidden_1+hidden_2"`, `"heads*dim+2*groups*dim"`: parts that follow one another.
 
-Numbers are the sizes of axes that have no name.
+A number is the size of an axis without a name.
 """
 
 import functools
@@ -32,7 +32,7 @@ def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
     """The terms of a dimension, each a tuple of factors: names, and numbers; `()` for None.
 
     Raises:
-      ValueError: an empty factor, or a number that is not positive.
+      ValueError: a factor is empty, or a number is not positive.
     """
     if entry is None:
         return ()
@@ -41,7 +41,7 @@ def terms(entry: str | None) -> tuple[tuple[str | int, ...], ...]:
         factors = [x.strip() for x in term.split("*")]
         number = lambda x: x[0] in "-.0123456789"
         if not all(factors) or any(number(x) and (not x.isdigit() or int(x) < 1) for x in factors):
-            msg = f"{entry!r} is no dimension; pass 'a', '9*a', 'a+b' or 'a*b+2*c'."
+            msg = f"{entry!r} does not describe a dimension; pass 'a', '9*a', 'a+b' or 'a*b+2*c'."
             raise ValueError(msg)
         found.append(tuple(int(x) if x.isdigit() else x for x in factors))
     return tuple(found)
@@ -53,7 +53,7 @@ def entries(spec: Spec, ndim: int) -> list[str | None]:
 
 
 def names(spec: Spec) -> tuple[str, ...]:
-    """The names of the axes of a leaf, each once, in their order."""
+    """The names of the axes of a leaf, in order and without repeats."""
     found = [x for entry in spec or () for term in terms(entry) for x in term]
     return tuple(dict.fromkeys(x for x in found if isinstance(x, str)))
 
@@ -75,9 +75,9 @@ def size_of(entry: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def solved(entry: str, size: int, sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """The size of the one axis of a dimension that is not known yet; None if it is not determined.
+    """`{name: size}` of the one axis of a dimension that has no size yet.
 
-    `{}` where all are known. The size found is 0 where none fits.
+    `{}` if all sizes are known, and None if the size is not determined. The size is 0 if none fits.
     """
     unknown = {x for term in terms(entry) for x in term if isinstance(x, str) and x not in sizes}
     if len(unknown) != 1:
@@ -92,12 +92,12 @@ def solved(entry: str, size: int, sizes: Mapping[str, int]) -> dict[str, int] | 
 
 
 def mask_along(entry: str | None, masks: Mapping[str, jax.Array], lengths: Mapping[str, int]):
-    """A mask of a dimension, from masks of some of its axes; None where none of them has one.
+    """A mask of a dimension from masks of its axes; None if none of them has a mask.
 
     Args:
       entry: of the dimension.
-      masks: bool, of the rows of an axis.
-      lengths: rows of the other axes.
+      masks: `{axis name: bool[rows]}`.
+      lengths: number of rows of the other axes.
     """
     if not any(factor in masks for term in terms(entry) for factor in term):
         return None
@@ -134,9 +134,9 @@ class Layout:
         self.pieces = [P(*(name(f) for term in own for f in term)) for own in self.chosen]
 
     def cut(self, x: AnyArray):
-        """The pieces of the whole leaf, `[one dimension for each factor]`; or of a mask of it.
+        """Cut the whole leaf, or a mask of it, into pieces with one dimension per factor.
 
-        Where a dimension of `x` has size 1, it stands for all.
+        A dimension of `x` of size 1 stands for all its rows.
         """
         full = [self._full(d, n) for d, n in enumerate(x.shape)]
         x = jnp.broadcast_to(x, full)
@@ -161,7 +161,7 @@ class Layout:
             at += 1
 
         def shape(d: int, term: Term, n: int) -> list[int]:
-            alone = len(self.terms[d]) == len(term) == 1  # of size 1, it stands for all
+            alone = len(self.terms[d]) == len(term) == 1  # may have size 1, for all rows
             return [n] if alone else self._seen_shape(term, indices, lead, n)
 
         return self._cut(y, lengths, lead, shape)
@@ -183,7 +183,7 @@ class Layout:
         return self._concatenate(flat, counts, lead)
 
     def rows(self, x: AnyArray, axis: str):
-        """The leaf row by row of one axis, which every piece has once: `[size, numbers]`."""
+        """The leaf as rows of one axis, which every piece has once: `[size, numbers]`."""
         flat = []
         for y, piece in zip(self.cut(x), self.pieces):
             y = jnp.moveaxis(y, tuple(piece).index(axis), 0)
@@ -191,7 +191,7 @@ class Layout:
         return jnp.concatenate(flat, axis=1)
 
     def of_rows(self, rows: Shaped[AnyArray, "size numbers"], axis: str, shape: tuple[int, ...]):
-        """The leaf, of a shape, from its rows; the inverse of `rows`."""
+        """The leaf of the given shape from its rows: the inverse of `rows`."""
         ends, pieces = 0, []
         for own, piece in zip(self.chosen, self.pieces):
             dims = [(f, n) for term, n in zip(own, shape) for f in term]
@@ -219,7 +219,7 @@ class Layout:
         return [math.prod(self._size(f) for f in term) for term in self.terms[d]]
 
     def _seen_dims(self, indices: Rows, lead: int) -> list[list[int] | None]:
-        """Lengths of the terms of every dimension as seen; None for a dimension that is dropped."""
+        """Lengths of the terms of every dimension that an element sees; None if it is dropped."""
         out = []
         for own in self.terms:
             if len(own) == 1 and all(_dropped(f, indices, lead) for f in own[0]):

@@ -1,10 +1,12 @@
-"""Pairs of classes: one row for each element of the paper's loss."""
+"""Pairs of classes: one row per element of a partially-separable loss."""
 
 import numpy as np
 
 
 def ordered_pairs(num_classes: int) -> np.ndarray:
-    """All ordered pairs (k, j), k != j: int32 `[C * (C - 1), 2]`, sorted; the elements of (6b).
+    """All ordered pairs of classes (k, j), k != j: int32 `[C * (C - 1), 2]`, sorted.
+
+    They are the elements of the loss (6b) of Raynaud, Orban and Bigeon, G-2023-36.
 
     Raises:
       ValueError: fewer than two classes have no pairs.
@@ -15,7 +17,9 @@ def ordered_pairs(num_classes: int) -> np.ndarray:
 
 
 def unordered_pairs(num_classes: int) -> np.ndarray:
-    """All pairs k < j: int32 `[C * (C - 1) / 2, 2]`, sorted; one for h_kj and h_jk together.
+    """All pairs of classes k < j: int32 `[C * (C - 1) / 2, 2]`, sorted.
+
+    One pair stands for two terms of the loss, (k, j) and (j, k).
 
     Raises:
       ValueError: fewer than two classes have no pairs.
@@ -26,5 +30,5 @@ def unordered_pairs(num_classes: int) -> np.ndarray:
 
 def _check_classes(call: str, num_classes: int):
     if num_classes < 2:
-        msg = f"{call}({num_classes}): one class has no pairs; write 2 or more."
+        msg = f"{call}({num_classes}): one class has no pairs; pass 2 or more."
         raise ValueError(msg)

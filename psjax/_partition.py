@@ -1,4 +1,4 @@
-"""Independent subnets' index sets: every row to one element, at random."""
+"""`random_partition`: index sets of independent subnets, each row given to one element."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -26,34 +26,35 @@ def random_partition(
 ) -> Selection:
     r"""Divide the rows of every named axis at random among the elements, each row to one.
 
-    The membership indicators of section 3.1 of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed
-    Learning of Neural Networks using Independent Subnet Training*, arXiv:1910.02120, as index sets:
-    $\sum_s m^l_{s,i} = 1$, $P[m^l_{s,i} = 1] = 1/n$, independent between axes.
+    These are the membership indicators of section 3.1 of B. Yuan, A. Kyrillidis, C. Jermaine,
+    *Distributed Learning of Neural Networks using Independent Subnet Training*, arXiv:1910.02120,
+    as index sets: $\sum_s m^l_{s,i} = 1$ and $P[m^l_{s,i} = 1] = 1/n$, independently for each axis.
 
-    Where `num_elements` does not divide a size the shares differ by one row; the short ones, padded
-    past the end, fall on random elements, independently for each axis, which keeps $1/n$ exact.
+    If `num_elements` does not divide a size, the shares differ by one row, and short ones are
+    padded with an index past the end. Which elements get short shares is random for each axis, so
+    that the probability $1/n$ is exact.
 
     Args:
       key: a PRNG key; may be traced, so that one compiled step serves every round.
-      axes: as in `select`. Without `like` a tree with one `PartitionSpec` per parameter, of
-        dimensions that are one axis each.
+      axes: as in `select`. Without `like`, a tree with one `PartitionSpec` per parameter, in
+        which a dimension is one axis or None.
       sizes: `{axis name: size}` of the axes to divide; other axes stay whole.
-      num_elements: n.
-      stratified: first cut every axis into n equal blocks, the shards of n owners, and divide each
-        block among the elements; $n^2$ must divide the sizes. The marginals are the same; between
-        owner and element the same number of rows passes whatever the key, so an exchange is one
-        `all_to_all`.
-      like: the parameters, or `jax.ShapeDtypeStruct`s of them, as in `select`. Needed where `axes`
-        is a prefix tree or a function (except what `psjax.infer_axes` returns), where a dimension
-        is a product or a concatenation of axes whose sizes are not all in `sizes`, and where
-        parameters are None.
+      num_elements: number of elements, n.
+      stratified: first cut every axis into n equal blocks, one per owner, and divide each block
+        among the elements; $n^2$ must divide the sizes. Each row still falls on each element with
+        probability $1/n$, but every owner sends every element equally many rows for any key, so
+        that the exchange is one `all_to_all`.
+      like: the parameters, or `jax.ShapeDtypeStruct`s of them, as in `select`. It is needed in
+        three cases: `axes` is a prefix tree or a function (except what `psjax.infer_axes` returns),
+        a dimension is a product or a concatenation of axes of which `sizes` lacks one, or a
+        parameter is None.
 
     Returns:
       A `Selection` with `indices[name]` int32 `[n, ceil(size / n)]`, sorted within an element.
 
     Raises:
-      ValueError: an axis that no parameter has or that has another size, more elements than rows,
-        blocks of unequal size.
+      ValueError: no parameter has the axis, or it has another size; there are more elements than
+        rows; with `stratified`, the blocks would be unequal.
     """
     count = ("num_elements", num_elements)
     return partition_of("random_partition", key, axes, sizes, count, stratified, like)
@@ -68,14 +69,14 @@ def partition_of(
     stratified: bool,
     like: Any,
 ) -> Selection:
-    """What `random_partition` returns; `call` and the name in `count` are the user's."""
+    """What `random_partition` returns; messages name `call` and the argument in `count`."""
     word, num_elements = count
     check_count(call, word, num_elements)
     if not sizes:
-        msg = f"{call}(sizes={{}}): pass the name and the size of an axis to divide, or of several."
+        msg = f"{call}(sizes={{}}): pass the name and size of every axis to divide."
         raise ValueError(msg)
     if like is None and is_function(axes):
-        like = getattr(axes, "like", None)  # `psjax.infer_axes` keeps it
+        like = getattr(axes, "like", None)  # `psjax.infer_axes` stores it
     if like is None:
         (specs, paths), known = flat_specs(call, axes), {}
     else:
@@ -93,7 +94,7 @@ def partition_of(
             msg = (
                 f"{call}({word}={num_elements}, stratified=True): axis {name!r} has size {size}, "
                 f"which {num_elements} * {num_elements} must divide: {num_elements} blocks, each "
-                f"of {num_elements} equal groups. Write another size, or stratified=False."
+                f"of {num_elements} equal groups. Pass another size, or stratified=False."
             )
             raise ValueError(msg)
         keys = jax.random.split(axis_key, num_elements)
@@ -143,7 +144,7 @@ def _check_sizes(
 def _all_sizes(
     call: str, specs: Sequence[Spec], paths: Sequence[str], sizes: Sizes, known: Mapping[str, int]
 ):
-    """Sizes of the axes to divide, and of those that stand in a product or a sum with them."""
+    """Sizes of the axes to divide, and of axes in a product or a concatenation with them."""
     found = {**known, **sizes}
     needed = set(sizes)
     for path, spec in zip(paths, specs):

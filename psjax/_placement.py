@@ -1,4 +1,4 @@
-"""Where values lie: the mapped axes of `shard_map` they vary over, and meshes of explicit axes."""
+"""Placement of values: mapped axes of `shard_map` they vary over, and explicit mesh axes."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ def varying(tree: PyTree) -> frozenset[str]:
 def vary(tree: PyTree, over: PyTree):
     """Make every leaf vary over the mapped axes that any leaf of `over` varies over.
 
-    Under `shard_map(check_vma=True)` the derivative with respect to a replicated value is summed
-    over devices by JAX; the contract is this device's sum. Shared leaves must therefore vary before
-    they are differentiated, and a loop's carry from its start. A `where` with a varying mask does
-    it, and XLA removes it. Elsewhere nothing is done.
+    Under `shard_map(check_vma=True)`, JAX sums the derivative with respect to a replicated value
+    over the devices, but psjax promises this device's sum. Therefore shared leaves must vary before
+    they are differentiated, and the carry of a loop must vary from the start. A `where` with a
+    varying mask makes them vary, and XLA removes it. In other contexts nothing is done.
     """
     axes, mask, covered = varying((tree, over)), jnp.asarray(True), frozenset()
     for x in jax.tree.leaves(over):
@@ -34,9 +34,9 @@ def vary(tree: PyTree, over: PyTree):
 
 
 def whole(tree: PyTree):
-    """Every leaf on every device, where a mesh of explicit axes holds it in shards.
+    """Gather every leaf that is sharded over explicit mesh axes onto every device.
 
-    An index into a sharded dimension JAX refuses to divide by itself.
+    JAX refuses to index a sharded dimension of such a leaf.
     """
 
     def leaf(x: ArrayLike):
@@ -47,7 +47,7 @@ def whole(tree: PyTree):
 
 
 def placed(tree: PyTree, like: PyTree):
-    """The leaves of a tree laid out as those of another one, which `whole` may have gathered."""
+    """Lay out the leaves of a tree like those of another one, from before `whole`."""
 
     def leaf(x: ArrayLike, like: ArrayLike | jax.ShapeDtypeStruct):
         where = _sharding(like)
@@ -57,7 +57,7 @@ def placed(tree: PyTree, like: PyTree):
 
 
 def _sharding(x: object):
-    """The sharding of a value in shards over a mesh of explicit axes, else None."""
+    """The sharding of a value that is sharded over explicit mesh axes, else None."""
     if not isinstance(x, jax.Array):
         return None
     where = jax.typeof(x).sharding

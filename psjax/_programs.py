@@ -1,4 +1,4 @@
-"""Programs inside a traced program: of a loop, a condition, a call."""
+"""Programs inside a traced program: those of a loop, a condition or a call."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What `dir` of a public module lists, and so what completion offers."""
+"""What `dir` lists for a public module, and thus what completion offers."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def listing(namespace: Mapping[str, Any]) -> Callable[[], list[str]]:
-    """A `__dir__` for a module: its `__all__`, or what is psjax's and has no underscore.
+    """A `__dir__` for a module: its `__all__`, or names of psjax without an underscore.
 
     Args:
       namespace: `globals()` of the module.

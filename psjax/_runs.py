@@ -1,4 +1,4 @@
-"""Runs: elements that follow one another and see the same rows of some axes; and parts of them."""
+"""Runs, which are consecutive elements that see the same rows of some axes; and their parts."""
 
 from collections.abc import Collection
 
@@ -12,13 +12,13 @@ from psjax._types import AnyArray
 def runs_of(
     indices: dict[str, np.ndarray], samples: Collection[str]
 ) -> tuple[int, tuple[str, ...]]:
-    """How many elements that follow one another have the same rows of which axes, on the host.
+    """Find, on the host, the length of runs and the axes of which they have equal rows.
 
     Args:
-      indices: as of a `Selection`.
-      samples: names of the axes that no parameter has. The more of these a run has in common, the
-        better: what depends on them and on shared leaves, a network's trunk, is computed once per
-        run.
+      indices: as in a `Selection`.
+      samples: names of the axes that no parameter has. A run should share as many of these as
+        possible: computations on them and on shared leaves, such as a network's trunk, are done
+        once per run.
 
     Returns:
       `run_length` and `run_axes` of the `Selection`.
@@ -34,7 +34,7 @@ def runs_of(
 
 
 def length_of(run: np.ndarray) -> int:
-    """The length of the runs of equal numbers: a common divisor of all of them."""
+    """The common length of runs of equal numbers: the common divisor of their lengths."""
     return _common_length(run[1:] != run[:-1], len(run))
 
 
@@ -43,16 +43,16 @@ def _common_length(changes: Bool[np.ndarray, " n"], total: int):
 
 
 def part_of_run(num_elements: int, run_length: int, n: int) -> int:
-    """Into parts of how many elements to cut runs, so that `n` workers get equally many parts.
+    """How many elements a part of a run should have, so that n workers get equally many parts.
 
-    A worker's part of p elements costs p elements and, once, what they share.
+    A part of p elements costs p elements and one evaluation of what they share.
     """
     parts = [p for p in range(1, run_length + 1) if run_length % p == 0]
     return min(parts, key=lambda p: p * -(-num_elements // (n * p)) * (p + 1) / p)
 
 
 def cut(x: Shaped[AnyArray, "E ..."], n: int, size: int, last: bool | None = None):
-    """`[E, ...] -> [n, size, ...]`, padded with the last row, or with `last`; NumPy's stay so."""
+    """`[E, ...] -> [n, size, ...]`, padded with the last row or `last`; NumPy in, NumPy out."""
     xp = np if on_host(x) else jnp
     pad = n * size - x.shape[0]
     if pad:
@@ -62,12 +62,12 @@ def cut(x: Shaped[AnyArray, "E ..."], n: int, size: int, last: bool | None = Non
 
 
 def cut_each(x: Shaped[AnyArray, "E ..."], run_length: int, cuts: int, size: int):
-    """Every run in `cuts` parts of `size`, padded with its last row: `[runs * cuts, size, ...]`."""
+    """Cut each run into `cuts` parts of `size`, padded: `[E, ...] -> [runs * cuts, size, ...]`."""
     runs = x.reshape(-1, run_length, *x.shape[1:])
     places = np.minimum(np.arange(cuts * size), run_length - 1)
     return runs[:, places].reshape(-1, size, *x.shape[1:])
 
 
 def on_host(x: object) -> bool:
-    """Whether an array is NumPy's."""
+    """Whether an array is a NumPy array."""
     return isinstance(x, np.ndarray | np.generic)

@@ -1,7 +1,7 @@
-"""What the elements of a selection see, what they share once; and how its gradient returns.
+"""What the elements of a selection see, without repeating what they share; and its gradient.
 
-A part of the elements, `[E]`, with runs of equal rows; or one element, `[]`. The functions take the
-`Selection` first, and leaves and specs flat.
+The selection is a part of the elements, `[E]`, with runs of equal rows, or one element, `[]`. The
+functions take the `Selection` first, and leaves and specs flat.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ Elements: TypeAlias = Any  # a `Selection`, whose module imports this one
 
 
 def see(selection: Elements, leaves: Sequence[ArrayLike]):
-    """What the elements see of the leaves, what they share once.
+    """What the elements see of the leaves, without repeating shared leaves.
 
     Returns:
-      A list: a leaf with no selected axis as it is, `[...]`; a leaf whose selected axes are all
-      of `run_axes`, one row per run, `[E / run_length, ...]`; any other, `[E, ...]`. Of one
-      element, `[...]`.
+      A list. A leaf with no selected axis is unchanged, `[...]`. A leaf with selected axes only
+      from `run_axes` has one row per run, `[E / run_length, ...]`. Any other has `[E, ...]`. For
+      one element, all have `[...]`.
     """
     lead = selection.valid.ndim
     heads = _heads(selection) if lead else selection
@@ -40,12 +40,12 @@ def see(selection: Elements, leaves: Sequence[ArrayLike]):
 
 
 def over(selection: Elements, fn: Callable[..., Any], seen: Sequence[Array]):
-    """`fn(*leaves)` of every element, from what `see` returned: `[E, ...]`."""
+    """Apply `fn(*leaves)` to each element, on what `see` returned: `[E, ...]`."""
     if not selection.valid.ndim:
         return fn(*seen)
     E, r = selection.num_elements, selection.run_length
     shared = [not selected(spec, selection.indices) for spec in selection.specs]
-    if all(shared):  # replicas of one whole
+    if all(shared):  # all elements see the same
         return jax.tree.map(lambda y: jnp.broadcast_to(y, (E, *y.shape)), fn(*seen))
     if r == 1 or not selection.run_axes:
         return jax.vmap(fn, in_axes=tuple(None if s else 0 for s in shared))(*seen)
@@ -62,7 +62,7 @@ def over(selection: Elements, fn: Callable[..., Any], seen: Sequence[Array]):
 
 
 def give_back(selection: Elements, totals: Sequence[Array], seen: Sequence[Array]):
-    """Add gradients of what `see` returned to `totals`, where they belong, without masks."""
+    """Add gradients of what `see` returned to their places in `totals`; masks are left out."""
     if not selection.valid.ndim:
         return selection.add_to(totals, seen, jnp.asarray(selection.valid))
     heads, out = _heads(selection), []
@@ -77,11 +77,11 @@ def give_back(selection: Elements, totals: Sequence[Array], seen: Sequence[Array
 
 
 def settled(selection: Elements):
-    """The same, in which elements that are not valid see what a valid one sees.
+    """The same selection, but elements that are not valid see what a valid element sees.
 
-    Their values are masked, but a NaN among them would get past a mask in derivatives. An
-    element takes the place of the first valid one of its run, a run without any that of the
-    first run that has one.
+    Their values are masked, but derivatives would carry a NaN among them past the mask. Such an
+    element sees what the first valid element of its run sees, or, if its run has none, that of the
+    first run with a valid element.
     """
     if on_host(selection.valid) and np.all(selection.valid):
         return selection
@@ -96,7 +96,7 @@ def settled(selection: Elements):
 
 
 def _heads(selection: Elements):
-    """The first element of every run, valid where any of its run is."""
+    """The first element of every run; valid if any element of the run is."""
     r = selection.run_length
     if r == 1:
         return selection
@@ -108,6 +108,6 @@ def _heads(selection: Elements):
 
 
 def _in_run(selection: Elements, spec: Spec):
-    """Whether the elements of a run see the same rows of such a leaf."""
+    """Whether the elements of a run see the same rows of a leaf with this spec."""
     own = [name for name in names(spec) if name in selection.indices]
     return bool(own) and set(own) <= set(selection.run_axes)

@@ -1,4 +1,4 @@
-"""Index sets from the user, checked on the host: select, replicas."""
+"""`select` and `replicas`: selections from index sets, which are checked on the host."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,37 +24,39 @@ def select(
     sizes: Mapping[str, int] | None = None,
     specialize: bool = True,
 ) -> Selection:
-    """A `Selection` from index sets, validated on the host.
+    """Make a `Selection` from index sets: which rows of the named axes each element sees.
+
+    The index sets are checked on the host, before anything is traced.
 
     Args:
       axes: tree like the parameters with `PartitionSpec` leaves that name dimensions, as
         `flax.linen.get_partition_spec` returns: `P("class")`, `P(None, "hidden")`, and `P()` or
-        None for what everybody shares. As in `in_axes` of `jax.vmap`, an entry may stand for a
-        whole subtree, such as `{"trunk": None, "head": P("class")}`, and no part of the parameters
-        may lack one. Or a function of the parameters that returns such a tree; a callable pytree
-        that holds specs, such as an equinox module, is a tree.
+        None for leaves that all elements share. As in `in_axes` of `jax.vmap`, an entry may stand
+        for a whole subtree, such as `{"trunk": None, "head": P("class")}`; every leaf needs an
+        entry. A function of the parameters that returns such a tree is accepted, too; a callable
+        pytree that contains specs, such as an equinox module, counts as a tree.
       indices: for each axis name to select, integers `[E, m]` (the element's rows, in this order),
-        `[E]` (one row, and the element's array lacks the axis), E sequences of different lengths,
-        or a `numpy.ma` masked array `[E, m]`, whose masked places hold no row. Names that no
-        parameter has select samples; see `in_axes` of `psjax.value_and_grad`.
-      like: the parameters, or `jax.ShapeDtypeStruct`s of them. None in it is kept, no leaf; boxes
-        of metadata, such as `flax.linen.Partitioned` and `flax.nnx.Param`, are nodes of the tree
-        and stay: call what takes the selection with boxes too, or unbox in both places.
-      sizes: sizes of axes that no parameter has; by default their largest index + 1. Give them
-        where index sets change between calls of a jitted function: sizes are static.
-      specialize: whether programs may use how these index sets repeat: runs of elements with equal
-        rows, computed once, and axes that no two elements share. That is static, so a jitted
-        function compiles once for each such structure. Pass False where index sets are drawn anew
-        for every call, and each might have another: one program then serves all.
+        `[E]` (one row; the element's array then lacks the axis), E sequences of different lengths,
+        or a `numpy.ma` masked array `[E, m]`, where masked places select nothing. A name that no
+        parameter has selects samples; see `in_axes` of `psjax.value_and_grad`.
+      like: the parameters, or `jax.ShapeDtypeStruct`s of them. A None in it is not a leaf. Metadata
+        boxes, such as `flax.linen.Partitioned` and `flax.nnx.Param`, are nodes of the tree: pass
+        parameters with boxes both here and where the selection is used, or unbox in both places.
+      sizes: sizes of axes that no parameter has; by default their largest index + 1. Sizes are
+        static: pass them where index sets change between calls of a jitted function.
+      specialize: whether programs may exploit how these index sets repeat: elements with equal
+        rows that follow one another are computed once, and axes whose rows no two elements share
+        need no scatter. This structure is static: a jitted function compiles once for each. Pass
+        False where index sets are drawn anew for every call: one program then serves all of them.
 
     Returns:
-      A `Selection` of E elements, its arrays NumPy's.
+      A `Selection` of E elements. Its arrays are NumPy arrays.
 
     Raises:
-      ValueError: axes that do not fit the parameters, one axis with two sizes, an index out of
-        range, a row twice within an element, or a name that is nearly an axis of the parameters
-        and has no size in `sizes`.
-      TypeError: indices that are not integers.
+      ValueError: `axes` does not fit the parameters, an axis has two sizes, an index is out of
+        range, an element has a row twice, or a name is not an axis of the parameters but nearly
+        one, and `sizes` does not have it.
+      TypeError: the indices are not integers.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -117,7 +119,7 @@ def selection_of(
 
 
 def check_size(call: str, name: str, size: Any, found: Mapping[str, int]) -> None:
-    """Raise unless `size` is a size, and the axis has no other in the parameters."""
+    """Raise unless `size` is positive and equals the size of the axis in the parameters, if any."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         msg = f"{call}(sizes=...): axis {name!r} has size {size!r}; pass an integer, 1 or more."
         raise ValueError(msg)
@@ -127,11 +129,13 @@ def check_size(call: str, name: str, size: Any, found: Mapping[str, int]) -> Non
 
 
 def replicas(like: Any, num_elements: int) -> Selection:
-    """Every element sees all parameters: data parallelism (sum) and local SGD (mean).
+    """Make a `Selection` of which every element sees all parameters.
+
+    With `psjax.value_and_grad` it gives data parallelism, with `psjax.local_update` local SGD.
 
     Args:
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
-      num_elements: E.
+      num_elements: number of elements, E.
 
     Raises:
       ValueError: if `num_elements` is less than 1.
@@ -144,7 +148,7 @@ def replicas(like: Any, num_elements: int) -> Selection:
 def check_count(call: str, name: str, number: Any, least: int = 1) -> None:
     """Raise unless a number of something is an integer, `least` or more."""
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
-        msg = f"{call}({name}={number!r}): write {least} or more."
+        msg = f"{call}({name}={number!r}): pass {least} or more."
         raise ValueError(msg)
 
 
@@ -181,7 +185,7 @@ def flat_specs(call: str, axes: Any, like: Any = None) -> tuple[tuple[P, ...], t
 
 
 def is_function(axes: Any) -> bool:
-    """Whether axes is a function of the parameters: callable, and no pytree that holds specs."""
+    """Whether axes is a function of the parameters: callable, and not a pytree with specs in it."""
     held = jax.tree.leaves(axes, is_leaf=is_spec)
     return isinstance(axes, Callable) and not any(isinstance(x, P) for x in held)
 
@@ -208,7 +212,7 @@ def _spread(call: str, entries: Sequence[tuple[KeyPath, Any]], like: Params):
         show = lambda xs: f"{', '.join(xs[:3])}{' ...' if len(xs) > 3 else ''}"
         parts = []
         if missing:
-            parts.append(f"it has no entry for {show(missing)} (None: everybody shares it)")
+            parts.append(f"it has no entry for {show(missing)} (None: all elements share it)")
         if extra:
             parts.append(f"the parameters have no {show(extra)}")
         msg = (
@@ -224,8 +228,8 @@ def _check_spec(call: str, path: str, spec: Any):
         not isinstance(spec, P) or any(not isinstance(n, str | None) for n in spec)
     ):
         msg = (
-            f"{call}(axes=...): {path} has axes {spec!r}; write a PartitionSpec of names and None, "
-            "one name a dimension."
+            f"{call}(axes=...): {path} has axes {spec!r}; pass a PartitionSpec of names and None, "
+            "one entry per dimension."
         )
         raise ValueError(msg)
     for entry in spec or ():
@@ -272,15 +276,15 @@ def axis_sizes(
 def _shape(call: str, path: str, x: Any):
     if not (hasattr(x, "shape") and hasattr(x, "dtype")) and not np.isscalar(x):
         msg = (
-            f"{call}(like=...): {path} is {x!r}, which is no array; pass the arrays alone, the "
-            "rest as None."
+            f"{call}(like=...): {path} is {x!r}, which is not an array; pass arrays, and None "
+            "for everything else."
         )
         raise ValueError(msg)
     return tuple(np.shape(x))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that this one may be a slip of, or None."""
+    """The known name of which this one may be a misspelling, or None."""
     name, folded = name.casefold(), {other.casefold(): other for other in known}
     # 'clas', 'Class', 'calss' and 'classes' are near to 'class'; 'batch' and 'patch' are two names.
     found = difflib.get_close_matches(name, folded, n=1, cutoff=0.83)
@@ -319,7 +323,7 @@ def _solve(
             unknown = [name for name in names(P(entry)) if name not in sizes]
             msg = (
                 f"{call}(axes=...): dimension {d} of {path} is {entry!r}, of size {size}, which "
-                f"does not tell the sizes of {unknown}; write a number in the place of one."
+                f"does not tell the sizes of {unknown}; pass a number in place of one of them."
             )
             raise ValueError(msg)
         left = open_dims
@@ -344,15 +348,15 @@ def _index_array(call: str, name: str, index: Any) -> tuple[np.ndarray, np.ndarr
         rows, filled = _rows(index), None
     if any(row.size and not np.issubdtype(row.dtype, np.integer) for row in rows):
         kinds = sorted({row.dtype.name for row in rows})
-        msg = f"{call}(indices=...): axis {name!r} has indices of {kinds}; write integers."
+        msg = f"{call}(indices=...): axis {name!r} has indices of {kinds}; pass integers."
         raise TypeError(msg)
     if len(rows) > 1 and max(row.ndim for row in rows) > 1:
-        msg = f"{call}(indices=...): axis {name!r} has an element with indices of rank 2; write 1."
+        msg = f"{call}(indices=...): axis {name!r} has an element of rank 2; pass rank 1."
         raise ValueError(msg)
     if len(rows) == 1:
         if rows[0].ndim not in (1, 2):
             msg = (
-                f"{call}(indices=...): axis {name!r} has indices of shape {rows[0].shape}; write "
+                f"{call}(indices=...): axis {name!r} has indices of shape {rows[0].shape}; pass "
                 "[E, m], or [E] to take one row each."
             )
             raise ValueError(msg)
@@ -378,12 +382,12 @@ def _check_lengths(call: str, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]
         raise ValueError(msg + "everything.")
     lengths = {name: len(index) for name, (index, _) in arrays.items()}
     if len(set(lengths.values())) > 1:
-        msg = f"{call}(indices=...): numbers of elements differ, {lengths}; write one row each."
+        msg = f"{call}(indices=...): numbers of elements differ, {lengths}; they must agree."
         raise ValueError(msg)
 
 
 def _check_name(call: str, name: str, in_params: Sequence[str]):
-    """Refuse a slip of an axis of the parameters, which would select samples."""
+    """Refuse a misspelled axis of the parameters: it would select samples."""
     other = nearest(name, in_params)
     if other is not None:
         msg = (
@@ -407,7 +411,7 @@ def _check_range(
         msg = (
             f"{call}(indices=...): index {index[at]} of element {at[0]} is outside axis {name!r} "
             f"(size {size}). JAX would clamp the gather and drop the scatter, and the gradient "
-            "would be wrong without a sign."
+            "would be wrong without an error."
         )
         raise ValueError(msg)
 
@@ -425,15 +429,16 @@ def _check_repeats(
         times = np.sum(ordered[e] == ordered[e, place])
         msg = (
             f"{call}(indices=...): element {e} holds row {ordered[e, place]} of axis {name!r} "
-            f"{times} times; an element sees a row once."
+            f"{times} times; pass every row once per element."
         )
         raise ValueError(msg)
 
 
 def _no_row_twice(index: Integer[np.ndarray, "E ..."], size: int):
-    """Whether no two elements hold the same row, known on the host: a partition, or a part of it.
+    """Whether no two elements hold the same row: a partition, or a part of one.
 
-    Elements of different numbers of rows return by a scatter: padding would need a place.
+    False where elements have different numbers of rows: padding has no place in the leaf, so that
+    these need a scatter.
     """
     held = index.ravel()
     return index.ndim == 2 and bool((held < size).all() and np.bincount(held).max() <= 1)

@@ -46,29 +46,30 @@ class Selection:
     r"""Which entries of the parameters each element sees: the matrices $U_e$ as index sets.
 
     Element $e$ sees $U_e w$. Gradients return through the transpose (`scatter_add`), weights
-    through the pseudo-inverse (`scatter_mean`); (3) and (4) of P. Raynaud, D. Orban, J. Bigeon,
-    *Partially-separable loss to parallelize partitioned neural network training*, G-2023-36.
+    through the pseudo-inverse (`scatter_mean`): equations (3) and (4) of P. Raynaud, D. Orban,
+    J. Bigeon, *Partially-separable loss to parallelize partitioned neural network training*,
+    G-2023-36.
 
-    Made by `psjax.select`, which validates; a pytree whose index arrays are leaves, so that a new
-    index set is a new argument of a jitted step and never a recompilation. `s[:3]` are some of the
-    elements, `s[e]` is one, `len(s)` is their number.
+    `psjax.select` makes and checks it. It is a pytree with the index arrays as leaves: new index
+    sets are a new argument of a jitted step, and it does not recompile. `s[:3]` are the first three
+    elements, `s[e]` is one element, and `len(s)` is their number.
 
     Attributes:
       indices: `{axis name: int32[E, m]}`, or `int32[E]` to take one row and drop the axis. An
         index past the end is padding: it gathers 0 and scatters nothing.
-      valid: `bool[E]`; an element that is not valid holds nothing.
+      valid: `bool[E]`; False for padding: such an element sees and returns nothing.
       specs: the `PartitionSpec` of every leaf of the parameters, flat.
       paths: the path of every such leaf, for messages.
       axis_sizes: `((axis name, size), ...)`, sorted.
-      disjoint: names of axes no row of which two elements hold; what they alone select returns
-        without a scatter.
-      blocks: into how many equal blocks the axes were cut before they were divided; 1 if not.
-      distinct: names of axes no row of which an element holds twice.
-      run_length: elements that follow one another and have the same rows of the axes `run_axes`;
-        it divides E. What these axes alone select, such as the samples of a label, and what depends
-        on it and on shared leaves, is computed once per run.
-      run_axes: names of these axes; `()` where `run_length` is 1.
-      keep: a mask of every leaf, flat, or None: what `drop` has dropped.
+      disjoint: the axes of which no two elements share a row. Leaves selected along these axes
+        alone are put back without a scatter.
+      blocks: number of equal blocks that each axis was cut into before it was divided; 1 if none.
+      distinct: the axes of which no element has a row twice.
+      run_length: length of a run: consecutive elements with equal rows of the axes `run_axes`. It
+        divides E. What depends only on these axes (the samples of a label) and on shared leaves is
+        computed once per run.
+      run_axes: the axes of the runs; `()` where `run_length` is 1.
+      keep: one mask per leaf, flat, from `drop`; None if nothing is dropped.
     """
 
     indices: dict[str, Any]
@@ -85,7 +86,7 @@ class Selection:
 
     @property
     def num_elements(self) -> int:
-        """E, padding of `split` included."""
+        """Number of elements E, including the padding of `split`."""
         return self.valid.shape[-1]
 
     @property
@@ -102,8 +103,8 @@ class Selection:
           params: tree of arrays of the shapes that `select` was given.
 
         Returns:
-          A tree of the same structure. A leaf with no selected axis is repeated, `[E, ...]`; an
-          element that is not valid gets zeros.
+          A tree of the same structure, with leaves `[E, ...]`. A leaf with no selected axis is
+          repeated; an element that is not valid gets zeros.
         """
         self.check("Selection.gather(params)", params)
         params = whole(params)
@@ -120,8 +121,8 @@ class Selection:
     def scatter_add(self, stacked: Params, like: Params):
         r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
 
-        Summed in float32 where the parameters are narrower, and rounded once. Of bools, whether any
-        element has True.
+        Sums are taken in float32 where the parameters are narrower, and rounded once. For a bool,
+        the result is whether any element has True.
 
         Args:
           stacked: tree of arrays `[E, ...]` as `gather` returns.
@@ -138,21 +139,22 @@ class Selection:
         where: Bool[AnyArray, " E"] | None = None,
         axis_name: AxisName | None = None,
     ):
-        r"""$w + U^+(y - U w)$: set what one element holds, average what several do, keep the rest.
+        r"""$w + U^+(y - U w)$: put the elements' entries back, averaged where several have one.
+
+        An element *holds* an entry that it sees and that no mask drops. An entry with one holder is
+        set, with several it is averaged, and without any it keeps its bits.
 
         Args:
           stacked: tree of arrays `[E, ...]`: the elements' own entries $y$.
-          params: the parameters $w$ before; entries that nobody holds keep their bits.
-          where: `bool[E]`, elements to count; None for all. The others may hold anything, NaN
-            included.
+          params: the parameters $w$ before.
+          where: `bool[E]`, the elements to use; None: all. The others may contain NaN.
           axis_name: name of a mapped axis (`pmap`, `shard_map`) over which elements are spread.
 
         Returns:
           A tree like `params`. On a partition, `scatter_mean(gather(w), w)` is `w` bit for bit
-          (except that -0 and, on the CPU, subnormal numbers come back as 0). Sums are taken in
-          float32 where the parameters are narrower, and rounded once. A mean of integers is rounded
-          down, and of bools it is whether all holders have True; sums of integers are exact for
-          up to 32767 holders of an entry.
+          (except that -0 and, on the CPU, subnormal numbers become 0). Sums are taken in float32
+          where the parameters are narrower, and rounded once. The mean of integers is rounded down,
+          exact for up to 32767 holders; the mean of bools is whether all holders have True.
         """
         self.check("Selection.scatter_mean(stacked, params)", params)
         valid = jnp.asarray(self.valid)
@@ -176,11 +178,10 @@ class Selection:
     def split(self, n: int) -> "Selection":
         """Divide the elements among `n` workers: leaves `[E, ...] -> [n, m, ...]`.
 
-        Elements keep their order, and each worker has m = ceil(E / n) of them; where the elements
-        come in runs, m is a multiple of a part of a run, so that a worker shares what its runs do.
-        The last workers get copies of the last element that are not valid and hold nothing. For a
-        user's `pmap`, or `psjax.shard`; `selection.split(n)[w]` is what worker w has, and `w` may
-        be traced.
+        Elements keep their order, and each worker gets m = ceil(E / n) of them, or more where runs
+        (`run_length`) are better kept together. The last workers are padded with copies of the last
+        element that are not valid. `selection.split(n)[w]` is the part of worker w, and w may be
+        traced. Use it for your own `pmap`; `psjax.shard` splits by itself.
 
         Raises:
           ValueError: if `n` is less than 1, or the selection is split already.
@@ -193,7 +194,7 @@ class Selection:
         return dataclasses.replace(parts, keep=jax.tree.map(lambda x: repeat(x, n), self.keep))
 
     def parts(self, n: int, size: int, run_length: int = 1) -> "Selection":
-        """`[n, size]` elements in their order, the last one repeated, not valid, as padding.
+        """`[n, size]` elements in their order, padded with the last one, not valid.
 
         Masks are left out. `run_length` must divide `size` and the selection's own.
         """
@@ -209,7 +210,7 @@ class Selection:
         )
 
     def cut_runs(self, cuts: int, size: int) -> "Selection":
-        """Every run in `cuts` parts of `size`, its last element repeated, not valid, as padding.
+        """Cut every run into `cuts` parts of `size`, padded with its last element, not valid.
 
         Leaves `[E / run_length * cuts, size, ...]`; masks are left out.
         """
@@ -221,12 +222,12 @@ class Selection:
         return dataclasses.replace(self, indices=indices, valid=valid, keep=None, run_length=size)
 
     def __getitem__(self, rows: Any) -> "Selection":
-        """Some elements, as of an array: `s[:3]`; `s[e]`, one; of a split selection `s[w]`."""
+        """Some elements, `s[:3]`; one, `s[e]`; or, if split, the part of worker w, `s[w]`."""
         host = isinstance(rows, np.ndarray | np.integer | int | slice | list)
         if self.valid.ndim > 1:
             return jax.tree.map(lambda x: (x if host else jnp.asarray(x))[rows], self)
         rows = np.asarray(rows) if isinstance(rows, list) else rows
-        # With the ellipsis one number is an array, too.
+        # With the ellipsis, a single number is still an array.
         take = lambda x: (np if host and on_host(x) else jnp).asarray(x)[rows, ...]
         indices = {name: take(index) for name, index in self.indices.items()}
         runs = {"run_length": 1, "run_axes": ()}
@@ -237,64 +238,63 @@ class Selection:
         return dataclasses.replace(self, indices=indices, valid=take(self.valid), **runs)
 
     def __len__(self) -> int:
-        """Number of elements; of a split selection, of workers."""
+        """Number of elements; of a split selection, number of workers."""
         return self.valid.shape[0]
 
     def __iter__(self) -> Iterator["Selection"]:
         return (self[i] for i in range(len(self)))
 
-    # ------------------------------------------ the same elements, and what they see of other trees
+    # ------------------------------------------------------ the same elements on another tree
 
     def of(
         self, specs: Sequence[Spec], tree: PyTree, keep: Sequence[Mask] | None = None
     ) -> "Selection":
-        """The same elements, and what they see of another tree: a batch, an optimizer's state.
+        """The same elements on another tree, such as a batch or an optimizer's state.
 
         Args:
           specs: the `PartitionSpec` of every leaf, flat.
           tree: the other tree.
-          keep: the mask of every leaf, flat, or None: nothing of it is dropped.
+          keep: the mask of every leaf, flat, with None where nothing is dropped.
         """
         paths = tuple(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
         keep = tuple(keep) if keep and any(k is not None for k in keep) else None
         return dataclasses.replace(self, specs=tuple(specs), paths=paths, keep=keep)
 
     def only(self, leaves: Sequence[int]) -> "Selection":
-        """Of some leaves alone, by number; their tree is then a list."""
+        """The same elements on some of the leaves, given by number; the tree becomes a list."""
         pick = lambda xs: tuple(xs[i] for i in leaves)
         keep = None if self.keep is None else pick(self.keep)
         paths = tuple(f"[{i}]" for i in range(len(leaves)))
         return dataclasses.replace(self, specs=pick(self.specs), paths=paths, keep=keep)
 
     def map(self, fn: Callable[..., Any], leaves: Sequence[ArrayLike]):
-        """`fn` of what every element sees of the leaves: `[E, ...]`; of one element, `[...]`.
+        """Apply `fn` to what each element sees of the leaves: `[E, ...]`; for one element, `[...]`.
 
-        What elements share is not repeated: the map passes it whole to every element of a run, or
-        to all.
+        Leaves that elements share are not repeated: the map passes them whole, to the elements of a
+        run or to all.
         """
         return over(self, fn, see(self, leaves))
 
     def drop(self, keep: PyTree) -> "Selection":
-        """The same elements, none of which sees the weights that `keep` drops: dropout.
+        """The same elements without the weights that `keep` drops: dropout.
 
-        A dropped weight is 0 to every element and nobody holds it: its gradient is 0,
-        `scatter_mean` keeps its bits, `counts` says 0, `psjax.local_update` leaves it and its
-        moments alone. Nothing is rescaled; `psjax.dropout_mask` draws masks and says how to.
+        Every element sees 0 in place of a dropped weight, and no element holds it: its gradient is
+        0, `scatter_mean` keeps its bits, `counts` says 0, and `psjax.local_update` leaves it and
+        its moments unchanged. `psjax.dropout_mask` draws masks. `s.drop(a).drop(b)` drops what
+        either mask drops. Masks are arrays, as index sets are: new ones do not recompile a step.
 
-        Masks are data, as index sets are: another one, of the same shapes, is a new argument of a
-        jitted step and never a recompilation. `s.drop(a).drop(b)` drops what either does. The
-        gradient of a dropped weight is 0, but an optimizer outside, its momentum or weight decay,
-        may still move it.
+        Nothing is rescaled; `psjax.dropout_mask` says how to. An optimizer outside the library may
+        still move a dropped weight, by its momentum or weight decay.
 
         Args:
-          keep: tree like the parameters with leaves None (nothing is dropped), a bool (the whole
-            leaf is kept or dropped) or a bool array that broadcasts to the leaf, such as
-            `[rows, 1]`. They may be traced.
+          keep: tree like the parameters. A leaf is None (nothing is dropped), a bool (False drops
+            the whole leaf) or a bool array that broadcasts to the leaf, such as `[rows, 1]`. Leaves
+            may be traced.
 
         Raises:
-          ValueError: a tree that is not like the parameters; a selection that is split already; at
-            the first use, a mask that does not broadcast to its leaf.
-          TypeError: masks that are not bool.
+          ValueError: the tree is not like the parameters, the selection is split already, or, at
+            the first use, a mask does not broadcast to its leaf.
+          TypeError: a mask is not bool.
 
         Example:
           >>> import jax.numpy as jnp, psjax
@@ -317,7 +317,7 @@ class Selection:
         return dataclasses.replace(self, keep=masks)
 
     def masked(self, tree: PyTree):
-        """A tree like the parameters with 0 for every weight that is dropped."""
+        """The tree with 0 in place of every dropped weight."""
         if self.keep is None:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
@@ -327,7 +327,7 @@ class Selection:
 
     def __repr__(self) -> str:
         """`Selection(90 elements; class [90, 2] of 10, label [90] of 10)`."""
-        if not hasattr(self.valid, "shape"):  # a tree of something else, such as specs
+        if not hasattr(self.valid, "shape"):  # its leaves are not arrays, but specs, for example
             return f"Selection({self.indices}, {self.valid})"
         many = " x ".join(map(str, self.valid.shape)) or "1"
         parts = [f"{many} element{'' if many == '1' else 's'}"]
@@ -340,7 +340,7 @@ class Selection:
         return f"Selection({'; '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
-        """Whether the index sets, masks and leaves are the same; of tracers, the same object."""
+        """Whether index sets, masks and leaves are equal; tracers are compared as objects."""
         if not isinstance(other, Selection) or self is other:
             return self is other
         (a, treedef), (b, other_def) = jax.tree.flatten(self), jax.tree.flatten(other)
@@ -353,7 +353,7 @@ class Selection:
         return hash((self.specs, self.paths, self.axis_sizes, jnp.shape(self.valid)))
 
     def check(self, call: str, params: Params):
-        """Raise unless these are the parameters that `select` was given, and no split selection."""
+        """Raise if `select` was given other parameters, or the selection is not `[E]`."""
         if self.valid.ndim != 1:
             msg = (
                 f"{call}: the selection has leaves of shape {self.valid.shape}; inside a mapped "
@@ -365,12 +365,12 @@ class Selection:
     # ------------------------------------------------------------------------------------- parts
 
     def holders(self, valid: Bool[AnyArray, "..."], axis_name: AxisName | None = None):
-        """Who holds each entry, of the elements that are `valid`; over devices with `axis_name`."""
+        """The holders of each entry among `valid` elements; over all devices with `axis_name`."""
         known = (self.sizes, self.disjoint, self.distinct)
         return holders_of(self.indices, valid, *known, axis_name)
 
     def add_to(self, totals: Params, stacked: Params, valid: Bool[AnyArray, "..."]):
-        """Add what the elements that are `valid` hold to `totals`, without masks."""
+        """Add the entries of the elements that are `valid` to `totals`; masks are left out."""
         holders = self.holders(valid)
         add = lambda spec, total, y: holders.add(total, jnp.asarray(y), spec)
         return _map(add, self.specs, totals, stacked)
@@ -378,13 +378,13 @@ class Selection:
     def _counts(
         self, params: Params, valid: Bool[AnyArray, " E"], axis_name: AxisName | None = None
     ):
-        """Counts with size 1 on every axis along which they are the same: not selected, no mask."""
+        """Counts, of size 1 along every axis where they are equal: not selected and not masked."""
         mine, everywhere = self.holders(valid), self.holders(valid, axis_name)
 
         def leaf(spec: P, keep: Mask, x: Struct):
             if keep is None and mine.alone(spec):
                 return everywhere.number(x, spec)
-            count = kept(keep, mine.number(x, spec))  # this device's, whose masks may be its own
+            count = kept(keep, mine.number(x, spec))  # this device's: its masks may be its own
             return count if axis_name is None else jax.lax.psum(count, axis_name)
 
         leaves, treedef = jax.tree.flatten(params)
@@ -417,12 +417,12 @@ def along(valid: Bool[AnyArray, "..."], y: AnyArray):
 
 
 def repeat(x: Any, n: int):
-    """`[...] -> [n, ...]`; NumPy's arrays stay so."""
+    """`[...] -> [n, ...]`; a NumPy array stays one."""
     return (np if on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
 
 
 def check_like(call: str, selection: Selection, params: Params):
-    """The parameters must be those that `select` was given: a wrong size would gather zeros."""
+    """Raise if `select` was given other parameters: a wrong size would gather zeros."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(keystr(path) for path, _ in leaves)
     if paths != selection.paths:

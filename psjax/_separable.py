@@ -1,9 +1,9 @@
-r"""Partially-separable functions: map over the elements, scatter what comes back.
+r"""Partially-separable functions: map over the elements, scatter their gradients.
 
-$f(w) = \sum_e \hat f_e(U_e w)$ and $\nabla f(w) = \sum_e U_e^\top \nabla \hat f_e(U_e w)$: (3) and
-(4) of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural
-network training*, G-2023-36, after A. Griewank and Ph. L. Toint, *Partitioned variable metric
-updates for large structured optimization problems*, 1982.
+$f(w) = \sum_e \hat f_e(U_e w)$ and $\nabla f(w) = \sum_e U_e^\top \nabla \hat f_e(U_e w)$ are
+equations (3) and (4) of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
+partitioned neural network training*, G-2023-36. The idea is from A. Griewank and Ph. L. Toint,
+*Partitioned variable metric updates for large structured optimization problems*, 1982.
 """
 
 import dataclasses
@@ -30,35 +30,38 @@ def value_and_grad(
     chunk_size: int | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
-    r"""Value and gradient of $f(w) = \sum_e \hat f(U_e w, \dots)$, element by element.
+    r"""Value and gradient of $f(w) = \sum_e \hat f(U_e w, \dots)$, computed element by element.
 
-    $\nabla f(w) = \sum_e U_e^\top \nabla \hat f(U_e w)$: (4) of G-2023-36 (see the module).
+    $U_e w$ are the entries that element $e$ sees. The gradient is
+    $\nabla f(w) = \sum_e U_e^\top \nabla \hat f(U_e w)$: equation (4) of P. Raynaud, D. Orban,
+    J. Bigeon, *Partially-separable loss to parallelize partitioned neural network training*,
+    G-2023-36.
 
     Args:
       element_fn: $\hat f$; `element_fn(element_params, *args)` returns a floating scalar. Leaves
-        of `element_params` are the selected rows, `[m, ...]`. Elements are *added*: what is a mean
-        over samples divides by the size of the whole batch.
-      in_axes: what an element sees of each further argument, one for all or a tuple of one each:
-        `None`, the whole; a `PartitionSpec` such as `P("label")`, the rows that the selection's
-        indices of that name pick, as for parameters; 0, row e of leaves `[E, ...]`.
-      chunk_size: elements evaluated at once. Gather and scatter happen inside the loop, so memory
-        grows with the chunk and not with E. None: chosen for the platform that the program is
-        lowered for, from what an element computes and holds: on a CPU as many as make a step of the
-        loop worth starting, elsewhere all that fit into a quarter of the device's memory.
-      has_aux: whether `element_fn` returns `(value, aux)`; the `aux` of all elements come back as
-        arrays `[E, ...]`, zero for elements that are not valid.
+        of `element_params` are the selected rows, `[m, ...]`. Elements are *added*: a mean over
+        samples must divide by the size of the whole batch.
+      in_axes: how each further argument is mapped; one value for all, or a tuple with one per
+        argument. `None`: passed whole. `0`: element e gets row e of leaves `[E, ...]`. A
+        `PartitionSpec` such as `P("label")`: indexed by the selection, like a parameter.
+      chunk_size: number of elements evaluated at once. Gather and scatter happen inside the loop,
+        so that memory grows with the chunk and not with E. None: chosen from the work and the
+        memory of one element. On a CPU the chunk is just large enough to make a step of the loop
+        worth its start; elsewhere it is all elements that fit into a quarter of the memory.
+      has_aux: whether `element_fn` returns `(value, aux)`. The `aux` of all elements are returned
+        as arrays `[E, ...]`, with zeros for elements that are not valid.
 
     Returns:
       A function `(params, selection, *args) -> (value, grads)`: a scalar and a tree like `params`;
-      `((value, aux), grads)` with `has_aux`. Chunks are summed in float32 where dtypes are
-      narrower, and rounded once; within a chunk, gradients of what its elements share are summed as
-      in any JAX program of that dtype.
-      They are the sums over **this device's** elements: inside `pmap` or `shard_map`,
-      `jax.lax.psum` them, as in any data-parallel step.
+      `((value, aux), grads)` with `has_aux`. They are the sums over **this device's** elements:
+      inside `pmap` or `shard_map`, add them with `jax.lax.psum`, as in any data-parallel step.
+
+      The sum over chunks is taken in float32 where dtypes are narrower, and rounded once. Within a
+      chunk, gradients of shared leaves are summed in the dtype of the program, as JAX does.
 
     Raises:
-      ValueError, TypeError: at the call, for an `element_fn` that does not return a floating
-        scalar, parameters of other shapes, an index name that nothing uses, too few samples.
+      ValueError, TypeError: at the call, if `element_fn` does not return a floating scalar, the
+        parameters have other shapes, nothing uses an index name, or there are too few samples.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -88,19 +91,19 @@ def value_and_grad(
 def element_value_and_grad(
     element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
 ) -> Callable[..., tuple[jax.Array, Any]]:
-    r"""Value and gradient of every element, not summed: $\hat f_e(U_e w)$ and its own gradient.
+    r"""Value and gradient of each element, not summed: $\hat f_e(U_e w)$ and its gradient.
 
-    For statistics over elements, and for methods that scatter by themselves:
+    Use it for statistics over elements, or to scatter in another way:
     `selection.scatter_add(grads, params)` is the whole gradient.
 
     Args:
       element_fn: as in `value_and_grad`.
-      in_axes: as there.
-      chunk_size: as there.
+      in_axes: as in `value_and_grad`.
+      chunk_size: as in `value_and_grad`.
 
     Returns:
-      A function `(params, selection, *args) -> (values [E], grads)` with leaves of `grads`
-      `[E, ...]`, shaped as `selection.gather(params)`; zero for elements that are not valid.
+      A function `(params, selection, *args) -> (values, grads)`: values `[E]`, and gradients with
+      the shapes of `selection.gather(params)`, `[E, ...]`. Elements that are not valid give zeros.
     """
     call = "element_value_and_grad"
     check_chunk_size(call, chunk_size)
@@ -139,24 +142,23 @@ def partially_separable(
 ) -> Callable[..., jax.Array]:
     r"""The scalar function $f(w) = \sum_e \hat f(U_e w, \dots)$, for JAX's own transformations.
 
-    `jax.grad` of it costs what `value_and_grad` does; `jax.jvp`, `jax.hessian`, Hessian-vector
-    products in every order, `vmap`, `scan`, `jax.checkpoint`, and gradients with respect to the
-    other arguments work. Its tangent is the inner product of the scattered element gradients with
-    the tangents, never a derivative through a `vmap` over the elements: that would be up to 400
-    times slower for convolutions on the CPU.
+    Every JAX transformation accepts it: `jax.grad`, at the cost of `value_and_grad`; `jax.jvp`,
+    `jax.hessian`, Hessian-vector products in every order, `vmap`, `scan`, `jax.checkpoint`; and
+    gradients with respect to the other arguments.
 
-    Inside `jax.shard_map` it has JAX's own semantics: with `check_vma=True` the gradient with
+    Inside `jax.shard_map` it behaves as any JAX function: with `check_vma=True`, the gradient with
     respect to replicated parameters is already summed over devices; with `check_vma=False`, and
-    in `pmap`, it is this device's, and the caller psums it.
+    in `pmap`, it is this device's part, and you add the parts with `jax.lax.psum`.
 
     Args:
       element_fn: as in `value_and_grad`.
-      in_axes: as there.
-      chunk_size: as there.
+      in_axes: as in `value_and_grad`.
+      chunk_size: as in `value_and_grad`.
 
     Returns:
-      A function `(params, selection, *args) -> value`, the sum over this device's elements. What is
-      differentiated must be one of its arguments: JAX refuses what `element_fn` closes over.
+      A function `(params, selection, *args) -> value`, the sum over this device's elements. You can
+      differentiate with respect to its arguments only: JAX refuses values that `element_fn` closes
+      over.
     """
     call = "partially_separable"
     check_chunk_size(call, chunk_size)
@@ -174,6 +176,9 @@ def partially_separable(
     def fn(params: Params, selection: Selection, args: PyTree):
         return evaluate(params, selection, args, ())[0]
 
+    # The tangent is the inner product of the scattered element gradients with the tangents. A
+    # derivative through a `vmap` over the elements takes up to 400 times longer for convolutions
+    # on the CPU.
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
         params, selection, args = primals
         moves = jax.tree.leaves((tangents[0], *tangents[2]))
@@ -181,7 +186,7 @@ def partially_separable(
         value, grads = evaluate(params, selection, args, moved)
         tangent = jnp.zeros_like(value)
         for i, grad in zip(moved, grads):
-            # Of a real function JAX's gradient is the derivative, not its conjugate.
+            # JAX's gradient of a real function is its derivative, without a conjugate.
             tangent = tangent + jnp.real(jnp.sum(grad * moves[i])).astype(value.dtype)
         return value, tangent
 
@@ -199,9 +204,9 @@ def _evaluate(
     chunk_size: int | None,
     has_aux: bool = False,
 ):
-    """Sum of the elements' values, what they return besides, and gradients of some leaves.
+    """The sum of the elements' values, gradients of some leaves, and the elements' `aux`.
 
-    `argnums` are numbers of leaves of `args`, which `seen` says how the elements see.
+    `argnums` are numbers of leaves of `args`; `seen` says how the elements see these leaves.
     """
     element, leaves, dtype, sizes = _of_leaves(call, element_fn, seen, args, chunk_size, has_aux)
     argnums = tuple(argnums)
@@ -247,9 +252,10 @@ def _of_leaves(
     chunk_size: int | None,
     has_aux: bool,
 ):
-    """The element function of flat leaves, the leaves (0 where dropped), the dtype of a value.
+    """Check the element function and make it one of flat leaves.
 
-    And how many elements to evaluate at once, on a CPU and elsewhere.
+    Returns that function, the leaves (0 where dropped), the dtype of a value, and how many elements
+    to evaluate at once: on a CPU, and elsewhere.
     """
     leaves, treedef = jax.tree.flatten(args)
     leaves = seen.masked([jnp.asarray(x) for x in leaves])

@@ -1,8 +1,8 @@
-"""How an optimizer's state travels: entry by entry with a parameter, or whole.
+"""How elements get an optimizer's state: entry by entry like a parameter, or whole.
 
-The proof comes from the optimizer itself. `optimizer.init` is traced for parameters of other sizes,
-one bit of every dimension's number at a time. The dimensions of the state that change with a
-dimension of a parameter are that dimension; names, paths and coincidences of shape play no part.
+The optimizer itself gives the answer. `optimizer.init` is traced for parameters of other sizes, one
+bit of every dimension's number at a time. A dimension of the state that changes with a dimension of
+a parameter is that dimension. Names, paths and equal shapes play no part.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ from jaxtyping import PyTree
 from psjax._select import flat_specs
 from psjax._types import Mask, OptState, Params, Spec
 
-Dim: TypeAlias = tuple[int, int] | int | str  # where a dimension of the state comes from
-_MIXED = "mixed"  # a dimension of the state that is made of several, such as a flattened one
+Dim: TypeAlias = tuple[int, int] | int | str  # the origin of a dimension of the state
+_MIXED = "mixed"  # a dimension of the state made of several, such as a flattened one
 
 
 class Route(NamedTuple):
-    """How one leaf of an optimizer's state travels.
+    """How elements get one leaf of an optimizer's state, and how it is put back.
 
     Attributes:
       spec: its axis names.
       keep: the mask of its parameter, or None.
-      copied: True if it is taken from one element, False if the elements' are averaged.
+      copied: True if the value of one element is put back, False if the mean of all is.
     """
 
     spec: P
@@ -37,7 +37,7 @@ class Route(NamedTuple):
 
 
 def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
-    """Axis names of an optimizer's state: a moment has those of its parameter.
+    """The axis names of an optimizer's state: a moment has the axes of its parameter.
 
     Args:
       optimizer: an `optax.GradientTransformation`.
@@ -45,11 +45,11 @@ def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
 
     Returns:
-      A tree of `PartitionSpec`s like the optimizer's state. `P()` is what travels whole: counts,
-      keys, constants and other scalars.
+      A tree of `PartitionSpec`s like the optimizer's state. It is `P()` for leaves that every
+      element gets whole: counts, keys, constants and other scalars.
 
     Raises:
-      ValueError: a state that is reduced over a named axis.
+      ValueError: a state is reduced over a named axis.
     """
     state = jax.eval_shape(optimizer.init, like)
     specs = flat_specs("state_axes", axes, like)[0]
@@ -60,7 +60,7 @@ def state_axes(optimizer: Any, axes: Any, like: Any) -> Any:
 
 
 def extra_arguments(value: Any, grad: Any, fn: Callable[[Any], Any]) -> dict[str, Any]:
-    """What an optimizer may want besides gradients, state and parameters, by optax's names.
+    """Further arguments that an optimizer may use, by the names of optax.
 
     Args:
       value: the loss.
@@ -70,7 +70,7 @@ def extra_arguments(value: Any, grad: Any, fn: Callable[[Any], Any]) -> dict[str
 
     def value_fn(
         params: Params, obj_fn: Any = None
-    ):  # a line search hands on what it does not know
+    ):  # a line search passes on arguments that it does not know
         del obj_fn
         return fn(params)
 
@@ -88,7 +88,7 @@ def state_routes(
     divided: Callable[[Any], bool],
     like: Any = None,
 ) -> list[Route]:
-    """How each leaf of an optimizer's state travels.
+    """How elements get each leaf of an optimizer's state.
 
     Args:
       call: the name of the public function, for messages.
@@ -98,11 +98,11 @@ def state_routes(
       specs: the `PartitionSpec` of every parameter, flat.
       keep: the mask of every parameter, flat, or None.
       divided: whether an entry of a `PartitionSpec` names an axis that is divided.
-      like: what `optimizer.init` got; None: `params`. Only shapes count; a worker that holds a
-        shard passes the whole shapes.
+      like: the parameters that `optimizer.init` got; None: `params`. Only shapes count; a worker
+        with a shard passes the whole shapes.
 
     Raises:
-      ValueError: a state that is reduced over a divided axis, or is not that of the parameters.
+      ValueError: a state is reduced over a divided axis, or is not that of the parameters.
     """
     leaves = [jnp.shape(x) for x in jax.tree.leaves(params)]
     found = jax.tree_util.tree_leaves_with_path(opt_state)
@@ -112,7 +112,7 @@ def state_routes(
         origins = _origins(call, optimizer, params if like is None else like)
         _check_state(call, origins, leaves, found)
         dims = [dims for _, dims in origins]
-    else:  # nothing is divided: everything is whole to everybody
+    else:  # nothing is divided: every element gets everything whole
         dims = [tuple(jnp.shape(x)) for _, x in found]
     whole = [not any(isinstance(d, tuple) for d in own) for own in dims]
     floats = [jnp.issubdtype(_dtype(x), jnp.inexact) for _, x in found]
@@ -136,7 +136,7 @@ def state_routes(
 
 
 def check_element_state(call: str, optimizer: Any, params: Any, opt_state: Any) -> None:
-    """Raise unless `optimizer.init` of what an element sees is the state that an element sees."""
+    """Raise unless `optimizer.init` on an element's parameters gives the state it sees."""
     shapes = lambda tree: [
         (keystr(path), jnp.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
@@ -176,7 +176,7 @@ def _reduced_over(
     divided: Callable[[Any], bool],
     names: Sequence[str],
 ):
-    """In words, the divided axes without which a leaf of the state cannot travel."""
+    """In words, the divided axes over which a leaf of the state is reduced."""
     if _MIXED in own:
         owners = range(len(specs))
         lost = [(i, d) for i in owners for d in range(len(leaves[i]))]
@@ -196,10 +196,10 @@ def _reduced_over(
 def _refusal(call: str, path: str, shape: tuple[int, ...], over: Sequence[str]):
     return (
         f"{call}(optimizer=...): the optimizer's state {path}, of shape {shape}, is reduced over "
-        f"{', '.join(over[:3])}{' ...' if len(over) > 3 else ''}. An element sees a part of that "
-        "and cannot give it back. Pass an optimizer with a state per entry, such as optax.adam, "
-        "optax.sgd or optax.adafactor(factored=False), or give such parameters one by "
-        "optax.partition."
+        f"{', '.join(over[:3])}{' ...' if len(over) > 3 else ''}. An element sees only a part of "
+        "that, so that its state cannot be put back. Pass an optimizer with a state per entry, "
+        "such as optax.adam, optax.sgd or optax.adafactor(factored=False), or choose one for such "
+        "parameters by optax.partition."
     )
 
 
@@ -209,7 +209,7 @@ def _check_state(
     leaves: Sequence[tuple[int, ...]],
     found: Sequence[tuple[KeyPath, Any]],
 ):
-    """The state must be what the parameters' shapes say."""
+    """The state must have the shapes that follow from those of the parameters."""
     size = lambda d: leaves[d[0]][d[1]] if isinstance(d, tuple) else d
     want = [(path, tuple(map(size, dims))) for path, dims in origins]
     own = [(keystr(path), jnp.shape(x)) for path, x in found]
@@ -245,7 +245,7 @@ def _origins(call: str, optimizer: optax.GradientTransformation, like: Params):
     base = [_apart(jnp.shape(x)) for x in leaves]
     dims = [(i, d) for i, shape in enumerate(base) for d in range(len(shape))]
     number = {dim: k + 1 for k, dim in enumerate(dims)}
-    step = lambda n: -1 if n % 2 and n > 1 else 1  # past no even size, where optimizers decide
+    step = lambda n: -1 if n % 2 and n > 1 else 1  # crosses no even size: optimizers decide there
 
     def probe(changed: Callable[[int], bool]):
         shapes = [
@@ -264,8 +264,8 @@ def _origins(call: str, optimizer: optax.GradientTransformation, like: Params):
     if any(ranks(state) != ranks(none) for state in (every, *one)):
         msg = (
             f"{call}(optimizer=...): the optimizer's state depends on the sizes of the parameters; "
-            "it is not known how it travels. Pass an option that does not depend on sizes, such as "
-            "optax.adafactor(factored=False)."
+            "psjax cannot tell how to divide it. Pass an option that does not depend on sizes, "
+            "such as optax.adafactor(factored=False)."
         )
         raise ValueError(msg)
 
@@ -287,7 +287,7 @@ def _origins(call: str, optimizer: optax.GradientTransformation, like: Params):
 
 
 def _apart(shape: tuple[int, ...]):
-    """Sizes in the order of the shape's, so far apart that a step of one changes no order."""
+    """Sizes in the same order as in the shape, so far apart that a step of 1 keeps the order."""
     sizes, last = list(shape), None
     for d in sorted(range(len(shape)), key=lambda d: shape[d]):
         sizes[d] = shape[d] if last is None else max(shape[d], last + 3)
@@ -301,9 +301,9 @@ def _reached(
     opt_state: OptState,
     candidates: Sequence[bool],
 ):
-    """Which of the candidates' numbers gradients, weights or losses reach in an update.
+    """Which candidates depend on gradients, weights or losses in an update.
 
-    `jax.vmap` follows the data flow: what it leaves without a batch axis depends on no batch.
+    `jax.vmap` follows the data flow: a result without a batch axis depends on no batched input.
     """
     update = optax.with_extra_args_support(optimizer).update
     state, treedef = jax.tree.flatten(opt_state)
@@ -330,7 +330,7 @@ def _reached(
             return True  # mapped, or not known
         return False
 
-    while left and reaches(left):  # until what is left depends on nothing but itself
+    while left and reaches(left):  # until the rest depends only on itself
         more = [i for i in left if reaches([i])] or left
         found |= set(more)
         left = [i for i in left if i not in more]

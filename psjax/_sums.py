@@ -1,4 +1,4 @@
-"""Sums and means that are exact enough: in 32 bits at least, rounded once."""
+"""Sums and means in 32 bits or more, rounded once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from psjax._types import Params
 
 
 def wide(dtype: DTypeLike) -> Any:
-    """The dtype in which sums are accumulated: 32 bits at least; of bools, int32."""
+    """The dtype in which sums are accumulated: 32 bits or more, and int32 for bools."""
     if jnp.issubdtype(dtype, jnp.bool_):
         return jnp.dtype(jnp.int32)
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
@@ -24,12 +24,12 @@ def wide(dtype: DTypeLike) -> Any:
 
 
 def wide_zeros(like: Params):
-    """Where sums of such leaves are accumulated."""
+    """Zeros in which sums of such leaves are accumulated."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
 
 
 def narrowed(total: Params, like: PyTree):
-    """Sums in the dtypes of `like`, arrays or dtypes; of bools, whether any was True."""
+    """Sums cast to the dtypes of `like`; for bools, whether any was True."""
     return jax.tree.map(lambda t, x: t.astype(x.dtype), total, like)
 
 
@@ -39,16 +39,16 @@ def mean_of(
     params: Params,
     counts: PyTree[Integer[Array, "..."]],
 ):
-    """The mean over the holders of each entry; an entry without any keeps its bits.
+    """The mean over the holders of each entry; an entry without a holder keeps its bits.
 
-    A mean of integers is rounded down, and of bools it is whether all are True. Sums of integers of
-    32 and 64 bits are taken in two halves, so that they do not overflow: up to 32767 holders.
+    The mean of integers is rounded down; the mean of bools is whether all are True. Integers of 32
+    and 64 bits are summed in two halves, so that up to 32767 holders cause no overflow.
 
     Args:
       sums: `(stacked, like) -> total`, sums over the holders, of dtypes `wide`.
-      stacked: what the elements hold.
+      stacked: the entries of the elements.
       params: the parameters before.
-      counts: holders of each entry, broadcasting to it.
+      counts: number of holders of each entry; broadcasts to the leaf.
     """
     params = jax.tree.map(jnp.asarray, params)
     half = lambda x: _half(x.dtype)
@@ -71,5 +71,5 @@ def mean_of(
 
 
 def _half(dtype: np.dtype):
-    """Bits of a half of integers that are summed in two halves; 0 of other dtypes."""
+    """Bits per half of integers that are summed in two halves; 0 for other dtypes."""
     return {4: 16, 8: 32}.get(dtype.itemsize, 0) if jnp.issubdtype(dtype, jnp.integer) else 0

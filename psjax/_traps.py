@@ -1,4 +1,4 @@
-"""Mistakes of a round of training that raise no error by themselves, seen while it is traced."""
+"""Checks, while a round is traced, for mistakes that would raise no error by themselves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from psjax._selection import Selection
 from psjax._state import extra_arguments
 from psjax._types import Batch, InAxes, OptState, Params
 
-# Not the same with a zero more, whatever the values are.
+# Primitives whose result may change with one more zero.
 _ORDERED = {
     "argmax",
     "argmin",
@@ -33,7 +33,7 @@ _ORDERED = {
 
 
 def check_axis_name(call: str, axis_name: str | None, params: Any, own: Any) -> None:
-    """Raise if devices train from one start on data of their own and nobody averages.
+    """Raise if devices start from the same weights, train on different data, and do not average.
 
     `jax.shard_map` shows which values differ between devices where `check_vma` is True; `jax.pmap`
     and `check_vma=False` do not.
@@ -42,15 +42,15 @@ def check_axis_name(call: str, axis_name: str | None, params: Any, own: Any) -> 
     if missing:
         msg = (
             f"{call}(axis_name={axis_name!r}): the selection or the batches differ along the "
-            f"mapped axis {missing[0]!r} and the parameters do not, so that every device would "
-            f"keep a result of its own. Pass axis_name={missing[0]!r} to average over it, or "
+            f"mapped axis {missing[0]!r} but the parameters do not, so that every device would "
+            f"keep its own result. Pass axis_name={missing[0]!r} to average over it, or "
             f"jax.lax.pcast(params, {missing[0]!r}, to='varying') if each device trains alone."
         )
         raise ValueError(msg)
 
 
 def check_low_precision(call: str, optimizer: Any, params: Any) -> None:
-    """Raise if float16 turns a step along zero into NaN: an epsilon such as 1e-8 is 0 there."""
+    """Raise if a zero gradient gives NaN in float16, where an epsilon such as 1e-8 is 0."""
     if not any(jnp.result_type(x) == jnp.float16 for x in jax.tree.leaves(params)):
         return
     if _finite(optimizer, params, lambda dtype: jnp.float32) and not _finite(
@@ -80,11 +80,11 @@ def _finite(
 
 
 def check_padding(call: str, optimizer: Any, with_padding: Any, without: Any) -> None:
-    """Raise if an update counts the entries of a leaf, of which padding adds some.
+    """Raise if an update counts the entries of a leaf, because padding adds some.
 
-    A mean divides by their number, which is a constant of the traced program: programs for two
-    sizes are compared. Sums, such as norms, do not count zeros and pass; so does what counts them
-    without a constant, `sum(exp(x))`.
+    A mean divides by the number of entries, which is a constant of the traced program. So programs
+    for two sizes are compared. Sums, such as norms, do not count zeros and pass. A count without a
+    constant, such as `sum(exp(x))`, passes unnoticed.
 
     Args:
       call: the name of the public function.
@@ -107,7 +107,7 @@ def check_padding(call: str, optimizer: Any, with_padding: Any, without: Any) ->
 
 
 def _constants(optimizer: optax.GradientTransformation, params: Params):
-    """The primitives of an update, each with its constants."""
+    """The primitives of an update with their constants."""
     update = optax.with_extra_args_support(optimizer).update
 
     def fn(grads: Params, params: Params, state: OptState, value: Array):
@@ -140,7 +140,7 @@ def check_steps(seen: Selection, first: int, in_axes: InAxes, batches: Batch):
     shapes = [x.shape for x in shapes]
     lengths = {shape[0] if shape else None for shape in shapes}
     if not shapes:
-        msg = f"local_update: batches has no array; give [{E}, J, ...]."
+        msg = f"local_update: batches has no array; pass [{E}, J, ...]."
         raise ValueError(msg)
     if len(lengths) != 1 or None in lengths:
         msg = (
@@ -150,7 +150,7 @@ def check_steps(seen: Selection, first: int, in_axes: InAxes, batches: Batch):
         )
         raise ValueError(msg)
     if lengths == {0}:
-        msg = "local_update: batches has J = 0 local steps; give one or more."
+        msg = "local_update: batches has J = 0 local steps; pass one or more."
         raise ValueError(msg)
 
 
@@ -160,6 +160,6 @@ def check_mutable(mutable: tuple[str, ...], params: Params):
         have = sorted(params) if isinstance(params, dict) else type(params).__name__
         msg = (
             f"local_update(mutable={mutable}): the parameters have no {missing}; they are {have}. "
-            "Give the whole variables, such as {'params': ..., 'batch_stats': ...}."
+            "Pass the whole variables, such as {'params': ..., 'batch_stats': ...}."
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Names of types that signatures share; jaxtyping has the shapes of arrays, JAX the trees."""
+"""Types that signatures share. Shapes of arrays are in jaxtyping's notation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ AxisName: TypeAlias = str | tuple[str, ...]  # of `jax.pmap`, `jax.vmap` or `jax
 
 AnyArray: TypeAlias = Array | np.ndarray  # on a device, traced, or on the host
 Struct: TypeAlias = AnyArray | jax.ShapeDtypeStruct  # what has a shape and a dtype
-# What is kept of one leaf; None: all of it.
+# Which weights of a leaf are kept; None: all.
 Mask: TypeAlias = Bool[AnyArray, "..."] | np.bool_ | None
 Labels: TypeAlias = Sequence[int] | Integer[AnyArray, "..."]  # of samples: numbers of classes
 Rows: TypeAlias = Mapping[str, Integer[AnyArray, "..."]]  # of named axes, as a `Selection` has them

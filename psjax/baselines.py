@@ -1,13 +1,14 @@
-"""What independent subnets are compared with, through the same core and with the same signature.
+"""Methods to compare independent subnet training with: local SGD and data parallelism.
 
-A script changes one word, `psjax.local_update`, and what follows from it: every worker has the
-whole network, so the selection is `psjax.replicas(params, n)`, `loss_fn` that of the whole module.
+They have the signature of `psjax.local_update`. To compare, replace that call in a script. Every
+worker has the whole network, so the selection is `psjax.replicas(params, n)`, and `loss_fn` is the
+loss of the whole module.
 
-Data parallel with dropout, the explanation that section 6.1 of arXiv:1910.02120 gives for the gains
-of independent subnets ("a distributed version of dropout"), is `data_parallel` with a model whose
-hidden layers drop each neuron with probability 1 - 1/n: `model.clone(dropout=1 - 1 / n)`, and the
-keys as leaves of the batches. A partition that is never redrawn is `psjax.ist.membership` of one
-and the same round.
+Two more comparisons need no function. *Data parallel with dropout* tests the explanation that
+section 6.1 of arXiv:1910.02120 gives for the gains of independent subnets ("a distributed version
+of dropout"). It is `data_parallel` with a model in which each hidden neuron is dropped with
+probability 1 - 1/n, `model.clone(dropout=1 - 1 / n)`; pass the keys as leaves of the batches. *A
+fixed partition* is `psjax.ist.membership` with the same round number in every round.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,25 +42,25 @@ def local_sgd(
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, Any, LocalMetrics]]:
-    """Local SGD: every worker trains the whole network for J steps; then all are averaged.
+    """Local SGD: every worker trains the whole network for J steps, then they are averaged.
 
     T. Lin, S. Stich, K. Patel, M. Jaggi, *Don't Use Large Mini-Batches, Use Local SGD*,
     arXiv:1808.07217. It is `psjax.local_update` over replicas.
 
     Args:
-      loss_fn: as in `psjax.local_update`; the whole network's.
-      optimizer: as there; its state is averaged too.
-      in_axes: as there.
-      axis_name: as there.
-      mutable: as there; overwritten entries are averaged like the weights.
-      has_aux: as there.
-      chunk_size: as there.
+      loss_fn: as in `psjax.local_update`, for the whole network.
+      optimizer: as in `psjax.local_update`; its state is averaged, too.
+      in_axes: as in `psjax.local_update`.
+      axis_name: as in `psjax.local_update`.
+      mutable: as in `psjax.local_update`; overwritten entries are averaged like the weights.
+      has_aux: as in `psjax.local_update`.
+      chunk_size: as in `psjax.local_update`.
 
     Returns:
       A function like that of `psjax.local_update`.
 
     Raises:
-      ValueError: at the call, a selection that divides anything.
+      ValueError: at the call, if the selection divides an axis.
     """
     options: Any = dict(mutable=mutable, has_aux=has_aux, chunk_size=chunk_size)
     update = local_update(loss_fn, optimizer, in_axes, axis_name, **options)
@@ -86,35 +87,35 @@ def data_parallel(
       loss_fn: `loss_fn(params, batch) -> scalar`, a mean over the worker's batch.
       optimizer: any optax optimizer. It gets `value=`, `grad=` and `value_fn=` (`obj_fn=`) of the
         mean over the workers.
-      in_axes: 0, worker e has row e of batches `[E, J, ...]`; None, all have the same `[J, ...]`.
+      in_axes: 0: worker e gets row e of batches `[E, J, ...]`. None: all get the same `[J, ...]`.
       axis_name: name of a mapped axis over which the workers are spread.
-      mutable: must be empty, the one exception to the common signature: there is no one worker
-        whose overwritten entries would be right at every step. Statistics of a normalisation come
-        from `psjax.ist.calibrate`.
-      chunk_size: workers evaluated at once, as in `psjax.value_and_grad`.
+      mutable: must be empty, in contrast to `psjax.local_update`: the workers compute different new
+        values at every step, and none of them is right for all. Get the statistics of a
+        normalisation from `psjax.ist.calibrate`.
+      chunk_size: number of workers evaluated at once, as in `psjax.value_and_grad`.
 
     Returns:
-      A function like that of `psjax.local_update`: `(params, opt_state, selection, batches)`, J
-      steps, each on the batches of all workers. `loss [E, J]` is the mean over the workers,
-      repeated, and `finite` is the same for all: a gradient that is not finite reaches everybody,
-      and nothing is left out.
+      A function like that of `psjax.local_update`, of `(params, opt_state, selection, batches)`. It
+      takes J steps, each on the batches of all workers. `loss [E, J]` is the mean over the workers,
+      repeated. `finite` is the same for all: a gradient that is not finite reaches all workers, and
+      nothing is left out.
 
     Raises:
-      ValueError: at the call, a selection that divides anything, or other batches.
+      ValueError: at the call, if the selection divides an axis, or the batches do not fit.
     """
     if mutable:
         msg = (
-            f"data_parallel(mutable={tuple(mutable)}): gradients are averaged, overwritten entries "
-            "cannot be; train without them and psjax.ist.calibrate before predicting."
+            f"data_parallel(mutable={tuple(mutable)}): gradients are averaged, but overwritten "
+            "entries cannot be; train without them, and call psjax.ist.calibrate before predicting."
         )
         raise ValueError(msg)
     if in_axes not in (0, None):
-        msg = f"data_parallel(in_axes={in_axes!r}): write 0 or None."
+        msg = f"data_parallel(in_axes={in_axes!r}): pass 0 or None."
         raise ValueError(msg)
 
     def wide_loss(
         wide: Params, batch: Batch, like: Params
-    ):  # low precision is differentiated as it is, summed as float32
+    ):  # differentiated in low precision, summed in float32
         params = jax.tree.map(lambda x, p: x.astype(p.dtype), wide, like)
         return _wide(loss_fn(params, batch))
 
@@ -133,7 +134,7 @@ def data_parallel(
 
         def mean(params: Params, batch: Batch):
             fn = lambda wide, batch: wide_loss(wide, batch, params)
-            # Together, gradients of what workers share are added in the dtype that fn computes in.
+            # JAX adds gradients of leaves that workers share in the dtype of fn.
             narrow = any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params))
             size = 1 if narrow and chunk_size is None else chunk_size
             sum_and_grad = value_and_grad(fn, in_axes=in_axes, chunk_size=size)
@@ -163,7 +164,7 @@ def _wide(x: Inexact[Array, "..."]):
 
 
 def _with_gradient(value_and_grad: Callable[[Params], tuple[Array, Params]]):
-    """The value as a function with the gradient given: JAX's own would be n-fold over devices."""
+    """A function with this value and gradient: the gradient that JAX derives would be n-fold."""
     fn = jax.custom_vjp(lambda params: value_and_grad(params)[0])
     scaled = lambda grads, ct: jax.tree.map(lambda g: (ct * g).astype(g.dtype), grads)
     fn.defvjp(value_and_grad, lambda grads, ct: (scaled(grads, ct),))
@@ -173,8 +174,8 @@ def _with_gradient(value_and_grad: Callable[[Params], tuple[Array, Params]]):
 def _check_replicas(call: str, selection: Selection):
     if selection.indices:
         msg = (
-            f"{call}: the selection divides {sorted(selection.indices)}; every worker must see the "
-            "whole: write psjax.replicas(params, n)."
+            f"{call}: the selection divides {sorted(selection.indices)}; every worker needs the "
+            "whole network: pass psjax.replicas(params, n)."
         )
         raise ValueError(msg)
 

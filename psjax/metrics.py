@@ -3,8 +3,8 @@
 Precision and nDCG at k, and the propensity-scored precision of Jain, Prabhu, Varma: *Extreme
 multi-label loss functions for recommendation, tagging, ranking & other missing label applications*,
 KDD 2016, https://doi.org/10.1145/2939672.2939756. As in the repository's scripts, every function
-gives the values at 1, 2, ..., k together, and a sample without labels counts as 0, not as absent.
-NumPy on the host, float64: for all samples of a split at once, not for batches whose means differ.
+returns the values at 1, 2, ..., k together, and a sample without labels counts as 0. They compute
+in float64 with NumPy. Pass all samples of a split at once: a mean of batches may differ.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def _hits(
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim != 2 or labels.ndim != 2 or len(predictions) != len(labels):
         msg = (
-            f"{call}: predictions have shape {predictions.shape} and labels {labels.shape}; write "
+            f"{call}: predictions have shape {predictions.shape} and labels {labels.shape}; pass "
             "[N, num_labels] scores or [N, k] ids, and [N, K] ids."
         )
         raise ValueError(msg)
@@ -42,10 +42,10 @@ def _hits(
         msg = f"{call}: no samples."
         raise ValueError(msg)
     if not np.issubdtype(labels.dtype, np.integer):
-        msg = f"{call}: labels are {labels.dtype}; write ids in [0, {num_labels}], padded."
+        msg = f"{call}: labels are {labels.dtype}; pass ids in [0, {num_labels}], padded."
         raise TypeError(msg)
     if not isinstance(k, int) or not 1 <= k <= predictions.shape[1]:
-        msg = f"{call}: k={k}; write an integer from 1 to {predictions.shape[1]}."
+        msg = f"{call}: k={k}; pass an integer from 1 to {predictions.shape[1]}."
         raise ValueError(msg)
     if np.issubdtype(predictions.dtype, np.integer):
         top = predictions[:, :k]
@@ -57,7 +57,7 @@ def _hits(
             row, column = bad[0]
             msg = (
                 f"{call}: {what} {ids[row, column]} of sample {row} is outside [0, {num_labels}); "
-                f"write {num_labels} for an empty place."
+                f"pass {num_labels} for an empty place."
             )
             raise ValueError(msg)
         ordered = np.sort(ids, axis=1)
@@ -67,16 +67,16 @@ def _hits(
             msg = f"{call}: {what} {ordered[row, column]} of sample {row} is repeated."
             raise ValueError(msg)
     hits = np.zeros(top.shape, bool)
-    for column in labels.T:  # a column at a time: K N k comparisons without an array of that size
+    for column in labels.T:  # one column at a time: no array of K N k comparisons
         hits |= top == column[:, None]
     return top, labels, hits & (top < num_labels)
 
 
 def _top_k(call: str, scores: Shaped[np.ndarray, "N P"], num_labels: int, k: int):
-    """Ids of the k largest scores of each row, best first; of equal ones, the lowest id first."""
+    """Ids of the k largest scores per row, best first; of equal scores, the lowest id first."""
     if scores.shape[1] != num_labels or not np.issubdtype(scores.dtype, np.floating):
         msg = (
-            f"{call}: predictions are {scores.dtype}{list(scores.shape)}; write floating scores of "
+            f"{call}: predictions are {scores.dtype}{list(scores.shape)}; pass floating scores of "
             f"all {num_labels} labels, or integer ids, best first."
         )
         raise ValueError(msg)
@@ -99,19 +99,18 @@ def precision_at_k(predictions: Scores, labels: Labels, num_labels: int, k: int 
     sample with fewer labels than k.
 
     Args:
-      predictions: `[N, num_labels]` floating scores (of equal ones the lowest id comes first, as
-        in `jax.lax.top_k`), or `[N, at least k]` integer ids, best first, and num_labels for an
-        empty place.
-      labels: `[N, K]` integer ids, num_labels in empty places, as `psjax.data.pad_rows` gives them.
-      num_labels: how many labels there are, L.
+      predictions: `[N, num_labels]` floating scores (of equal scores the lowest id comes first, as
+        in `jax.lax.top_k`); or integer ids, best first, `[N, k]` or wider, padded with num_labels.
+      labels: `[N, K]` integer ids, padded with num_labels, as `psjax.data.pad_rows` returns them.
+      num_labels: number of labels, L.
       k: the largest k.
 
     Returns:
       `[k]`, float64: `precision_at_k(...)[2]` is P@3.
 
     Raises:
-      ValueError: shapes, an id out of range, or an id repeated for one sample.
-      TypeError: labels that are not integers.
+      ValueError: shapes do not fit, an id is out of range, or a sample has an id twice.
+      TypeError: labels are not integers.
 
     Example:
       >>> precision_at_k([[0.1, 0.9, 0.5]], [[1, 3]], num_labels=3, k=2)
@@ -159,26 +158,26 @@ def propensities(
     a: float = 0.55,
     b: float = 1.5,
 ) -> np.ndarray:
-    r"""How likely a label that is true is also recorded, from how often it is.
+    r"""Estimate the probability that a true label is recorded, from how often it occurs.
 
     $p_l = 1 / (1 + C e^{-A \log(N_l + B)})$, $C = (\log N - 1)(B + 1)^A$, natural logarithms.
 
     Args:
-      label_counts: `[L]`, $N_l$, how many points of the **training** set have label l:
+      label_counts: `[L]`, $N_l$, the number of points of the **training** set with label l:
         `numpy.bincount(data.label_indices, minlength=data.num_labels)`.
-      num_points: N, the training set's.
-      a: A; the repository takes 0.5 for its Wikipedia sets, 0.6 for Amazon's, 0.55 for others.
-      b: B; 0.4 for Wikipedia, 2.6 for Amazon, 1.5 for others.
+      num_points: number of points of the training set, N.
+      a: A. The repository uses 0.5 for its Wikipedia sets, 0.6 for Amazon, 0.55 for others.
+      b: B. The repository uses 0.4 for its Wikipedia sets, 2.6 for Amazon, 1.5 for others.
 
     Returns:
       `[L]`, float64 in (0, 1), for `propensity_scored_precision_at_k`.
 
     Raises:
-      ValueError: counts that are not `[L]` within `[0, N]`, or N < 3 (C would not be positive).
+      ValueError: counts are not `[L]` within `[0, N]`, or N < 3 (C would not be positive).
     """
     counts = np.asarray(label_counts, np.float64)
     if num_points < 3:
-        msg = f"propensities(num_points={num_points}): write 3 or more."
+        msg = f"propensities(num_points={num_points}): pass 3 or more."
         raise ValueError(msg)
     if counts.ndim != 1 or not ((counts >= 0) & (counts <= num_points)).all():
         msg = (
@@ -199,10 +198,10 @@ def propensity_scored_precision_at_k(
     r"""Precision at 1, ..., k with each hit worth 1/p_l, relative to the best attainable.
 
     $\mathrm{PSP}@k = \frac{\sum_i \sum_{j \le k} y_{i r_j} / p_{r_j}}
-    {\sum_i \max_{\hat r} \sum_{j \le k} y_{i \hat r_j} / p_{\hat r_j}}$: as in the repository's
-    scripts the two sums over all samples are divided, not averaged sample by sample, and the best
-    predictions are the k labels of least propensity that a sample has. The paper's own definition
-    has no denominator, and can exceed 1.
+    {\sum_i \max_{\hat r} \sum_{j \le k} y_{i \hat r_j} / p_{\hat r_j}}$. As in the repository's
+    scripts, one sum over all samples is divided by the other. The best predictions are the k labels
+    of a sample with the least propensity. The paper's definition has no denominator and can exceed
+    1.
 
     Args:
       predictions: as in `precision_at_k`.
@@ -220,7 +219,7 @@ def propensity_scored_precision_at_k(
     call = "propensity_scored_precision_at_k(predictions, labels, propensities)"
     propensities = np.asarray(propensities, np.float64)
     if propensities.ndim != 1 or not ((propensities > 0) & (propensities <= 1)).all():
-        msg = f"{call}: propensities have shape {propensities.shape}; write [L], in (0, 1]."
+        msg = f"{call}: propensities have shape {propensities.shape}; pass [L], in (0, 1]."
         raise ValueError(msg)
     top, labels, hits = _hits(call, predictions, labels, len(propensities), k)
     worth = np.append(1 / propensities, 0)

@@ -1,13 +1,13 @@
 r"""LeNet and PSNet, MLP and VGG11, with the papers' presets.
 
 P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned neural network
-training*, G-2023-36, sections 5 and 7. Both networks in the form the authors ran: sigmoid after
-every layer but the last; convolution, bias, average pooling, sigmoid; Xavier-uniform kernels, zero
-biases.
+training*, G-2023-36, sections 5 and 7, describe LeNet and PSNet. Here they have the form that the
+authors ran: a sigmoid after every layer except the last, in the order convolution, bias, average
+pooling, sigmoid; Xavier-uniform kernels and zero biases.
 
-Both are Flax modules whose parameters carry the `class` axis. The sub-network behind a set of `m`
-scores is the same module with `m` classes, `model.clone(num_classes=m)`, applied to the gathered
-weights:
+Both are Flax modules, and their parameters have the `class` axis. The sub-network behind a set of
+`m` scores is the same module with `m` classes, `model.clone(num_classes=m)`, applied to the
+gathered weights:
 
 >>> import flax, jax, jax.numpy as jnp, psjax
 >>> net = psjax.models.psnet("digits")
@@ -21,8 +21,8 @@ weights:
 (5, 2)
 
 MLP, VGG11 and SparseMLP are those of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of
-Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. Each hidden dense
-layer has an axis of its own, `hidden_0`, `hidden_1`, ...; the subnet of one of n workers is
+Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. The axes of the
+hidden dense layers are `hidden_0`, `hidden_1`, .... The subnet of one of n workers is
 `model.subnet(n)`, applied to the gathered weights.
 """
 
@@ -44,18 +44,19 @@ __dir__ = _public.listing(globals())
 
 
 class PSNet(nn.Module):
-    """Partitioned network (section 5.3): shared convolutions, then one group of layers a class.
+    """Partitioned network (section 5.3): shared convolutions, then one group of layers per class.
 
     `[batch, height, width, channels] -> scores [batch, num_classes]`.
 
     Attributes:
       num_classes: number of class groups, C.
-      trunk: kernels of each shared convolution; may be empty (the ideal network of section 5.3).
-      fan_out: kernels **a class** of the convolution that leads from all channels to each class.
-      hidden: neurons **a class** of each separable dense layer before the last; their axes are
-        `hidden_0`, `hidden_1`, ..., which `psjax.random_partition` can divide.
-      kernel_sizes, pools: side of the kernel and of the pooling window of every convolution, the
-        trunk's and then the fan-out's.
+      trunk: number of kernels of each shared convolution; may be empty (the ideal network of
+        section 5.3).
+      fan_out: kernels **per class** in the convolution from all channels to each class.
+      hidden: neurons **per class** in each separable dense layer before the last. Their axes are
+        `hidden_0`, `hidden_1`, ...; `psjax.random_partition` can divide them.
+      kernel_sizes, pools: side of the kernel and of the pooling window of every convolution, first
+        those of the trunk and then that of the fan-out.
       implementation: see `psjax.nn.conv`.
     """
 
@@ -90,7 +91,7 @@ class PSNet(nn.Module):
 
 
 class LeNet(nn.Module):
-    """The paper's LeNet: two convolutions and three dense layers, only the last one split by class.
+    """The paper's LeNet: two convolutions and three dense layers; only the last is split by class.
 
     `[batch, height, width, channels] -> scores [batch, num_classes]`.
 
@@ -123,16 +124,16 @@ class _Divided(nn.Module):
     """A model whose hidden dense layers are divided among subnets."""
 
     def subnet(self, num_subnets: int):
-        """The same module with a subnet's share of every hidden layer, `ceil(width / n)`.
+        """The same module with the share of one of n subnets, `ceil(width / n)` per hidden layer.
 
         Raises:
-          ValueError: fewer neurons in a layer than subnets.
+          ValueError: a layer has fewer neurons than there are subnets.
         """
         hidden: tuple[int, ...] = self.hidden  # pyright: ignore[reportAttributeAccessIssue]
         least = min(hidden, default=0)
         if not 1 <= num_subnets <= least:
             msg = (
-                f"subnet({num_subnets}): the hidden layers have {hidden} neurons; write a number "
+                f"subnet({num_subnets}): the hidden layers have {hidden} neurons; pass a number "
                 f"of subnets from 1 to {least}, or wider layers."
             )
             raise ValueError(msg)
@@ -153,11 +154,11 @@ class MLP(_Divided):
     Attributes:
       num_classes: number of scores.
       hidden: neurons of each hidden layer.
-      normalize: whether to normalise; without it a network trained in subnets fails when it is put
-        together (section 5). The layers then have biases.
-      use_scale, use_bias: scale and shift of the normalisation.
-      normalize_output: normalise the scores too, without scale and shift, as the paper's public
-        code does. The output then has no bias.
+      normalize: whether to normalise. Without it the layers have biases, and a network trained in
+        subnets fails when it is put together (section 5).
+      use_scale, use_bias: whether the normalisation has a scale and a shift.
+      normalize_output: whether to normalise the scores, too, without scale and shift, as the
+        paper's public code does. The output then has no bias.
       dropout: rate after every hidden layer, with the key `dropout`.
     """
 
@@ -178,11 +179,11 @@ class VGG11(_Divided):
     """VGG11 with normalisation (Simonyan, Zisserman, arXiv:1409.1556), for 32x32 images.
 
     `[B, height, width, channels] -> scores [B, num_classes]`. The dense layers on top are divided
-    among subnets, the convolutions every subnet holds whole (section 4.3): they are averaged.
+    among subnets. Every subnet has all convolutions, and they are averaged (section 4.3).
 
     Attributes:
       num_classes: number of scores.
-      convolutions: kernels 3x3 of each layer; 0 is max pooling over 2x2.
+      convolutions: number of 3x3 kernels of each layer; 0 stands for max pooling over 2x2.
       hidden: neurons of each hidden dense layer.
       dropout: rate after every hidden dense layer.
       implementation: see `psjax.nn.conv`.
@@ -230,15 +231,15 @@ def _dense_layers(self, x: Num[AnyArray, "B F"], train: bool):
 class SparseMLP(_Divided):
     """Two layers for sparse features and very many labels (the paper's Amazon-670k network).
 
-    The input is a sum of embedding rows, `sum_k values[b, k] * embedding[ids[b, k]]`, never a dense
-    batch of all features; the loss goes through the labels in chunks.
+    The input layer sums embedding rows, `sum_k values[b, k] * embedding[ids[b, k]]`, so that no
+    dense batch of all features is needed. The loss goes through the labels in chunks.
 
     Attributes:
-      num_labels: L.
-      num_features: F; the id F, past the end, is padding, any other outside [0, F) gives NaN.
-      hidden: `(neurons,)` of the one hidden layer, the embedding dimension.
-      use_scale, use_bias: scale and shift of the normalisation.
-      chunk_size: labels whose scores are held at once by `loss` and `top_k`.
+      num_labels: number of labels, L.
+      num_features: number of features, F. The id F is padding; others outside [0, F) give NaN.
+      hidden: `(neurons,)`, the width of the one hidden layer, the embedding dimension.
+      use_scale, use_bias: whether the normalisation has a scale and a shift.
+      chunk_size: labels per chunk in `loss` and `top_k`.
     """
 
     num_labels: int = 10
@@ -266,7 +267,7 @@ class SparseMLP(_Divided):
     def __call__(
         self, ids: Integer[AnyArray, "B K"], values: Float[AnyArray, "B K"], train: bool = False
     ):
-        """All scores `[B, L]` of rows `ids` int32 `[B, K]`, `values` `[B, K]`."""
+        """All scores, `[B, L]`, from `ids` int32 `[B, K]` and `values` `[B, K]`."""
         return self._features(ids, values, train) @ self.kernel + self.bias
 
     def loss(
@@ -283,12 +284,12 @@ class SparseMLP(_Divided):
         )
 
     def top_k(self, ids: Integer[AnyArray, "B K"], values: Float[AnyArray, "B K"], k: int):
-        """The k best labels of every row, int32 `[B, k]`."""
+        """The k labels with the highest scores for every row, int32 `[B, k]`."""
         x = self._features(ids, values, False)
         return losses.top_k_labels(x, self.kernel, self.bias, k, chunk_size=self.chunk_size)
 
 
-# Neurons and kernels of all classes together, as the paper counts them: (trunk, fan-out, hidden).
+# (trunk, fan-out, hidden): kernels and neurons of all classes together, as the paper counts them.
 _PSNET = {
     "digits": ((20,), 40, (160,), (3, 2), (2, 1)),
     "mnist": ((40,), 30, (240, 150), (5, 5), (2, 2)),
@@ -306,7 +307,7 @@ def _preset(call: str, presets: Mapping[str, tuple[Any, ...]], name: str):
     if name not in presets:
         near = difflib.get_close_matches(str(name), presets, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"{call}({name!r}): no such preset; write one of {sorted(presets)}.{hint}"
+        msg = f"{call}({name!r}): no such preset; pass one of {sorted(presets)}.{hint}"
         raise ValueError(msg)
     return presets[name]
 
@@ -321,23 +322,24 @@ def psnet(preset: str = "digits", num_classes: int = 10) -> PSNet:
     | `mnist-53780` | 28x28x1 | the same | the same | 350, 150, C |
     | `cifar10` | 32x32x3 | 60 kernels 5x5, pool 2 | 30 kernels 5x5, pool 2 | 350, 150, C |
 
-    `mnist` has the layers named in the paper's text (46740 weights); `mnist-53780` is the network
-    whose weight count and element size the paper prints.
+    `mnist` has the layers named in the paper's text (46740 weights). `mnist-53780` has the number
+    of weights and the element size that the paper prints.
 
     Args:
       preset: one of the names above.
-      num_classes: C; must divide the neurons and kernels that are split by class.
+      num_classes: number of classes, C. It must divide the neurons and kernels that are split by
+        class.
 
     Raises:
-      ValueError: unknown preset, or a width that `num_classes` does not divide.
+      ValueError: the preset is unknown, or `num_classes` does not divide a width.
     """
     trunk, fan_out, hidden, kernel_sizes, pools = _preset("psnet", _PSNET, preset)
     for width in (fan_out, *hidden):
         if num_classes < 1 or width % num_classes:
             msg = (
                 f"psnet({preset!r}, num_classes={num_classes}): {width} neurons or kernels cannot "
-                f"be divided among {num_classes} classes; write PSNet(num_classes={num_classes}, "
-                "fan_out=..., hidden=...) with the numbers for one class."
+                f"be divided among {num_classes} classes; pass PSNet(num_classes={num_classes}, "
+                "fan_out=..., hidden=...) with the numbers per class."
             )
             raise ValueError(msg)
     hidden = tuple(width // num_classes for width in hidden)
@@ -348,7 +350,7 @@ def lenet(preset: str = "digits", num_classes: int = 10) -> LeNet:
     """A `LeNet` of the paper's size: `digits`, `mnist` (120, 84, C) or `cifar10` (200, 100, C).
 
     Raises:
-      ValueError: unknown preset.
+      ValueError: the preset is unknown.
     """
     kernels, hidden, kernel_sizes, pools = _preset("lenet", _LENET, preset)
     return LeNet(num_classes, kernels, hidden, kernel_sizes, pools)

@@ -144,7 +144,7 @@ def test_other_batches_are_refused(change):
 
 @pytest.mark.parametrize("in_axes", [1, P("h1"), (0, None)])
 def test_other_in_axes_are_refused(in_axes):
-    with pytest.raises(ValueError, match=r"data_parallel\(in_axes=.*\): write 0 or None"):
+    with pytest.raises(ValueError, match=r"data_parallel\(in_axes=.*\): pass 0 or None"):
         psjax.baselines.data_parallel(loss_fn, optax.sgd(0.1), in_axes=in_axes)
 
 

@@ -160,7 +160,8 @@ def test_a_factor_of_the_gradient_beside_a_constant(x64):
     p = Problem()
     message = p.message(whole=lambda w, *args: 1 + p.whole(w, *args) / 3)
     assert (
-        "The gradient of the elements is 3 times those of whole_loss, the value is not" in message
+        "The gradient of the elements is 3 times those of whole_loss, but the value is not"
+        in message
     )
 
 
@@ -217,7 +218,8 @@ def test_a_batch_norm_in_the_trunk(x64):
 
     message = Problem(scores).message()
     assert (
-        "whole_loss is no sum over samples: what one sample adds depends on the others" in message
+        "whole_loss is not a sum over samples: what one sample adds depends on the others"
+        in message
     )
     assert "batch normalisation" in message
 

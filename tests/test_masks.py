@@ -409,7 +409,7 @@ def test_a_layer_is_dropped_by_one_draw_for_all_its_leaves():
         (
             TRUNK | {"bias": np.ones(C)},
             TypeError,
-            r"\['bias'\] is float64\[5\]; write None, a bool",
+            r"\['bias'\] is float64\[5\]; pass None, a bool",
         ),
         (TRUNK | {"bias": 0}, TypeError, r"\['bias'\] is int64\[\]"),
         (False, ValueError, "not a tree like the parameters"),
@@ -445,7 +445,7 @@ def test_masks_that_cannot_be_one_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 1.5}, "rate is 1.5; write a probability"),
+        ({"rate": 1.5}, "rate is 1.5; pass a probability"),
         ({"rate": float("nan")}, "rate is nan"),
         ({"layers": {"trunk": -0.1}}, r"layers\['trunk'\] is -0.1"),
         ({"layers": {"Conv_0": 1.0}}, "no parameter has the path 'Conv_0'; .*'trunk'"),

@@ -132,23 +132,23 @@ def test_bad_input_is_named(any_type):
         precision(TOP[:0], LABELS[:0], 5, 3)
     with pytest.raises(TypeError, match="labels are float64"):
         precision(TOP, LABELS * 1.0, 5, 3)
-    with pytest.raises(ValueError, match="k=4; write an integer from 1 to 3"):
+    with pytest.raises(ValueError, match="k=4; pass an integer from 1 to 3"):
         precision(TOP, LABELS, 5, 4)
     with pytest.raises(ValueError, match=r"prediction 3 of sample 0 is outside \[0, 2\)"):
         precision(TOP, np.zeros((3, 1), int), 2, 3)
-    with pytest.raises(ValueError, match=r"label -1 of sample 1 is outside \[0, 5\); write 5 for"):
+    with pytest.raises(ValueError, match=r"label -1 of sample 1 is outside \[0, 5\); pass 5 for"):
         precision(TOP, np.where(LABELS == 0, -1, LABELS), 5, 3)
     with pytest.raises(ValueError, match="prediction 1 of sample 0 is repeated"):
         precision([[1, 1]], [[1]], 5, 2)
     with pytest.raises(ValueError, match="label 1 of sample 0 is repeated"):
         precision([[1, 0]], [[1, 1]], 5, 2)
-    with pytest.raises(ValueError, match=r"float64\[3, 3\]; write floating scores of all 5 labels"):
+    with pytest.raises(ValueError, match=r"float64\[3, 3\]; pass floating scores of all 5 labels"):
         precision(TOP * 1.0, LABELS, 5, 3)
     with pytest.raises(ValueError, match="score of sample 0 is NaN"):
         precision([[math.nan, 0.0]], [[1]], 2, 1)
     with pytest.raises(ValueError, match="nothing to attain"):
         metrics.propensity_scored_precision_at_k(TOP, np.full((3, 1), 5), np.full(5, 0.5), 3)
-    with pytest.raises(ValueError, match=r"write \[L\], in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"pass \[L\], in \(0, 1\]"):
         metrics.propensity_scored_precision_at_k(TOP, LABELS, np.zeros(5), 3)
     with pytest.raises(ValueError, match="num_points=2"):
         metrics.propensities([1], 2)

@@ -70,7 +70,7 @@ def test_presets_take_their_images(make, preset, shape):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="no such preset; write one of.*Did you mean 'cifar10'"):
+    with pytest.raises(ValueError, match="no such preset; pass one of.*Did you mean 'cifar10'"):
         psjax.models.psnet("cifar")
     with pytest.raises(
         ValueError, match="240 neurons or kernels cannot be divided among 9|30 neur"

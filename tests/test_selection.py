@@ -375,8 +375,8 @@ def test_pairs_are_all_pairs():
     [
         ({"row": P("i")}, OVERLAP, r"axes is not a tree like the parameters; .*\['both'\]"),
         (AXES | {"row": ("i",)}, OVERLAP, r"not a tree like the parameters"),
-        (AXES | {"row": "i"}, OVERLAP, r"\['row'\] has axes 'i'; write a PartitionSpec"),
-        (AXES | {"row": P(("i", "j"))}, OVERLAP, r"\['row'\] has axes .*one name a dimension"),
+        (AXES | {"row": "i"}, OVERLAP, r"\['row'\] has axes 'i'; pass a PartitionSpec"),
+        (AXES | {"row": P(("i", "j"))}, OVERLAP, r"\['row'\] has axes .*one entry per dimension"),
         (AXES | {"row": P("i", None)}, OVERLAP, r"\['row'\] has shape \(6,\) but axes"),
         (
             AXES | {"middle": P("j", "i")},
@@ -395,7 +395,7 @@ def test_pairs_are_all_pairs():
         (AXES, {"i": [[0], [1]], "j": [[0]]}, r"numbers of elements differ, {'i': 2, 'j': 1}"),
         (AXES, {"i": np.zeros((2, 2, 2), int)}, r"axis 'i' has indices of shape \(2, 2, 2\)"),
         (AXES, {"i": 3}, r"axis 'i' has indices of shape \(\)"),
-        (AXES, {"i": [[[0, 1]], [[0]]]}, r"axis 'i' has an element with indices of rank 2"),
+        (AXES, {"i": [[[0, 1]], [[0]]]}, r"axis 'i' has an element of rank 2"),
         (AXES, {"i": [[]]}, r"axis 'i' has no index"),
         (AXES, {"i": np.zeros((0, 2), int)}, r"axis 'i' has no index"),
         (AXES, {}, r"nothing is selected; psjax.replicas"),
@@ -408,7 +408,7 @@ def test_select_refuses(axes, indices, message):
 
 @pytest.mark.parametrize("index", [[[0.0, 1.0]], [[0, 1], [1.5]], [[True, False]], [["a"]]])
 def test_select_refuses_indices_that_are_not_integers(index):
-    with pytest.raises(TypeError, match=r"axis 'i' has indices of .*; write integers"):
+    with pytest.raises(TypeError, match=r"axis 'i' has indices of .*; pass integers"):
         psjax.select(AXES, {"i": index}, like=LIKE)
 
 
@@ -424,7 +424,7 @@ def test_one_class_has_no_pairs(fn):
 
 
 def test_replicas_are_at_least_one():
-    with pytest.raises(ValueError, match=r"replicas\(num_elements=0\): write 1 or more"):
+    with pytest.raises(ValueError, match=r"replicas\(num_elements=0\): pass 1 or more"):
         psjax.replicas(LIKE, 0)
 
 

@@ -1,4 +1,4 @@
-"""Axes of any function's parameters: found, checked, and narrowed."""
+"""Find, check and narrow the axes of the parameters of any function."""
 
 from psjax import _public
 from psjax.axes._axes import Axes as Axes

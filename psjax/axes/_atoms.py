@@ -1,8 +1,8 @@
 """Dimensions as sums of products of atoms, which a program unites, divides or fixes.
 
-A *dimension* is a list of terms that follow one another, and a term a list of atoms in row-major
-order: `[[heads, dim], [extra]]` has `heads * dim + extra` rows. An atom of which a part is treated
-alone is itself such a dimension from then on; `expand` looks that up.
+A *dimension* is a list of terms that follow one another, and a term is a list of atoms in row-major
+order: `[[heads, dim], [extra]]` has `heads * dim + extra` rows. When a program treats a part of an
+atom separately, the atom is divided: it stands for a dimension, which `expand` looks up.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class Reason:
     """Why the rows of a dimension are told apart.
 
     Attributes:
-      text: in words.
-      eqn: the equation of the program that does so.
-      calls: the equations that call the program it is in, from the outermost on.
+      text: the reason in words.
+      eqn: the equation that tells the rows apart.
+      calls: the equations that call the program with this equation, outermost first.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Reason:
 
 
 class Atoms:
-    """Atoms and what is known of them: a union-find structure whose classes may be divided."""
+    """Atoms and what is known about them: a union-find structure with divisible classes."""
 
     def __init__(self):
         self._parent: list[int] = []
@@ -60,7 +60,7 @@ class Atoms:
         self._fixed: list[Reason | None] = []
 
     def new(self, size: int, reason: Reason | None = None) -> int:
-        """An atom of so many rows; with a reason, fixed."""
+        """A new atom with `size` rows; fixed, if a reason is given."""
         self._parent.append(len(self._parent))
         self._size.append(size)
         self._parts.append(None)
@@ -68,7 +68,7 @@ class Atoms:
         return len(self._parent) - 1
 
     def dim(self, size: int | np.integer, reason: Reason | None = None) -> Dim:
-        """A dimension of one new atom; of no atom where it has one row."""
+        """A dimension of one new atom, or of no atom if it has one row."""
         return [[]] if size == 1 else [[self.new(int(size), reason)]]
 
     def product(self, dims: Sequence[Dim]) -> Dim:
@@ -83,29 +83,29 @@ class Atoms:
         return [term]
 
     def find(self, atom: int) -> int:
-        """The representative of the atoms that are one and the same."""
+        """The representative of an atom's class."""
         while self._parent[atom] != atom:
             self._parent[atom] = self._parent[self._parent[atom]]
             atom = self._parent[atom]
         return atom
 
     def fixed(self, atom: int) -> Reason | None:
-        """Why the rows of an atom are told apart; None where nothing does."""
+        """Why the rows of an atom are told apart; None if they are not."""
         return self._fixed[self.find(atom)]
 
     def size(self, atom: int) -> int:
-        """Rows of an atom."""
+        """Number of rows of an atom."""
         return self._size[self.find(atom)]
 
     def rows(self, dim: Dim) -> int:
-        """Rows of a dimension."""
+        """Number of rows of a dimension."""
         return sum(self._rows(term) for term in dim)
 
     def _rows(self, term):
         return math.prod(self.size(atom) for atom in term)
 
     def atoms(self, dim: Dim) -> list[int]:
-        """The representatives in a dimension that are not divided, each once, in their order."""
+        """The undivided representatives in a dimension, in order and without repeats."""
         found: dict[int, None] = {}
         for term in self.expand(dim):
             for atom in term:
@@ -114,15 +114,15 @@ class Atoms:
         return list(found)
 
     def parts(self, atom: int) -> Dim | None:
-        """The terms that an atom is divided into; None where it is not."""
+        """The terms that an atom is divided into; None if it is not divided."""
         parts = self._parts[self.find(atom)]
         return None if parts is None else self.expand(parts)
 
     def expand(self, dim: Dim) -> Dim:
-        """The dimension in atoms that are not divided.
+        """The dimension in terms of undivided atoms.
 
-        Except where different parts repeat for every row of what stands before them, as `a + b` in
-        `p * (a + b)`: such a sum stays one atom, and has `parts`.
+        One exception: a sum that repeats for every row of the factor before it, such as `a + b` in
+        `p * (a + b)`, stays one atom, which has `parts`.
         """
         found: Dim = []
         for term in dim:
@@ -145,7 +145,7 @@ class Atoms:
             self._fixed[atom] = self._fixed[atom] or reason
 
     def unite(self, one: Dim, two: Dim, reason: Reason) -> None:
-        """Two dimensions have the same rows; where no division makes them alike, both are fixed."""
+        """Give two dimensions the same rows; if no division makes them alike, fix both."""
         for _ in range(_MOST_DIVISIONS):
             a, b = self.expand(one), self.expand(two)
             place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -160,16 +160,16 @@ class Atoms:
                 done = self._cut(x, n) if m > n else self._cut(y, m)
             if not done:
                 break
-        # As of `a * a` and `a + a`, which no number of divisions makes alike.
+        # No number of divisions makes `a * a` and `a + a` alike, for example.
         self.fix(one, reason)
         self.fix(two, reason)
 
     def _rest(self, dim, reason):
-        if self.rows(dim) > 0:  # of other sizes: no such program
+        if self.rows(dim) > 0:  # unequal sizes occur in no program
             self.fix(dim, reason)
 
     def _unite_terms(self, one, two, reason):
-        """Make two products of one size alike, a step at a time; False where that cannot be."""
+        """Make two products of one size alike, one step at a time; False if that is impossible."""
         place = next(i for i, (x, y) in enumerate(zip(one, two)) if x != y)
         a, b = one[place], two[place]
         m, n = self._size[a], self._size[b]
@@ -186,7 +186,7 @@ class Atoms:
         return True
 
     def _merge(self, a, b, reason):
-        """Two atoms of one size are one, and so are the parts that they have."""
+        """Merge two atoms of one size, and their parts."""
         if self._parts[a] is None:
             a, b = b, a
         parts, other = self._parts[a], self._parts[b]
@@ -205,7 +205,7 @@ class Atoms:
             self.fix(parts, reason)
 
     def _cut(self, term, rows):
-        """Divide a product after so many of its rows; False where they end within a row."""
+        """Divide a product after `rows` rows; False if the cut falls inside a row of a factor."""
         rest = self._rows(term[1:])
         if not term or not rest or rows % rest or not 0 < rows < self._rows(term):
             return False
@@ -217,9 +217,9 @@ class Atoms:
         return True
 
     def cut(self, dim: Dim, ends: Sequence[int], reason: Reason) -> list[Dim]:
-        """The parts of a dimension that end after so many rows, ascending, the last at its end.
+        """Cut a dimension after each of `ends` (ascending, the last is its end) into parts.
 
-        Parts that do not end with a row of a product are new dimensions, and fixed.
+        A part that does not end with a row of a product becomes a new dimension, which is fixed.
         """
         for end in ends:
             while not self._ends_at(dim, end):
@@ -250,7 +250,7 @@ class Atoms:
         return ends
 
     def _term_at(self, dim, end):
-        """The term in which a row lies, and the rows before it."""
+        """The term that contains a row, and the number of rows before the term."""
         before = 0
         for place, total in enumerate(self._ends(dim)):
             if total > end:

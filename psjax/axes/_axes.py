@@ -1,4 +1,4 @@
-"""What is known of the axes of a function's parameters: a tree of specs that explains itself."""
+"""`Axes`, the result of `infer_axes`: a tree of specs with the reasons for each."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ class Axis:
     """An axis whose rows can be permuted in all leaves that have it.
 
     Attributes:
-      name: of the axis.
-      size: rows.
-      kind: `hidden`, `output` (the results have it too), `input` (the inputs have it too),
-        or `normalised`: hidden, but its rows are not independent.
-      leaves: `(path, dimension)` of every place.
-      coupled: why its rows are not independent; None where they are.
+      name: name of the axis.
+      size: number of rows.
+      kind: `hidden`; `output`, if the results have it; `input`, if the inputs have it; or
+        `normalised`, hidden but with rows that are not independent.
+      leaves: `(path, dimension)` of every place where it occurs.
+      coupled: why its rows are not independent; None if they are.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Axis:
 
     @property
     def divisible(self) -> bool:
-        """Whether a part of the rows is a network of its own (see `psjax.narrow`)."""
+        """Whether some of the rows make an independent network (see `psjax.narrow`)."""
         return self.coupled is None and self.kind != "input"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A dimension whose rows are told apart, or a factor of one.
+    """A dimension, or a factor of one, that has no axis because its rows cannot be permuted.
 
     Attributes:
-      path: of the leaf.
-      dim: which dimension.
-      size: rows.
-      reason: what tells them apart.
+      path: path of the leaf.
+      dim: number of the dimension.
+      size: number of rows.
+      reason: which step of the program tells the rows apart.
     """
 
     path: str
@@ -57,18 +57,18 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axes:
-    """Axes of the parameters of a function; made by `psjax.infer_axes`.
+    """The axes of a function's parameters, as `psjax.infer_axes` returns them.
 
-    Every function of psjax takes it as `axes`. `print` shows it as a table.
+    Pass it as `axes` to any function of psjax. `print` shows it as a table.
 
     Attributes:
       specs: tree of `PartitionSpec`s like the parameters.
-      like: tree of `jax.ShapeDtypeStruct`s of them.
+      like: the parameters as `jax.ShapeDtypeStruct`s.
       axes: `{name: Axis}`, in the order of depth.
       fixed: every dimension that is in no axis, with the reason.
-      inputs: specs of the inputs' leaves.
-      outputs: specs of the results' leaves.
-      unknown: `{primitive: times}` of those without a rule.
+      inputs: specs of the leaves of the inputs.
+      outputs: specs of the leaves of the results.
+      unknown: `{primitive: number of uses}` for JAX primitives without a rule.
     """
 
     specs: Any
@@ -80,7 +80,7 @@ class Axes:
     unknown: dict[str, int]
 
     def __call__(self, params: Any) -> Any:
-        """The tree of specs of parameters like these, as `psjax.select(axes=...)` asks for it."""
+        """The tree of specs, once the shapes of the parameters are checked."""
         shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
         if shapes(params) != shapes(self.like):
             msg = (
@@ -91,7 +91,7 @@ class Axes:
         return self.specs
 
     def __getitem__(self, name: str) -> Axis:
-        """The axis of a name."""
+        """The axis with this name."""
         return self.axes[name]
 
     @property
@@ -101,9 +101,9 @@ class Axes:
 
     @property
     def divisible(self) -> dict[str, int]:
-        """`{name: rows}` of the hidden axes whose subnets are independent.
+        """`{name: rows}` of the hidden axes that can be divided into independent subnets.
 
-        As `sizes` of `psjax.ist.membership` and `psjax.random_partition`.
+        Pass it as `sizes` to `psjax.ist.membership` and `psjax.random_partition`.
         """
         return {
             name: axis.size
@@ -112,13 +112,13 @@ class Axes:
         }
 
     def shares(self, num_subnets: int) -> dict[str, int]:
-        """`{name: rows}` that a subnet has of each of `divisible`: its size over n, rounded up.
+        """`{name: rows}` of one of n subnets: each size in `divisible` over n, rounded up.
 
-        As `sizes` of `psjax.narrow`; where n does not divide a size, some subnets have a row less,
-        and `psjax.ist.membership` fills it up with zeros.
+        Pass it as `sizes` to `psjax.narrow`. If n does not divide a size, some subnets have one row
+        less, and `psjax.ist.membership` pads them.
 
         Raises:
-          ValueError: fewer rows than subnets.
+          ValueError: an axis has fewer rows than there are subnets.
         """
         for name, size in self.divisible.items():
             if not 1 <= num_subnets <= size:
@@ -130,13 +130,13 @@ class Axes:
         return {name: -(-size // num_subnets) for name, size in self.divisible.items()}
 
     def rename(self, **names: str) -> "Axes":
-        """The same with other names; two axes of one size may get one name, and are then one.
+        """Rename axes. Two axes of one size and kind that get one name become one axis.
 
         Args:
           **names: `old="new"`.
 
         Raises:
-          ValueError: no such axis; two axes of different sizes or kinds with one name.
+          ValueError: there is no such axis, or axes of different sizes or kinds get one name.
         """
         missing = sorted(set(names) - set(self.axes))
         if missing:
@@ -160,7 +160,7 @@ class Axes:
         )
 
     def __str__(self):
-        """The table."""
+        """The axes as a table."""
         head = ("axis", "size", "kind", "leaves and dimensions")
         rows: list[tuple[str, ...]] = [head]
         for name, axis in self.axes.items():

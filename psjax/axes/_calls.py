@@ -40,7 +40,7 @@ def bind_remat(narrow, step, ins):
 
 
 def _without_points(walk, step):
-    """Values of loops: which rows an index names could change from turn to turn."""
+    """Values of loops without row numbers: the rows that they name could change per turn."""
     for x in step.ins:
         walk.unpoint(x, step)
 
@@ -66,7 +66,7 @@ def cond(walk, step):
 
 
 def _loop_values(values):
-    """Without their literals, which change."""
+    """Loop values without literals: these change per turn."""
     return [Value(x.shape, x.dims) for x in values]
 
 
@@ -92,7 +92,7 @@ def while_loop(walk, step):
 
 
 def _scan_counts(step):
-    """Numbers of constants and carried values; their place in the parameters has moved."""
+    """Numbers of constants and of carried values; JAX has moved them among the parameters."""
     p = step.eqn.params
     if "num_consts" in p:
         return p["num_consts"], p["num_carry"]

@@ -1,4 +1,4 @@
-"""Proof of axes by numbers: permute the rows, and compare."""
+"""`check_axes`: permute the rows of each axis, and compare the results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,20 +19,20 @@ def check_axes(
 ) -> None:
     r"""Raise unless the rows of every axis can be permuted.
 
-    First the program is read: every dimension that goes together with one of an axis must be in the
-    axis, and none may be in two. Then, at random weights, the rows of each axis are permuted in all
-    leaves, inputs and results that have it, and the results are compared. Calls `apply` twice.
+    First the traced program is read: dimensions that it ties together must be in the same axis, and
+    no dimension may be in two. Then, at random weights, the rows of each axis are permuted in all
+    leaves, inputs and results that have it, and the results are compared. It calls `apply` twice.
 
     Args:
       apply: `apply(params, *inputs)`, a pure function of arrays.
       axes: what `psjax.infer_axes` returns, or your own, as in `psjax.select`.
       params: the parameters; random numbers are added to them.
-      *inputs: of the function; integers are used as they are.
-      seed: of the random numbers.
+      *inputs: inputs of the function; integers are used as they are.
+      seed: seed of the random numbers.
 
     Raises:
-      ValueError: naming leaf, dimension and axis that disagree, and the step of the program that
-        says so; the axis whose permutation changes the results; or an `apply` that returns other
+      ValueError: a leaf's dimension and its axis disagree (the message names both, and the step of
+        the program that shows it), a permutation changes the results, or `apply` returns other
         results when it is called again.
 
     Example:
@@ -59,7 +59,7 @@ def check_axes(
     rng = np.random.default_rng(seed)
     drawn = [_perturbed(rng, x) for x in arrays]
 
-    def once_more(arrays):  # a function that JAX has not traced
+    def once_more(arrays):  # a new function, so that JAX traces again
         params, inputs = treedef.unflatten(arrays)
         return jax.tree.leaves(apply(params, *inputs))
 
@@ -67,7 +67,7 @@ def check_axes(
 
 
 def _check_names(named, sizes):
-    """Every name must be one axis that the program leaves permutable, and no other name's."""
+    """Every name must be one axis, different from all others, with rows that can be permuted."""
     seen: dict[int, str] = {}
     for name in named.atoms:
         for own in named.own(name):
@@ -85,7 +85,7 @@ def _check_names(named, sizes):
 
 
 def _check_leaves(named, paths):
-    """What goes together with an axis must be named so."""
+    """Every dimension that goes together with an axis must have its name."""
     atoms, by_name = named.walk.atoms, set(named.atoms.values())
     names_of = {own: name for name in named.atoms for own in named.own(name)}
     for path, x in zip(paths, named.params):
@@ -103,7 +103,7 @@ def _check_leaves(named, paths):
 
 
 def _perturbed(rng, x):
-    """Random numbers near an array's own, of its sign where it has one everywhere."""
+    """Random numbers near those of an array, of the same sign if the array has only one sign."""
     x = np.asarray(x) if not isinstance(x, jax.ShapeDtypeStruct) else np.zeros(x.shape, x.dtype)
     if not np.issubdtype(x.dtype, np.floating) and x.dtype.name != "bfloat16":
         return x
@@ -120,7 +120,7 @@ def _check_numbers(named, sizes, arrays, rng, once_more):
     """Permute the rows of one axis after the other."""
     walk, program = named.walk, named.program
     evaluate = lambda perms, arrays: _Permuted(walk, perms)(program, arrays)
-    # One program, in which XLA computes once what is the same.
+    # One program: XLA computes once what both have in common.
     run = jax.jit(lambda arrays: (evaluate({}, arrays), once_more(arrays)))
     random = _draws(program)
     base, called = ([np.asarray(y) for y in ys] for ys in run(arrays))
@@ -137,7 +137,7 @@ def _check_numbers(named, sizes, arrays, rng, once_more):
                 "check_axes: apply returns other results when it is called again with the same "
                 f"arrays, by {error:.1e} of their size: it reads or changes something else, such "
                 "as a counter, a list or NumPy's random numbers. JAX traces a function once and "
-                "keeps what it saw; pass in as an argument what changes."
+                "keeps what it saw; pass what changes as an argument."
             )
             raise ValueError(msg)
     for name in named.atoms:

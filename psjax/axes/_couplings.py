@@ -3,7 +3,7 @@
 The rows of a hidden layer are independent: a subnet of some of them computes what the whole network
 does with the other rows' weights zero. That ends where a sum over the rows meets them again, as in
 a normalisation or a gate, where a maximum is taken over them, or where a sum counts rows whose
-weights are zero. Of every value three sets of atoms are followed through the program.
+weights are zero. For every value, three sets of atoms are followed through the program.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Facts:
     data: bool = False
 
     def joined(self, other: "Facts") -> "Facts":
-        """Of a value that is one or the other."""
+        """Facts of a value that is one or the other."""
         return Facts(
             self.real | other.real,
             self.summed | other.summed,
@@ -60,15 +60,15 @@ class Couplings:
     """Follows a program.
 
     Args:
-      walk: that has been through it.
-      divided: the atoms that are divided together, where that is known. Entries between two subnets
-        are then zero: what a subnet's rows of one axis add up to in its rows of another is its own.
-        A sum over the rows of all subnets must not meet them again, even where it went through
-        other weights.
-      num_params: how many of the program's arguments are parameters, the first.
+      walk: a walk that has been through it.
+      divided: the atoms that are divided together, if known. Weights between two subnets are then
+        zero, so that a sum over a subnet's rows of one axis, in its rows of another, depends on
+        this subnet alone. A sum over the rows of all subnets must not meet these rows again, even
+        through other weights.
+      num_params: number of the program's arguments that are parameters; they come first.
 
     Attributes:
-      reasons: `{atom: Reason}` of those that cannot be divided.
+      reasons: `{atom: Reason}` for the atoms that cannot be divided.
     """
 
     def __init__(self, walk: Walk, divided: Iterable[int], num_params: int):
@@ -84,7 +84,7 @@ class Couplings:
         return self.run(program, facts)
 
     def atoms(self, bits: int) -> list[int]:
-        """The atoms of a set."""
+        """The atoms in a set of bits."""
         found, atom = [], 0
         while bits >> atom:
             if bits >> atom & 1:
@@ -93,7 +93,7 @@ class Couplings:
         return found
 
     def bits(self, dims: Any) -> int:
-        """The atoms of some dimensions."""
+        """The atoms of some dimensions, as a set of bits."""
         found = 0
         for dim in dims:
             for atom in self.walk.atoms.atoms(dim):
@@ -117,7 +117,7 @@ class Couplings:
         return Facts(zero=0 if self._some(x) else EVERY, data=np.ndim(x) > 0)
 
     def _some(self, x):
-        """Whether a constant is not 0; of what cannot be read, it may not be."""
+        """Whether a constant may differ from 0: it does, or it cannot be read."""
         try:
             return bool(np.any(np.asarray(x)))
         except (TypeError, RuntimeError):
@@ -126,7 +126,7 @@ class Couplings:
     # ------------------------------------------------------------------------------------- steps
 
     def step(self, step: Step, ins: list[Facts]) -> list[Facts]:
-        """Facts of what an equation makes."""
+        """Facts of the results of an equation."""
         self._calls.append(step.eqn)
         outs = self._outs(step, ins)
         self._calls.pop()
@@ -154,7 +154,7 @@ class Couplings:
         return [self._same(step, ins, i) for i in range(len(step.outs))]
 
     def _same(self, step, ins, i, over=0):
-        """Entries of the operands, in other places."""
+        """The results have entries of the operands, in other places."""
         bits = self.bits(step.outs[i].dims)
         real = summed = 0
         zero = EVERY
@@ -170,7 +170,7 @@ class Couplings:
             for j, other in enumerate(ins):
                 if i != j:
                     again = one.real & other.summed & ~other.real
-                    if one.data:  # rows of one subnet, and what all subnets' rows add up to
+                    if one.data:  # rows of one subnet meet a sum over the rows of all subnets
                         again |= one.real & ~one.summed & other.summed & self.divided
                     self._couple(again, step, "a sum over its rows meets them again")
         name, real, summed = step.name, 0, 0
@@ -222,7 +222,7 @@ class Couplings:
         )
 
     def _own(self, weights, over, kept):
-        """Of the rows summed over, those that each subnet adds up for itself."""
+        """The rows that each subnet sums over for itself."""
         return weights.real & over if kept & self.divided else 0
 
     def _conv(self, step, x, kernel):
@@ -278,13 +278,13 @@ class Couplings:
         return self._chosen(step, which, outs)
 
     def _chosen(self, step, by, outs):
-        """Values that depend on a decision, and so on what it sums up."""
+        """Values that depend on a decision, and so on the sums in it."""
         for x in outs:
             self._couple(x.real & by.summed & ~by.real, step, "a sum over its rows decides on them")
         return [Facts(x.real, x.summed | by.summed, x.zero) for x in outs]
 
     def _loop(self, carry, body):
-        """Facts that stay the same from turn to turn."""
+        """Facts that no further turn of a loop changes."""
         while True:
             outs = [x.joined(y) for x, y in zip(carry, body(carry))]
             if outs == carry:

@@ -15,7 +15,7 @@ optimization_barrier device_put reduce_precision""".split()
 
 
 def entrywise(walk: Walk, step: Step) -> list[Value]:
-    """The results have the dimensions of the operands; what has one row goes with all."""
+    """The results have the dimensions of the operands; one row broadcasts to all."""
     outs = [v.aval for v in step.eqn.outvars]
     full = outs[0].shape
     dims = []
@@ -52,7 +52,7 @@ def bitcast(walk, step):
 
 
 def equal(walk, step):
-    """Two numbers of rows are compared: they are the same rows."""
+    """Two row numbers are compared, so their dimensions have the same rows."""
     a, b = step.ins
     if a.points is not None and b.points is not None:
         walk.unite(a.points, b.points, step)
@@ -107,7 +107,7 @@ def clamp(walk, step):
 
 
 def shared_points(walk, step, values):
-    """The dimension that all values point to; where one does not, nobody does."""
+    """The dimension that all values point to; None if one of them does not."""
     if all(x.points is not None for x in values) and values:
         for other in values[1:]:
             walk.unite(values[0].points, other.points, step)

@@ -8,7 +8,7 @@ from psjax.axes._walk import Value
 
 
 def _picked(walk, step, dim, index):
-    """Rows of a dimension are picked by an index, which may point to it."""
+    """An index picks rows of a dimension; it may hold row numbers of that dimension."""
     if index.points is not None:
         walk.unite(dim, index.points, step)
     else:
@@ -44,7 +44,7 @@ def gather(walk, step):
 
 
 def _index_rows(walk, step, x, index, indexed, sizes):
-    """The dimensions that an index array picks rows of."""
+    """The dimensions of which an index array picks rows."""
     picked = [d for d in indexed if sizes[d] != x.shape[d] or x.shape[d] == 1]
     if len(indexed) == 1 and picked and sizes[indexed[0]] == 1:
         _picked(walk, step, x.dims[indexed[0]], index)
@@ -78,7 +78,7 @@ def scatter(walk, step):
 
 
 def _starts(narrow, step, places, ins):
-    """Where the windows begin in the narrower program; a start that the program tells has moved."""
+    """Where windows begin in the narrower program; a start that is a literal may have moved."""
     rows, x = narrow.rows, step.ins[0]
     sizes = step.outs[0].shape if step.name == "dynamic_slice" else step.ins[1].shape
     found = []
@@ -111,7 +111,7 @@ def dynamic_slice(walk, step):
 
 
 def _window(walk, step, dim, full, n, start):
-    """A window of a dimension, from a start that may be written in the program."""
+    """A window of a dimension; its start may be a literal of the program."""
     if n == full:
         return dim
     if start.literal is not None:

@@ -1,4 +1,4 @@
-"""Axes of the parameters of any function, found in its program."""
+"""`infer_axes`: the axes of the parameters of any function, found in its program."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,22 +23,22 @@ def infer_axes(apply: Callable[..., Any], params: Any, *inputs: Any) -> Axes:
     r"""Find which dimensions of the parameters go together.
 
     An axis is a set of dimensions whose rows can be permuted together, in all leaves, inputs and
-    results that have it, without a change of the function: the neurons of a hidden layer, the heads
-    of an attention, the channels that residual blocks share. They are found in the jaxpr, by one
-    rule per primitive; whatever is not known to be permutable is fixed, with the reason.
-    `psjax.check_axes` proves an answer by numbers.
+    results that have it, without changing the function. Examples are the neurons of a hidden layer,
+    the heads of an attention, the channels that residual blocks share. Axes are found in the jaxpr,
+    by one rule per primitive. A dimension that is not known to be permutable is fixed, with a
+    reason. `psjax.check_axes` verifies the result numerically.
 
     Args:
       apply: `apply(params, *inputs)`, a pure function of arrays.
       params: its parameters, or `jax.ShapeDtypeStruct`s of them.
-      *inputs: the same of its inputs; any batch size.
+      *inputs: its inputs, or `jax.ShapeDtypeStruct`s of them; any batch size.
 
     Returns:
       `Axes`. Names follow the depth: `hidden_0`, `hidden_1`, `heads_0`, `experts_0`,
-      `normalised_0`, `input_0`, `output_0`; `Axes.rename` gives them others.
+      `normalised_0`, `input_0`, `output_0`; change them with `Axes.rename`.
 
     Raises:
-      TypeError: parameters without arrays.
+      TypeError: the parameters have no arrays.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -66,8 +66,8 @@ class Told(NamedTuple):
     """What the program says about an axis that a user has named.
 
     Attributes:
-      fixed: why its rows cannot be permuted; None where they can.
-      coupled: why it cannot be divided into independent parts; None where it can.
+      fixed: why its rows cannot be permuted; None if they can.
+      coupled: why it cannot be divided into independent parts; None if it can.
     """
 
     fixed: Reason | None
@@ -77,14 +77,14 @@ class Told(NamedTuple):
 def coupled_axes(
     fn: Callable[..., Any], leaves: Any, specs: Any, sizes: Mapping[str, int], divided: Any
 ) -> dict[str, Told]:
-    """Whether named axes can be divided together, by the program of a function of flat leaves.
+    """Whether named axes can be divided together, read from the program of a function.
 
     Args:
       fn: `fn(leaves)`.
       leaves: a list of arrays.
       specs: a `PartitionSpec` for each.
-      sizes: rows of every axis.
-      divided: names of those that are divided.
+      sizes: number of rows of every axis.
+      divided: names of the axes that are divided.
     """
     named = named_walk(fn, specs, sizes, leaves)
     own_of = {name: named.own(name) for name in divided}
@@ -100,7 +100,7 @@ def coupled_axes(
 
 
 class _Namer:
-    """Names the atoms of a program that was walked through."""
+    """Names for the atoms of a program after a walk through it."""
 
     def __init__(self, walk: Walk, program: Program, like: Any, leaves: Any):
         self.walk, self.program, self.like = walk, program, like
@@ -108,7 +108,7 @@ class _Namer:
         self.params = program.ins[: len(leaves)]
         self.inputs = program.ins[len(leaves) :]
         state = [[walk.atoms.expand(d) for d in x.dims] for x in self.params]
-        # What has the dimensions of a parameter is a new value of it, such as a statistic.
+        # A result with the dimensions of a parameter is its new value, such as a statistic.
         self.results = [
             x
             for x in program.outs
@@ -127,7 +127,7 @@ class _Namer:
         self.coupled = self._couplings()
 
     def _couplings(self):
-        """Why axes cannot be divided, where all others that can be are divided together."""
+        """Why axes cannot be divided, if all axes that can be divided are divided together."""
         together = self._of(self.params) - self.of_inputs - self.of_results
         reasons: dict[int, Reason] = {}
         while True:
@@ -140,7 +140,7 @@ class _Namer:
             together -= again
 
     def _write_out(self):
-        """Fix what the notation of axes has no words for: `heads * (a + b)`, but for its heads."""
+        """Fix atoms that the notation cannot express: those in `heads * (a + b)`, except heads."""
         atoms = self.walk.atoms
         for x in self.params:
             for dim in x.dims:
@@ -151,13 +151,13 @@ class _Namer:
                             atoms.fix(parts, REPEATED)
 
     def _few_copies(self, before):
-        """Whether what stands before a sum is a number, and not too large to write the sum out."""
+        """Whether the factor before a sum is a number small enough to write the sum out."""
         atoms = self.walk.atoms
         free = any(atoms.fixed(atom) is None for atom in atoms.atoms([before]))
         return not free and atoms.rows([before]) <= _MOST_COPIES
 
     def _written(self, dim):
-        """The terms of a dimension; sums inside a product are written out, or one number."""
+        """The terms of a dimension; a sum in a product is written out, or becomes a number."""
         atoms, found = self.walk.atoms, []
         for term in atoms.expand(dim):
             own: list[list[int]] = [[]]
@@ -175,7 +175,7 @@ class _Namer:
         return any(x is out for out in self.program.outs)
 
     def _visit(self, program):
-        """The order in which values are used, and what is used how."""
+        """Record the order in which values are used, and how."""
         for step in program.steps:
             for inner in step.inner:
                 self._visit(inner)
@@ -255,7 +255,7 @@ class _Namer:
         return P(*(self._entry(dim, names) for dim in x.dims))
 
     def _entry(self, dim, names):
-        """A dimension in the notation of axes; None where nothing in it has a name."""
+        """A dimension in the notation of axes; None if nothing in it has a name."""
         terms: list[list[str | int]] = []
         for term in self._written(dim):
             own: list[str | int] = []

@@ -1,4 +1,4 @@
-"""The same function with fewer rows of some axes."""
+"""`narrow`: the same function with fewer rows of some axes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from psjax.axes._walk import Program, Step, Value, Walk, shapes_of, struct
 
 
 class Rows:
-    """Rows of dimensions in the narrower program: `rows(dim)`."""
+    """`rows(dim)`: number of rows of a dimension in the narrower program."""
 
     def __init__(self, atoms: Atoms, sizes: Mapping[int, int]):
         self.atoms, self.sizes = atoms, sizes
@@ -32,7 +32,7 @@ class Rows:
         return self.sizes.get(atom, self.atoms.size(atom))
 
     def shape(self, x: Value) -> tuple[int, ...]:
-        """Of a value."""
+        """The shape of a value in the narrower program."""
         return tuple(self(dim) for dim in x.dims)
 
 
@@ -75,8 +75,8 @@ class Named(NamedTuple):
 
     Attributes:
       walk: the walk.
-      program: what it has been through.
-      atoms: of every name.
+      program: the program after the walk.
+      atoms: the atom of every name.
       params: values of the parameters.
       inputs: values of the inputs.
       out: structure of the results.
@@ -90,7 +90,7 @@ class Named(NamedTuple):
     out: Any
 
     def own(self, name: str) -> list[int]:
-        """The atoms that the program divides an axis into; one where it does not."""
+        """The atoms that the program divides an axis into; one atom if it does not."""
         return self.walk.atoms.atoms([[self.atoms[name]]])
 
 
@@ -107,9 +107,9 @@ def named_walk(
     Args:
       fn: a pure function of arrays.
       specs: a `PartitionSpec` for each leaf of the parameters.
-      sizes: rows of every axis.
+      sizes: number of rows of every axis.
       params: the parameters, or `jax.ShapeDtypeStruct`s of them.
-      inputs: of the function.
+      inputs: inputs of the function.
       derivatives: as for `Walk`.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
@@ -134,29 +134,30 @@ def named_walk(
 def narrow(
     apply: Callable[..., Any], axes: Any, sizes: Mapping[str, int], like: Any = None
 ) -> Callable[..., Any]:
-    r"""The same function of narrower parameters, derived from its program.
+    r"""Derive from a function the same function with fewer rows of some axes.
 
-    A hand-written model takes its widths as arguments; of any other function `narrow` is the
-    narrower copy. With `selection` an index set of `sizes[name]` rows of every axis, the function
-    returned, at `selection.gather(params)`, is `apply` at parameters whose other rows are zero,
-    where the axis can be divided (`psjax.infer_axes` says so). Numbers that the program holds, such
-    as `1 / sqrt(width)`, stay those of the whole network.
+    A model that takes its widths as arguments has a narrower copy already; `narrow` makes one from
+    any function. At the parameters that an element sees, `sizes[name]` rows of every axis, the
+    copy equals `apply` at the whole parameters with all other rows zero, if the axis can be divided
+    (`psjax.infer_axes` says so). Constants in the program, such as `1 / sqrt(width)`, keep the
+    values of the whole network.
 
     Args:
       apply: `apply(params, *inputs)`, a pure function of arrays.
       axes: what `psjax.infer_axes` returns, or your own, as in `psjax.select`.
       sizes: `{axis: rows}`, 1 or more; axes that are not named stay whole.
-      like: the whole parameters, or `jax.ShapeDtypeStruct`s of them; may be left out with what
-        `infer_axes` returns.
+      like: the whole parameters, or `jax.ShapeDtypeStruct`s of them. Not needed if `axes` is from
+        `infer_axes`.
 
     Returns:
-      `small(params, *inputs)`, with results in the structure of `apply`'s. The program is traced at
-      every call: jit what calls it. Random numbers are drawn in the narrower shapes.
+      A function `small(params, *inputs)` with results of the same structure as those of `apply`.
+      It traces the program at every call, so call it inside `jax.jit`. Random numbers are drawn in
+      the narrower shapes.
 
     Raises:
-      ValueError: at once, for unknown axes and wrong sizes; at the call, for an axis whose rows the
-        program tells apart, saying where, for one that the inputs have, and for parameters of other
-        shapes.
+      ValueError: at once, if an axis is unknown or a size is wrong. At the call, if the program
+        tells the rows of an axis apart (the message says where), the inputs have the axis, or the
+        parameters have other shapes.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -215,7 +216,7 @@ def _narrower(shape, spec, sizes):
 
 
 def _new_sizes(named, known, sizes):
-    """Rows of the atoms of the narrowed axes, where each may have fewer."""
+    """Rows of the atoms of the narrowed axes; raise if an axis cannot have fewer."""
     atoms = named.walk.atoms
     of_inputs = {atom for x in named.inputs for dim in x.dims for atom in atoms.atoms(dim)}
     new: dict[int, int] = {}

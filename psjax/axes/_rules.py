@@ -1,16 +1,17 @@
 """What every primitive does to dimensions: the table of rules.
 
-A rule is a function `dims(walk, step)` that returns the values that the equation makes, from
+A rule is a function `dims(walk, step)`. It returns the values that the equation makes from
 `step.ins`: it passes dimensions on, unites them with `walk.unite`, makes new ones with
-`walk.value`, or fixes them with `walk.fix` and a reason. Beside it stands what the narrower program
-needs: `params(rows, step)`, the parameters of the equation where the dimension `d` has `rows(d)`
-rows, or `bind(narrow, step, ins)`, its results. Without them it is evaluated as it is.
+`walk.value`, or fixes them with `walk.fix` and a reason. A rule may also say how to evaluate the
+equation in a narrower program, where dimension `d` has `rows(d)` rows: `params(rows, step)` gives
+the equation's parameters there, or `bind(narrow, step, ins)` gives its results. Without either, the
+equation is evaluated unchanged.
 
-`points` says that the rule knows of integers that are numbers of rows (`Value.points`); elsewhere
-such a use fixes the rows.
+`points` means that the rule can handle integers that are row numbers (`Value.points`). In other
+rules, such an integer fixes the rows.
 
-To teach psjax a primitive, write one function in the file of its family and one line here. What has
-no rule fixes what it touches.
+To add a primitive, write one function in the file of its family and one line here. A primitive
+without a rule fixes all dimensions that it touches.
 """
 
 from psjax.axes import _calls as calls

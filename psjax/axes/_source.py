@@ -1,4 +1,4 @@
-"""Where in the user's code an equation was made."""
+"""The line of the user's code that made an equation."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,7 @@ _LIBRARIES = [
 
 
 def source_of(eqn: Any) -> str:
-    """`file:line` of the innermost frame outside JAX and Flax; empty where none is known."""
+    """`file:line` of the innermost frame outside JAX and Flax; empty if unknown."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback is not None else ():
         if not any(frame.file_name.startswith(library) for library in _LIBRARIES):

@@ -1,4 +1,4 @@
-"""A walk through a program: the dimensions of every value, and what every step made of them."""
+"""A walk through a program: the dimensions of every value, and what every step does to them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def struct(aval: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """An array to trace with, on the same mesh, perhaps of another shape and then undivided."""
+    """An array to trace with, on the same mesh; with another shape, it is not sharded."""
     where, varying = getattr(aval, "sharding", None), getattr(aval, "manual_axis_type", None)
     if where is None or where.mesh.empty:
         return jax.ShapeDtypeStruct(aval.shape if shape is None else shape, aval.dtype)
@@ -35,11 +35,11 @@ class Value:
     """An array of the program.
 
     Attributes:
-      shape: of the whole program.
+      shape: its shape in the whole program.
       dims: one `Dim` per dimension.
-      points: the dimension whose rows the values are, of an array of integers such as `argmax`
-        returns; they change with the rows' order.
-      literal: the value, of a number written in the program.
+      points: for integers that are row numbers, such as `argmax` returns: the dimension with these
+        rows. The numbers change if the rows are permuted.
+      literal: the value, if it is a number written in the program.
     """
 
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Step:
       ins: values that it reads.
       outs: values that it makes.
       inner: programs of a loop, a condition, a call; what derivatives need comes last.
-      extra: what a rule keeps for the narrower program.
+      extra: data that a rule stores for the narrower program.
     """
 
     eqn: Any
@@ -68,7 +68,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of the primitive."""
+        """Name of the primitive."""
         return self.eqn.primitive.name
 
 
@@ -77,9 +77,9 @@ class Program:
     """A jaxpr that was walked through.
 
     Attributes:
-      jaxpr: open.
-      consts: arrays that it holds.
-      const_values: their values.
+      jaxpr: the open jaxpr.
+      consts: its constant arrays.
+      const_values: their `Value`s.
       ins: values of its arguments.
       steps: one per equation.
       outs: values of its results.
@@ -94,7 +94,7 @@ class Program:
 
 
 class Walk:
-    """Walks through programs, by one rule per primitive, on atoms that they share.
+    """Walks through programs that share atoms, by one rule per primitive.
 
     Args:
       rules: `{primitive: Rule}`.
@@ -103,16 +103,16 @@ class Walk:
 
     def __init__(self, rules: Any, derivatives: bool = False):
         self.atoms, self.rules, self.derivatives = Atoms(), rules, derivatives
-        self.depth = 0  # of derivatives of derivatives
-        self.calls: list[Any] = []  # the equation, and those whose programs it is in
+        self.depth = 0  # nesting of derivatives
+        self.calls: list[Any] = []  # the equations that the walk is inside of
         self.unknown: dict[str, int] = {}
 
     def value(self, aval: Any, reason: Reason | None = None) -> Value:
-        """A value whose dimensions are new."""
+        """A value with new dimensions."""
         return Value(aval.shape, [self.atoms.dim(n, reason) for n in aval.shape])
 
     def constant(self, x: Any) -> Value:
-        """A constant array: where it varies along a dimension, its rows are told apart."""
+        """A constant array: the rows of a dimension along which it varies are told apart."""
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return self.value(x, Reason("random keys"))
         x = np.asarray(x)
@@ -156,7 +156,7 @@ class Walk:
         return step
 
     def refuse(self, step: Step) -> None:
-        """Fix whatever a primitive touches of which nothing is known."""
+        """Fix all dimensions that an unknown primitive touches."""
         name = step.name
         self.unknown[name] = self.unknown.get(name, 0) + 1
         reason = self.reason("a primitive without a rule", step)
@@ -167,7 +167,7 @@ class Walk:
     # --------------------------------------------------------------------------- for the rules
 
     def reason(self, text: str, step: Step) -> Reason:
-        """Why, with the primitive and the user's line."""
+        """A reason with the primitive and the user's line."""
         return Reason(text, step.eqn, tuple(self.calls[:-1]))
 
     def fix(self, dims: Sequence[Dim], reason: Reason) -> None:
@@ -176,17 +176,17 @@ class Walk:
             self.atoms.fix(dim, reason)
 
     def unite(self, one: Dim, two: Dim, step: Step) -> None:
-        """Two dimensions have the same rows, or where that cannot be, fixed ones."""
+        """Give two dimensions the same rows, or fix both if that is impossible."""
         if one and two and self.atoms.rows(one) > 1:
             self.atoms.unite(one, two, self.reason("its rows are divided in two ways", step))
 
     def unite_all(self, one: Value, two: Value, step: Step) -> None:
-        """Two values of one shape have the same dimensions."""
+        """Give two values of one shape the same dimensions."""
         for a, b in zip(one.dims, two.dims, strict=True):
             self.unite(a, b, step)
 
     def unpoint(self, x: Value, step: Step) -> None:
-        """The numbers of rows are used as numbers: the rows are told apart."""
+        """Row numbers are used as plain numbers, which tells the rows apart."""
         if x.points is not None:
             self.atoms.fix(x.points, self.reason("its rows are counted", step))
 
@@ -197,7 +197,7 @@ class Rule(NamedTuple):
     Attributes:
       dims: `dims(walk, step)` returns the values that the equation makes.
       params: `params(rows, step)` returns its parameters in a narrower program.
-      points: whether the rule knows of numbers of rows.
+      points: whether the rule handles integers that are row numbers.
       bind: `bind(narrow, step, ins)` evaluates it in a narrower program.
     """
 

@@ -1,17 +1,17 @@
 """Traffic and work by formulas; traffic, work and memory by a ledger of compiled programs.
 
 The formulas are for plain networks of `t` dense layers, `widths = (N_0, ..., N_t)`, whose layer `i`
-has a matrix of $N_{i-1} N_i$ weights. Each function gives a `Cost` of one gradient step, all `n`
-workers together:
+has a matrix of $N_{i-1} N_i$ weights. Each function returns the `Cost` of one gradient step, for
+all n workers together:
 
 - `data_parallel`, `local_sgd` and `independent_subnets` count what a cluster without a coordinator
-  sends and computes; what the last one describes is sent exactly, see there.
+  sends and computes.
 - `printed_data_parallel` and `printed_independent_subnets` are section 4.2 and figure 2 of
   B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
-  Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), letter by letter.
+  Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), as printed.
 
-`ledger` counts the same traffic and work in any program that XLA has compiled, whatever its model,
-and the memory that it plans on a device.
+`ledger` counts the same traffic and work in any program that XLA has compiled, and the memory that
+the program needs on a device.
 """
 
 from psjax import _public

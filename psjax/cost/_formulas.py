@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Of one gradient step on average, all workers together.
+    """The cost of one gradient step, averaged over a round, of all workers together.
+
+    Divide by n for one worker; multiply by `local_steps` for one round.
 
     Attributes:
-      floats: numbers sent; a worker's `1/n`, a round's `local_steps` times it.
-      flops: floating point operations of the matrix products, two to a multiplication.
-      samples: seen; divide by it to compare methods that see different numbers of them.
+      floats: numbers sent.
+      flops: floating point operations of the matrix products, two per multiplication.
+      samples: samples seen. Divide by it to compare methods that see different numbers of samples.
     """
 
     floats: float
@@ -24,20 +26,21 @@ class Cost(NamedTuple):
 def data_parallel(
     widths: Sequence[int], batch_size: int, num_workers: int, *, vectors: int = 0
 ) -> Cost:
-    r"""Data parallel SGD whose gradients go round a ring.
+    r"""Data-parallel SGD with a ring all-reduce of the gradients.
 
-    With $W = \sum_{i=1}^t N_{i-1} N_i$ plus `vectors`, a ring all-reduce sends $2 (n-1) W$ floats,
-    $2 W (n-1)/n$ a worker. A sample costs 6 operations a weight, of the output and the gradients of
-    weight and input; 4 in the first layer, whose input needs none.
+    With $W = \sum_{i=1}^t N_{i-1} N_i$ plus `vectors`, the ring sends $2 (n-1) W$ floats, which is
+    $2 W (n-1)/n$ per worker. A sample takes 6 operations per weight: 2 each for the output, the
+    gradient of the weight and the gradient of the input. The first layer takes 4, because its input
+    needs no gradient.
 
     Args:
       widths: `(N_0, ..., N_t)`.
-      batch_size: samples of *one worker* at a gradient step.
-      num_workers: n.
-      vectors: floats beside the matrices, such as biases; their work is not counted.
+      batch_size: samples of *one worker* per gradient step.
+      num_workers: number of workers, n.
+      vectors: floats besides the matrices, such as biases; their work is not counted.
 
     Raises:
-      ValueError: fewer than two widths; a number that is not positive.
+      ValueError: there are fewer than two widths, or a number is not positive.
     """
     matrices = _matrices("data_parallel", 2, widths, batch_size, num_workers)
     return _replicas(matrices, batch_size, num_workers, vectors)
@@ -52,14 +55,14 @@ def local_sgd(
     moments: int = 0,
     vectors: int = 0,
 ) -> Cost:
-    """Local SGD, whose weights are averaged round a ring every `local_steps` gradient steps.
+    """Local SGD: a ring all-reduce averages the weights every `local_steps` gradient steps.
 
     Args:
       widths: as in `data_parallel`.
-      batch_size: likewise, samples of one worker.
-      num_workers: n.
-      local_steps: J.
-      moments: of the optimizer, averaged with the weights: 0 none, 1 a momentum, 2 Adam's.
+      batch_size: samples of one worker per gradient step.
+      num_workers: number of workers, n.
+      local_steps: gradient steps per round, J.
+      moments: optimizer moments per weight, averaged with the weights: 0, 1 (momentum), 2 (Adam).
       vectors: as in `data_parallel`.
 
     Raises:
@@ -80,42 +83,42 @@ def independent_subnets(
     split_vectors: int = 0,
     shared: int = 0,
 ) -> Cost:
-    r"""Independent subnet training between workers that hold the weights themselves.
+    r"""Independent subnet training between workers that own the weights in shards.
 
-    Every hidden layer is split: a subnet has a share $1/n$ of its neurons. Each leaf lives in `n`
-    shards along one split axis. At the beginning of a round one all-to-all a leaf hands every
-    worker the parts of its subnet, and one returns them at the end; the share $1/n$ that a worker
-    holds itself is not sent. A round of $J$ steps sends
+    Every hidden layer is split: a subnet has a share $1/n$ of its neurons. Each leaf is sharded
+    over the n workers along one split axis. At the beginning of a round, one all-to-all per leaf
+    sends every worker the parts of its subnet, and at the end another returns them. The share $1/n$
+    that a worker owns itself is not sent. A round of $J$ steps sends
 
     $$2 (1 - 1/n) (1 + m) \Big[N_0 N_1 + N_{t-1} N_t + \frac1n \sum_{i=2}^{t-1} N_{i-1} N_i + V\Big]
     + 2 (n - 1) (1 + m) S$$
 
-    floats with $m$ `moments`, $V$ `split_vectors` and $S$ `shared`. That is exact for a stratified
-    draw, where each owner splits its own $N_i/n$ neurons into `n` equal groups, so for hidden
-    widths that $n^2$ divides; of other draws it is the mean, without what padding adds. Who draws
-    what follows from a common seed and is not sent.
+    floats, with $m$ `moments`, $V$ `split_vectors` and $S$ `shared`. This is exact for a stratified
+    draw, where each owner splits its $N_i/n$ neurons into n equal groups, so that $n^2$ must divide
+    the hidden widths. For other draws it is the mean, without padding. Index sets follow from a
+    common seed and are not sent.
 
-    The work is that of `data_parallel` on the subnets, $1/n^2$ of a matrix between hidden layers
-    and $1/n$ of the first and the last. A step sees `n * batch_size` samples, each by one subnet.
+    The work is that of `data_parallel` on the subnets: $1/n^2$ of each matrix between hidden layers
+    and $1/n$ of the first and last. A step sees `n * batch_size` samples, each in one subnet.
 
     Args:
-      widths: `(N_0, ..., N_t)`, a hidden layer at least.
-      batch_size: samples of one worker at a gradient step.
-      num_workers: n, also the number of subnets.
-      local_steps: J, gradient steps a round.
-      moments: of the optimizer, which travel with their weights: 0 none, 1 a momentum, 2 Adam's.
-      split_vectors: floats of the vectors along split axes: `sum(widths[1:-1])` for the biases of
-        the hidden layers, three times that with the scales and shifts of a normalisation.
-      shared: floats of the leaves that every worker has, such as the bias of the output, `N_t`;
-        they and their moments are averaged by a ring all-reduce.
+      widths: `(N_0, ..., N_t)`, with one hidden layer or more.
+      batch_size: samples of one worker per gradient step.
+      num_workers: number of workers and of subnets, n.
+      local_steps: gradient steps per round, J.
+      moments: optimizer moments per weight, sent with the weights: 0, 1 (momentum), 2 (Adam).
+      split_vectors: floats of vectors along split axes: `sum(widths[1:-1])` for the biases of the
+        hidden layers, three times as many with the scales and shifts of a normalisation.
+      shared: floats of the leaves that every worker has, such as the bias of the output, `N_t`.
+        They and their moments are averaged by a ring all-reduce.
 
     Raises:
-      ValueError: fewer than three widths; a number that is not positive.
+      ValueError: there are fewer than three widths, or a number is not positive.
     """
     call, n = "independent_subnets", num_workers
     first, *hidden, last = _matrices(call, 3, widths, batch_size, n, local_steps)
     ends = first + last + split_vectors
-    exchange = n * ends + sum(hidden) + n**2 * shared  # n^2 times: whole numbers come out whole
+    exchange = n * ends + sum(hidden) + n**2 * shared  # times n^2, so that integers stay integers
     floats = 2 * (n - 1) * (1 + moments) * exchange / (n**2 * local_steps)
     flops = batch_size * (4 * first + 6 * last + 6 * sum(hidden) / n)
     return Cost(floats, float(flops), n * batch_size)
@@ -127,14 +130,15 @@ def independent_subnets(
 def printed_data_parallel(widths: Sequence[int], batch_size: int, num_workers: int) -> Cost:
     r"""Data parallel as section 4.2 prints it: $\sum n N_{i-1} N_i$ floats, $4 B \sum N_{i-1} N_i$.
 
-    Warning: the floats are what flows in when a coordinator broadcasts the weights; no gradient
-    returns. $B$ samples are divided over the workers, and of the three products of a layer (output,
-    gradient of the weight, of the input) the work has two. See `data_parallel`.
+    Warning: this formula counts only the floats that a coordinator broadcasts, not the gradients
+    that return. The $B$ samples are divided over the workers. The work has two of the three
+    products of a layer (output, gradient of the weight, gradient of the input). `data_parallel`
+    counts all of it.
 
     Args:
       widths: `(N_0, ..., N_t)`.
-      batch_size: samples of *all workers* at a gradient step.
-      num_workers: n.
+      batch_size: samples of *all workers* per gradient step.
+      num_workers: number of workers, n.
 
     Raises:
       ValueError: as `data_parallel`.
@@ -160,19 +164,19 @@ def printed_independent_subnets(
     4 B \Big[N_0 N_1 + N_{t-1} N_t + \sum_{i=1}^{l} \frac{N_{i-1} N_i}{n}\Big]
     \quad\text{operations.}$$
 
-    Warning: the sums run over all layers ($l$, which the paper does not define, can only be $t$),
-    so that the first and the last, counted whole before, are counted once more by $1/n$. The text
-    has $1/n$ for *the other* matrices, $i = 2, ..., t-1$; that is `ends_once=True`. Either way the
-    floats are only what flows in at the beginning of a round: nothing returns, no worker owns a
-    share, no moments travel. Of three products a layer the work has two. See
-    `independent_subnets`.
+    Warning: the sums run over all layers ($l$, which the paper does not define, can only be $t$).
+    So the first and last layer are counted twice: once whole, and once more with $1/n$. The paper's
+    text has $1/n$ for *the other* matrices, $i = 2, ..., t-1$; that is `ends_once=True`. In both
+    cases, the floats are only those sent at the beginning of a round. Nothing is returned, no
+    worker owns a share, and no moments are sent. The work has two of the three products of a layer.
+    `independent_subnets` counts all of it.
 
     Args:
-      widths: `(N_0, ..., N_t)`, a hidden layer at least.
-      batch_size: samples of one worker at a gradient step; `n` times as many are seen.
-      num_workers: n.
-      local_steps: J.
-      ends_once: sum over the layers between the first and the last, as the text says.
+      widths: `(N_0, ..., N_t)`, with one hidden layer or more.
+      batch_size: samples of one worker per gradient step; a step sees n times as many.
+      num_workers: number of workers, n.
+      local_steps: gradient steps per round, J.
+      ends_once: whether to sum over the layers between the first and the last, as the text says.
 
     Raises:
       ValueError: as `independent_subnets`.
@@ -201,12 +205,12 @@ def _matrices(
 ):
     if len(widths) < least:
         layer = "layer" if least == 2 else "hidden layer"
-        msg = f"{call}(widths={tuple(widths)}): write (N_0, ..., N_t) with one {layer} at least."
+        msg = f"{call}(widths={tuple(widths)}): pass (N_0, ..., N_t) with at least one {layer}."
         raise ValueError(msg)
     numbers = {"batch_size": batch_size, "num_workers": num_workers, "local_steps": local_steps}
     for name, value in [*numbers.items(), ("widths", min(widths))]:
         if value < 1:
             given = tuple(widths) if name == "widths" else value
-            msg = f"{call}({name}={given}): write 1 or more."
+            msg = f"{call}({name}={given}): pass 1 or more."
             raise ValueError(msg)
     return [a * b for a, b in zip(widths, widths[1:])]

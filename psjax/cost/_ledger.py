@@ -1,4 +1,4 @@
-"""What a compiled program sends, computes and holds, read off its text."""
+"""`ledger`: the traffic, work and memory of a compiled program, read off its text."""
 
 import dataclasses
 import math
@@ -21,11 +21,12 @@ class Collective:
       kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or
         `"collective-permute"`.
       dtype: XLA's name, such as `"f32"`.
-      elements: of one device's operand, at one execution.
-      group_size: devices among which it moves; of unequal groups the largest, 2 of a permute.
+      elements: number of elements of one device's operand, per execution.
+      group_size: number of devices that exchange it; the largest group if they differ, and 2 for a
+        permute.
       count: executions in one run of the program.
-      bytes: sent by all devices together in all these executions.
-      op_name: where it comes from, such as `"jit(step)/while/body/psum"`.
+      bytes: bytes sent by all devices together in these executions.
+      op_name: its origin, such as `"jit(step)/while/body/psum"`.
     """
 
     kind: str
@@ -41,10 +42,10 @@ class Memory(NamedTuple):
     """Bytes on one device, as the compiler plans them.
 
     Attributes:
-      argument: of the arguments.
-      output: of the results.
-      temp: of everything between.
-      alias: of results that lie in donated arguments, counted in both.
+      argument: bytes of the arguments.
+      output: bytes of the results.
+      temp: bytes of everything between.
+      alias: bytes of results stored in donated arguments; they count in both.
     """
 
     argument: int
@@ -59,15 +60,15 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """What one run of a compiled program sends, computes and holds.
+    """Traffic, work and memory of one run of a compiled program.
 
     Attributes:
-      num_devices: that run it.
-      collectives: what is sent, an entry for each array at each place of the program.
-      metrics: the same of the arrays that are too small to count, such as a loss.
-      flops: of one device's matrix products and convolutions.
-      custom_calls: targets of calls into other libraries, of which nothing is counted.
-      memory: of one device; None if only the text was there.
+      num_devices: number of devices that run it.
+      collectives: one entry per array that is sent and place in the program.
+      metrics: the same for small arrays, such as a loss, which are not counted in `bytes`.
+      flops: operations of matrix products and convolutions on one device.
+      custom_calls: targets of calls into other libraries, which are not counted.
+      memory: memory on one device; None if only the text was passed.
     """
 
     num_devices: int
@@ -79,32 +80,33 @@ class Ledger:
 
     @property
     def bytes(self) -> int:
-        """Sent by all devices together, without the metrics."""
+        """Bytes sent by all devices together, without the metrics."""
         return sum(c.bytes for c in self.collectives)
 
     @property
     def bytes_per_device(self) -> float:
-        """Sent by a device, the mean of all."""
+        """Bytes sent per device, on average."""
         return self.bytes / self.num_devices
 
 
 def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = None) -> Ledger:
-    r"""Count what a compiled program sends, computes and holds.
+    r"""Count the traffic, work and memory of a compiled program.
 
-    With $b$ bytes of operand on each of the $g$ devices of a group, a device sends, its own slice
-    left out and rings taken: $2b(g-1)/g$ for an all-reduce, $b(g-1)$ for an all-gather, $b(g-1)/g$
-    for a reduce-scatter or an all-to-all, $b$ for a collective-permute from one device to another.
-    Every array of a collective on several is an entry of its own, but the parts of one all-to-all.
-    A matrix product takes two operations a multiplication; so does a convolution, without those
-    with padding and with the zeros of a dilation. Nothing else is counted as work, and nothing of
-    what the compiler turned into something else, such as a product with a vector into a sum.
+    Traffic: let $b$ be the bytes of an operand on each of the $g$ devices of a group. With ring
+    algorithms, and without its own slice, a device sends $2b(g-1)/g$ bytes for an all-reduce,
+    $b(g-1)$ for an all-gather, $b(g-1)/g$ for a reduce-scatter or an all-to-all, and $b$ for a
+    collective-permute from one device to another. A collective over several arrays gives one entry
+    per array; the parts of one all-to-all count as one array.
 
-    What stands in a loop counts as often as the loop runs: `compiled.cost_analysis()` counts it
-    once. Of a conditional's branches the one with the most bytes and the one with the most
-    operations count.
+    Work: matrix products and convolutions count two operations per multiplication. In convolutions,
+    multiplications with padding and with the zeros of a dilation do not count. Nothing else counts;
+    neither does a product that the compiler replaced, for example by a sum.
 
-    Warning: the compiler decides what is in the program. On a CPU it carries bfloat16 as float32,
-    so twice the bytes are found there; and it may move a collective out of a loop or merge two.
+    The body of a loop counts once per turn (`compiled.cost_analysis()` counts it once). For a
+    conditional, the branch with the most bytes counts, and the branch with the most operations.
+
+    Warning: the compiler decides what is in the program. On a CPU it represents bfloat16 as
+    float32, which doubles the bytes. It may also move a collective out of a loop, or merge two.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,13 +117,13 @@ def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = No
 
     Args:
       compiled: `jax.jit(f).lower(*args).compile()`, or its text, `compiled.as_text()`.
-      metrics_below: arrays of fewer elements are metrics; by default scalars.
-      trip_count: assumed of loops that end by their data.
+      metrics_below: arrays with fewer elements are metrics; by default, scalars.
+      trip_count: number of turns to assume for loops that end by their data.
 
     Raises:
-      TypeError: something that is not compiled.
-      ValueError: a loop with something in it and a trip count that is not known, and none given; a
-        collective of another kind, or groups written in another way.
+      TypeError: `compiled` is not a compiled program.
+      ValueError: a loop with traffic or work has no known trip count, and none was passed; or the
+        text has an unknown collective or form of groups.
     """
     if isinstance(compiled, str):
         text, memory = compiled, None
@@ -130,7 +132,7 @@ def ledger(compiled: Any, *, metrics_below: int = 2, trip_count: int | None = No
     else:
         msg = (
             f"ledger(compiled): got {type(compiled).__name__}; "
-            "write jax.jit(f).lower(*args).compile()."
+            "pass jax.jit(f).lower(*args).compile()."
         )
         raise TypeError(msg)
     program = _Program(text, trip_count)
@@ -215,12 +217,12 @@ class _Program:
         return self.counts[computation]
 
     def _instruction(self, x: _Instruction, shapes: Mapping[str, Sequence[_Array]]):
-        kind = x.opcode.removesuffix("-start")  # of a pair the start is the operation
+        kind = x.opcode.removesuffix("-start")  # of a start and a done, the start counts
         if x.opcode.endswith(("-done", "-update")):
             return _Count()
         operands = [array for name in x.operands for array in shapes.get(name, ())]
         if not operands and kind in (*_KINDS, "dot", "convolution"):
-            msg = f"ledger(compiled): %{x.name} has no operands that this reader finds."
+            msg = f"ledger(compiled): %{x.name} has no operands that psjax can read."
             raise ValueError(msg)
         if kind in _KINDS:
             return _Count(collectives=self._collectives(kind, x, operands))
@@ -243,13 +245,13 @@ class _Program:
         )
         once = condition + body
         if not (once.collectives or once.flops):
-            return once  # as often as it likes
+            return once  # nothing to count, however often it runs
         known = re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', x.attributes)
         trips = int(known[1]) if known else self.trip_count
         if trips is None:
             msg = (
                 f"ledger(compiled): loop %{x.name} ({_op_name(x)}) has no known trip count; "
-                "write ledger(compiled, trip_count=...) with what to assume."
+                "pass the number to assume, ledger(compiled, trip_count=...)."
             )
             raise ValueError(msg)
         return condition.times(trips + 1) + body.times(trips)
@@ -265,7 +267,7 @@ class _Program:
                 "all-reduce": 2 * others,
                 "all-gather": sum(g * (g - 1) for g in groups),
             }.get(kind, others)
-        if kind == "all-to-all" and len(operands) > 1:  # one array, cut into a part for each device
+        if kind == "all-to-all" and len(operands) > 1:  # one array, cut into one part per device
             dims = (sum(a.elements for a in operands),)
             operands = [operands[0]._replace(dims=dims)]
         return tuple(
@@ -276,7 +278,7 @@ class _Program:
     def _groups(self, kind: str, x: _Instruction):
         sizes = _group_sizes(x.attributes, self.num_devices)
         if sum(sizes) == self.num_replicas < self.num_devices and kind != "all-to-all":
-            together = "channel_id=" in x.attributes  # the partitions of these replicas
+            together = "channel_id=" in x.attributes  # all partitions of these replicas
             n = self.num_partitions
             sizes = [n * size for size in sizes] if together else n * sizes
         if sum(sizes) != self.num_devices:
@@ -289,7 +291,7 @@ class _Program:
 
 
 def _group_sizes(attributes: str, num_devices: int):
-    """Devices in each group of a collective; XLA writes four ways, and nothing for all devices."""
+    """Devices per group of a collective. XLA writes it in four ways; nothing means all devices."""
     groups = _search(r"replica_groups=(.*)", attributes, "{}")
     if found := re.match(r"\{(\{[\d,{}]+\})\}", groups):  # {{0,1},{2,3}}
         return [len(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", found[1])]
@@ -324,7 +326,7 @@ def _product(x: _Instruction, operands: Sequence[_Array], pattern: str):
 
 
 def _convolution(x: _Instruction, image: _Array, kernel: _Array):
-    """Twice the pairs of an output and a weight that meet an entry of the image."""
+    """Twice the number of pairs of an output and a weight that use an entry of the image."""
     output = x.arrays[0]
     window = {
         name: [int(value.split("_")[0]) for value in values.split("x")]
@@ -353,7 +355,7 @@ def _convolution(x: _Instruction, image: _Array, kernel: _Array):
 
 
 def _parse(text: str):
-    """`{computation: [instruction, ...]}` and the name of the first to run."""
+    """`{computation: [instruction, ...]}`, and the name of the entry computation."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([^\s(]+) \(.*-> .*\{$", line):
@@ -369,14 +371,14 @@ def _parse(text: str):
     if entry is None:
         msg = (
             "ledger(compiled): this text is not of a compiled program; "
-            "write jax.jit(f).lower(*args).compile().as_text()."
+            "pass jax.jit(f).lower(*args).compile().as_text()."
         )
         raise ValueError(msg)
     return computations, entry
 
 
 def _closing(text: str):
-    """Where the parenthesis ends that was opened before."""
+    """The end of the parenthesis that was opened before."""
     depth = 1
     for bracket in re.finditer(r"[()]", text):
         depth += 1 if bracket[0] == "(" else -1
@@ -391,7 +393,7 @@ def _arrays(shape: str):
 
 
 def _called(attributes: str):
-    """Names of the computations that an instruction calls, but a loop's."""
+    """Names of the computations that an instruction calls, except those of a loop."""
     names = re.findall(r"\b(?:to_apply|calls|\w+_computation)=%?([^\s,}]+)", attributes)
     for several in re.findall(r"\b(?:branch|called)_computations=\{([^}]*)\}", attributes):
         names += re.findall(r"%?([^\s,]+)", several)
@@ -406,7 +408,7 @@ def _search(pattern: str, text: str, default: str | None = None):
     found = re.search(pattern, text)
     if found is None:
         if default is None:
-            msg = f"ledger(compiled): no {pattern} in {text[:200]!r}, which this reader expects."
+            msg = f"ledger(compiled): no {pattern} in {text[:200]!r}, which psjax expects there."
             raise ValueError(msg)
         return default
     return found[1]

@@ -1,8 +1,8 @@
 """Data sets in memory, and their batches as index arrays.
 
-Images and labels of a split, spoken words as features, sparse samples of very many labels; and the
-batches of an epoch: whole, by label, in tiles, stratified. Reading a set needs the packages of
-`psjax[data]`; the batches need NumPy alone.
+There are loaders for images with labels, for spoken words as features, and for sparse samples with
+very many labels. The batches of an epoch are flat, sorted by label, or in tiles of one label, and
+their order may be stratified. Loaders need the packages of `psjax[data]`; batches need only NumPy.
 """
 
 from psjax import _public

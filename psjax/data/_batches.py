@@ -1,8 +1,8 @@
-"""Batches of a data set as index arrays: whole, by label, in tiles, stratified.
+"""Batches of a data set as index arrays: flat, sorted by label, in tiles, stratified.
 
-A data set stays on the device as uint8; a batch is a row of indices into it, made once on the host
-with NumPy, so that a whole epoch is one `jax.lax.scan`. An index past the end is an empty slot, of
-weight 0.
+The data set stays on the device as uint8. A batch is a row of indices into it, made on the host
+with NumPy, so that a whole epoch is one `jax.lax.scan`. A *slot* is a place for a sample. An index
+past the end means an empty slot, which has weight 0.
 """
 
 import math
@@ -16,11 +16,11 @@ from psjax._types import Labels
 
 
 def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
-    """The labels as int32, checked on the host: inside `jit` nothing can raise.
+    """Return the labels as int32, checked on the host, because code in `jit` cannot raise.
 
     Raises:
-      TypeError: labels that are not integers.
-      ValueError: empty, of rank other than 1, or outside `[0, num_classes)`.
+      TypeError: labels are not integers.
+      ValueError: labels are empty, not of rank 1, or outside `[0, num_classes)`.
     """
     return labels_of(f"check_labels(labels, num_classes={num_classes})", labels, num_classes)
 
@@ -28,10 +28,10 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
 def labels_of(call: str, labels: Labels, num_classes: int):
     labels = np.asarray(labels)
     if labels.ndim != 1 or not labels.size:
-        msg = f"{call}: labels have shape {labels.shape}; write a non-empty [N]."
+        msg = f"{call}: labels have shape {labels.shape}; pass a non-empty [N]."
         raise ValueError(msg)
     if not np.issubdtype(labels.dtype, np.integer):
-        msg = f"{call}: labels are {labels.dtype}; write integers in [0, {num_classes})."
+        msg = f"{call}: labels are {labels.dtype}; pass integers in [0, {num_classes})."
         raise TypeError(msg)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
@@ -45,11 +45,11 @@ class Batches(NamedTuple):
 
     Attributes:
       indices: `[steps, ...]`, int32 positions in the data set; N, past the end, for empty slots.
-      weights: `[steps, ...]`: 1/L for each sample of a batch of L, 0 for empty slots. float32, or
+      weights: `[steps, ...]`, 1/L for each sample of a batch of L, 0 for empty slots. float32, or
         float64 if `jax_enable_x64` is on when the batches are made.
-      labels: `[steps, rows]`, int32, the label of every row of `indices`: of a sample in flat
-        batches (0 in an empty slot), of a row of slots in batches by label, of a tile (C, past the
-        end, for an empty one).
+      labels: `[steps, rows]`, int32, the label of every row of `indices`. A row is a sample in flat
+        batches (0 for an empty slot), a row of slots in batches by label, and a tile in tiles (C,
+        past the end, for an empty tile).
     """
 
     indices: np.ndarray
@@ -58,15 +58,15 @@ class Batches(NamedTuple):
 
     @property
     def padding_factor(self) -> float:
-        """Slots per sample, at least 1: what empty slots cost."""
+        """Slots per sample, 1 or more: how much work empty slots add."""
         return float(self.weights.size / np.count_nonzero(self.weights))
 
 
 def _flat(labels: Integer[np.ndarray, " N"], batch_size: int, order: Labels | None):
-    """The epoch's samples as `[steps, batch_size]`, -1 where the last batch has none."""
+    """The samples of the epoch as `[steps, batch_size]`; the last batch is padded with -1."""
     order = np.arange(len(labels)) if order is None else _check_order(order, len(labels))
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(order):
-        msg = f"batches(batch_size={batch_size}): write an integer from 1 to {len(order)}."
+        msg = f"batches(batch_size={batch_size}): pass an integer from 1 to {len(order)}."
         raise ValueError(msg)
     steps = math.ceil(len(order) / batch_size)
     flat = np.full(steps * batch_size, -1)
@@ -78,17 +78,17 @@ def _check_order(order: Labels, num_samples: int):
     order = np.asarray(order)
     if order.ndim != 1 or not order.size:
         msg = (
-            f"batches(order=...): it has shape {order.shape}; write a non-empty [M], or None for "
+            f"batches(order=...): it has shape {order.shape}; pass a non-empty [M], or None for "
             "the data set's own order."
         )
         raise ValueError(msg)
     if not np.issubdtype(order.dtype, np.integer):
-        msg = f"batches(order=...): it is {order.dtype}; write integers in [0, {num_samples})."
+        msg = f"batches(order=...): it is {order.dtype}; pass integers in [0, {num_samples})."
         raise TypeError(msg)
     bad = np.flatnonzero((order < 0) | (order >= num_samples))
     if bad.size:
         msg = (
-            f"batches(order=...): entry {bad[0]} is {order[bad[0]]}; write positions in "
+            f"batches(order=...): entry {bad[0]} is {order[bad[0]]}; pass positions in "
             f"[0, {num_samples}), the samples of the data set."
         )
         raise ValueError(msg)
@@ -102,11 +102,11 @@ def _weights(filled: Bool[np.ndarray, "..."]):
 
 
 class _Runs(NamedTuple):
-    """An epoch sorted by step, then by label. A run is the samples of one step and one label.
+    """An epoch sorted by step and then by label. A run consists of the samples of a step and label.
 
     Attributes:
-      steps: batches of the epoch.
-      samples: `[M]`; within a run they keep the epoch's order.
+      steps: number of batches in the epoch.
+      samples: `[M]`; within a run, they keep the order of the epoch.
       run: `[M]`, the run of each sample.
       place: `[M]`, the position of each sample in its run.
       step, label, length: `[runs]`.
@@ -136,17 +136,18 @@ def _runs(labels: Integer[np.ndarray, " N"], batch_size: int, order: Labels | No
 
 
 def batches(labels: Labels, batch_size: int, order: Labels | None = None) -> Batches:
-    """Flat batches, `indices [steps, batch_size]`; the last one may be short, nothing is dropped.
+    """Flat batches, `indices [steps, batch_size]`. The last one may be short; nothing is dropped.
 
     Args:
       labels: `[N]`, integers from 0.
-      batch_size: L.
-      order: `[M]`, the epoch's samples in order, positions in `[0, N)`; None: the data set's own. A
-        position may be left out, or come more than once: it then counts each time.
+      batch_size: samples per batch, L.
+      order: `[M]`, the samples of the epoch in order, as positions in `[0, N)`; None: in the order
+        of the data set. A position may be left out, or occur several times and count each time.
 
     Raises:
-      TypeError: labels or an order that are not integers.
-      ValueError: empty labels or order, entries out of range, a batch larger than the epoch.
+      TypeError: labels or order are not integers.
+      ValueError: labels or order are empty, an entry is out of range, or a batch is larger than the
+        epoch.
     """
     labels = labels_of("batches(labels)", labels, 2**31)
     flat = _flat(labels, batch_size, order)
@@ -158,7 +159,7 @@ def batches(labels: Labels, batch_size: int, order: Labels | None = None) -> Bat
 def most_of_a_label(
     labels: Labels, num_classes: int, batch_size: int, order: Labels | None = None
 ) -> int:
-    """The largest count of one label in one batch of the epoch: the slots that drop nothing."""
+    """The largest number of samples of one label in a batch: so many slots drop nothing."""
     labels = check_labels(labels, num_classes)
     return int(_runs(labels, batch_size, order).length.max())
 
@@ -170,21 +171,21 @@ def batches_by_label(
     order: Labels | None = None,
     slots: int | None = None,
 ) -> Batches:
-    """Batches sorted by label, `indices [steps, C, slots]`: row k holds the samples labelled k.
+    """Batches sorted by label, `indices [steps, C, slots]`: row k has the samples with label k.
 
-    The samples of step s are those of `batches(...)`; nothing is dropped, and a label that a batch
-    lacks has only empty slots.
+    The samples of step s are those of `batches(...)`. Nothing is dropped, and a label without
+    samples in a batch has only empty slots.
 
     Args:
       labels: `[N]`, integers in `[0, num_classes)`.
-      num_classes: C.
-      batch_size: L.
-      order: `[M]`, the epoch's samples in order, as in `batches`; None: the data set's own.
-      slots: samples of one label that a batch has room for; None: `most_of_a_label`. Give the
-        largest over all epochs where the order changes, for a constant shape.
+      num_classes: number of classes, C.
+      batch_size: samples per batch, L.
+      order: `[M]`, the samples of the epoch in order, as in `batches`.
+      slots: places per label in a batch; None: `most_of_a_label`. If the order changes between
+        epochs, pass the largest number of all epochs, for a constant shape.
 
     Raises:
-      ValueError: bad labels or sizes, or fewer slots than a batch needs.
+      ValueError: labels or sizes are wrong, or a batch needs more slots.
     """
     labels = check_labels(labels, num_classes)
     runs = _runs(labels, batch_size, order)
@@ -192,8 +193,8 @@ def batches_by_label(
     slots = needed if slots is None else slots
     if slots < needed:
         msg = (
-            f"batches_by_label(slots={slots}): a batch has {needed} samples of one label; write "
-            f"slots={needed} or more, for nothing may be dropped."
+            f"batches_by_label(slots={slots}): a batch has {needed} samples of one label; pass "
+            f"slots={needed} or more, so that nothing is dropped."
         )
         raise ValueError(msg)
     indices = np.full((runs.steps, num_classes, slots), len(labels), np.int32)
@@ -212,34 +213,32 @@ def tiles_by_label(
 ) -> Batches:
     """Batches cut into tiles of `tile` samples of one label each, `indices [steps, tiles, tile]`.
 
-    The work follows the true counts: a label with 13 samples has four tiles of 4, one with none has
-    none. `labels[s, t]` says which label tile t of step s holds.
+    The work follows the true counts: a label with 13 samples has four tiles of 4, and a label
+    without samples has none. `labels[s, t]` is the label of tile t in step s.
 
     Args:
       labels: `[N]`, integers in `[0, num_classes)`.
-      num_classes: C.
-      batch_size: L.
-      order: `[M]`, the epoch's samples in order, as in `batches`; None: the data set's own.
-      tile: samples a tile.
-      tiles: tiles a batch; None: as many as the fullest batch of the epoch needs.
+      num_classes: number of classes, C.
+      batch_size: samples per batch, L.
+      order: `[M]`, the samples of the epoch in order, as in `batches`.
+      tile: samples per tile.
+      tiles: tiles per batch; None: as many as the fullest batch of the epoch needs.
 
     Raises:
-      ValueError: bad labels or sizes, or fewer tiles than a batch needs.
+      ValueError: labels or sizes are wrong, or a batch needs more tiles.
     """
     labels = check_labels(labels, num_classes)
     if not isinstance(tile, int) or tile < 1:
-        msg = f"tiles_by_label(tile={tile}): write a positive integer."
+        msg = f"tiles_by_label(tile={tile}): pass a positive integer."
         raise ValueError(msg)
     runs = _runs(labels, batch_size, order)
     of_run = -(-runs.length // tile)
-    start = np.cumsum(of_run) - of_run  # tiles of all runs before, then of those of the same step
+    start = np.cumsum(of_run) - of_run  # tiles of all earlier runs, then of those in the same step
     start -= start[np.searchsorted(runs.step, runs.step)]
     needed = int((start + of_run).max())
     tiles = needed if tiles is None else tiles
     if tiles < needed:
-        msg = (
-            f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; write {needed} or more."
-        )
+        msg = f"tiles_by_label(tiles={tiles}): a batch needs {needed} tiles; pass {needed} or more."
         raise ValueError(msg)
     indices = np.full((runs.steps, tiles, tile), len(labels), np.int32)
     tile_labels = np.full((runs.steps, tiles), num_classes, np.int32)
@@ -250,10 +249,10 @@ def tiles_by_label(
 
 
 def stratified_order(labels: Labels, num_classes: int, batch_size: int, seed: int) -> np.ndarray:
-    """A random order in which every batch has each label in its share of the data, to one sample.
+    """A random order in which each batch has each label in proportion, up to one sample.
 
-    The samples of each label are shuffled and dealt out evenly over the epoch, so batches by label
-    need hardly a slot more than samples. Every sample comes once.
+    The samples of each label are shuffled and spread evenly over the epoch, so that batches by
+    label have hardly any empty slots. Every sample occurs once.
 
     Returns:
       `[N]`, int64, for the argument `order`.
@@ -266,5 +265,5 @@ def stratified_order(labels: Labels, num_classes: int, batch_size: int, seed: in
         own = rng.permutation(np.flatnonzero(labels == label))
         place[own] = (np.arange(len(own)) + rng.uniform()) / max(len(own), 1)
     order = np.argsort(place, kind="stable")
-    # Within a batch the places give away the label; nothing that follows may depend on it.
+    # Shuffle within each batch: otherwise the place of a sample would reveal its label.
     return np.concatenate([rng.permutation(b[b >= 0]) for b in _flat(order, batch_size, order)])

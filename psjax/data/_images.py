@@ -1,4 +1,4 @@
-"""Images and labels of a data set in memory: digits, and the sets of TensorFlow Datasets."""
+"""Images and labels in memory: scikit-learn's digits, and sets of TensorFlow Datasets."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ class Dataset(NamedTuple):
     """Images and labels of one split.
 
     Attributes:
-      name: of the set.
+      name: name of the set.
       images: `[N, height, width, channels]`, uint8.
       labels: `[N]`, int32 in `[0, num_classes)`.
       num_classes: C.
-      scale: what one unit of uint8 is worth, so that `images * scale` lies in [0, 1].
+      scale: factor for which `images * scale` lies in [0, 1].
     """
 
     name: str
@@ -36,35 +36,37 @@ _TFDS = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "s
 
 
 def load(name: str = "digits", split: str = "train", data_dir: str | None = None) -> Dataset:
-    """One split of a data set, in the set's own order.
+    """Load one split of a data set, in the order of the set.
 
     Args:
-      name: `digits` (scikit-learn's 1797 real 8x8 images, no network; 1437 and 360 of them by a
-        fixed permutation) or any image classification set of TensorFlow Datasets.
+      name: `digits`, or an image classification set of TensorFlow Datasets (TFDS). `digits` are
+        the 1797 real 8x8 images of scikit-learn, which need no network; a fixed permutation splits
+        them into 1437 and 360.
       split: `train` or `test`.
-      data_dir: where TFDS keeps its sets; None: `TFDS_DATA_DIR`, else TFDS's own default.
+      data_dir: the folder of TFDS's sets; None: `TFDS_DATA_DIR`, else TFDS's default.
 
     Raises:
-      ValueError: unknown set or split; images of more than one shape; labels outside `[0, C)`; a
-        damaged file of a TFDS set, by name.
-      FileNotFoundError: a TFDS set that is not prepared, or of which a file is missing, with the
-        command that prepares it.
+      ValueError: the set or split is unknown, images differ in shape, labels are outside `[0, C)`,
+        or a file of a TFDS set is damaged (the message names it).
+      FileNotFoundError: a TFDS set is not prepared, or one of its files is missing. The message has
+        the command that prepares the set.
       ImportError: scikit-learn or tensorflow-datasets is not installed.
     """
     if split not in ("train", "test"):
-        msg = f"load({name!r}, split={split!r}): write 'train' or 'test'."
+        msg = f"load({name!r}, split={split!r}): pass 'train' or 'test'."
         raise ValueError(msg)
     return _load_digits(split) if name == "digits" else _load_tfds(name, split, data_dir)
 
 
 class OwnRows(NamedTuple):
-    """What a worker reads of a set: the images of its own classes, and where they are.
+    """The part of a data set that a worker reads: the images of its classes.
 
     Attributes:
-      dataset: images and labels of these classes alone, M of them, in the set's order.
-      all_labels: `[N]`, int32, of every sample, from which all workers make the same batches.
-      places: `[N + 1]`, int32: the row of each sample among the M images; M, an empty slot, for
-        samples of other classes and for the empty slot N.
+      dataset: the M images of these classes with their labels, in the order of the set.
+      all_labels: `[N]`, int32, the labels of all samples, from which every worker makes the same
+        batches.
+      places: `[N + 1]`, int32, the row of each sample among the M images. It is M, an empty slot,
+        for samples of other classes and for the empty slot N.
     """
 
     dataset: Dataset
@@ -78,20 +80,21 @@ def load_classes(
     split: str = "train",
     data_dir: str | None = None,
 ) -> OwnRows:
-    """The images of some classes; the others are not decoded, and not kept.
+    """Load the images of some classes; other images are not decoded.
 
-    A worker of a plan reads the classes `plan.labels[w]` that are not padding,
-    `plan.labels[w][plan.labels[w] < plan.num_classes]`; `own.places[rows.indices[:, w]]` are then
-    the rows of `plan.batches(own.all_labels, ...)` among `own.dataset.images`.
+    Worker w of a plan reads the classes `plan.labels[w]` that are not padding,
+    `plan.labels[w][plan.labels[w] < plan.num_classes]`. With the index batches
+    `rows = plan.batches(own.all_labels, ...)`, its rows of `own.dataset.images` are then
+    `own.places[rows.indices[:, w]]`.
 
     Args:
-      classes: integers in `[0, C)`, C the classes of the set.
+      classes: integers in `[0, C)`, where the set has C classes.
       name: as in `load`.
       split: as in `load`.
       data_dir: as in `load`.
 
     Raises:
-      ValueError: as `load`; a class of which the set has no sample.
+      ValueError: as `load`; or the set has no sample of a class.
     """
     wanted = np.unique(np.asarray(classes))
     whole = load(name, split, data_dir) if name == "digits" else None
@@ -148,7 +151,7 @@ def _load_tfds(name: str, split: str, data_dir: str | None, rows: Sequence[int] 
 
 
 def _tfds_labels(name: str, split: str, data_dir: str | None):
-    """Labels and their number, without decoding an image."""
+    """The labels and the number of classes, without decoding images."""
     records, num_classes = _tfds_records(name, split, data_dir, None, skip=True)
     return _labels_of(records, name, split, num_classes), num_classes
 
@@ -162,7 +165,7 @@ def _tfds_records(
     name: str, split: str, data_dir: str | None, rows: Sequence[int] | None, skip: bool = False
 ):
     try:
-        import array_record.python.array_record_module  # noqa: F401, what TFDS reads with
+        import array_record.python.array_record_module  # noqa: F401, TFDS reads with it
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(_needs("tensorflow-datasets and array_record", name)) from error
@@ -226,14 +229,14 @@ def take(
     indices: Integer[AnyArray, "..."],
     scale: ArrayLike | None = None,
 ):
-    """Rows of `x` on the device, zeros for empty slots: `[N, ...] -> [*indices.shape, ...]`.
+    """Take rows of `x`, with zeros for empty slots: `[N, ...] -> [*indices.shape, ...]`.
 
-    For use inside `jit`: `take(images, batch_indices, dataset.scale)`.
+    Use it inside `jit`: `take(images, batch_indices, dataset.scale)`.
 
     Args:
       x: `[N, ...]`, images or labels.
       indices: integers in `[0, N]`; N, past the end, is an empty slot.
-      scale: None to leave `x` as it is; a number to multiply it with. The product is float32, or
+      scale: a number to multiply with; None: return `x` unchanged. The product is float32, or
         float64 if `jax_enable_x64` is on.
     """
     rows = jnp.asarray(x).at[indices].get(mode="fill", fill_value=0)

@@ -1,6 +1,6 @@
-"""The two sources of spoken words: what TensorFlow Datasets has prepared, and folders of wav files.
+"""Two sources of spoken words: sets prepared by TensorFlow Datasets, and folders of wav files.
 
-Each has `sample_rate`, `num_classes`, `fingerprint` (of what is in its files), `len` and `read`.
+Each has `sample_rate`, `num_classes`, `fingerprint` (a hash of its files), `len` and `read`.
 """
 
 import functools
@@ -27,8 +27,8 @@ WORDS: tuple[str, ...] = tuple(
 class Records:
     """Recordings that TFDS has prepared.
 
-    Its own reader needs TensorFlow to build an Audio feature; the records are plain
-    `tf.train.Example` in array_record, for which TFDS brings the message class along.
+    The reader of TFDS needs TensorFlow for an Audio feature. The records are plain
+    `tf.train.Example` messages in array_record files, and TFDS contains the message class.
     """
 
     def __init__(self, call: str, name: str, data_dir: str | None, split: str):
@@ -75,7 +75,7 @@ class Records:
 
     @functools.cached_property
     def _rows(self):
-        """Which records belong to the split; all must be read to know."""
+        """The records of the split; all records must be read to find them."""
         rows = range(len(self._source))
         if self._name != "spoken_digit":
             return rows
@@ -90,7 +90,7 @@ class Records:
         return int(match[1]) < 5
 
     def _get(self, rows: Sequence[int], part: Callable[..., Any]):
-        """That part of the features of each of these records."""
+        """One part of the features of each of these records."""
         try:
             records = self._source.__getitems__(list(rows))
             return [part(self._parse(record).features.feature) for record in records]
@@ -117,7 +117,7 @@ class Records:
 
 
 class Folders:
-    """The archive of Speech Commands, unpacked: a folder of wav files for each word."""
+    """The unpacked archive of Speech Commands, with one folder of wav files per word."""
 
     sample_rate = 16000
     num_classes = len(WORDS)
@@ -132,7 +132,7 @@ class Folders:
             msg = (
                 f"{call}: {missing[0]!r} and {len(missing) - 1} others of the 35 words and two "
                 f"lists are not in {folder}. Unpack http://download.tensorflow.org/data/"
-                "speech_commands_v0.02.tar.gz, and write data_dir=its folder."
+                "speech_commands_v0.02.tar.gz, and pass data_dir=its folder."
             )
             raise FileNotFoundError(msg)
         names = [
@@ -191,14 +191,14 @@ class Folders:
 
 
 def _in_a_fifth(name: str):
-    """The rule of the archive's README, for 20 %: all recordings of a speaker are together."""
+    """The rule of the archive's README for 20 %: it keeps all recordings of a speaker together."""
     speaker = re.sub(r"_nohash_.*$", "", name.split("/")[-1])
     number = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % 2**27
     return number * 100 / (2**27 - 1) < 20
 
 
 def _digest(files: Iterable[pathlib.Path]):
-    """Of what is in the files, in their order."""
+    """A hash of the contents of the files, in order."""
     whole = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:

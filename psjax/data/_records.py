@@ -1,4 +1,4 @@
-"""Sets that TensorFlow Datasets has prepared: where they are, and whether their files are whole."""
+"""Sets that TensorFlow Datasets has prepared: where they are, and whether files are damaged."""
 
 import os
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 
 def folder_of(name: str, data_dir: str | None) -> Path:
-    """Where a set is: in `data_dir`, else in `TFDS_DATA_DIR`, else where TFDS puts it."""
+    """The folder of a set: in `data_dir`, else in `TFDS_DATA_DIR`, else in TFDS's default."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(data_dir or default).expanduser() / name
 
 
 def how_to_prepare(name: str, data_dir: str | None, needs: str = "TensorFlow") -> str:
-    """The command that prepares a set, which `needs` these packages."""
+    """The command that prepares a set; it needs the packages `needs`."""
     return (
         f'With network and {needs}, once: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir={data_dir!r}, file_format='array_record')"
@@ -31,9 +31,9 @@ class Shards(NamedTuple):
     """The array_record files of one split.
 
     Attributes:
-      call: what the user called, for messages.
-      folder: where the files are.
-      lengths: of each file, the number of its records that dataset_info.json says.
+      call: the function that the user called, for messages.
+      folder: the folder of the files.
+      lengths: number of records per file, according to dataset_info.json.
       cure: how to prepare the set.
     """
 
@@ -43,7 +43,7 @@ class Shards(NamedTuple):
     cure: str
 
     def check(self) -> None:
-        """See that every file is there, is array_record, and has its records.
+        """Check that every file exists, is an array_record, and has all records.
 
         Raises:
           FileNotFoundError: a file is missing.
@@ -62,7 +62,7 @@ class Shards(NamedTuple):
                 raise ValueError(msg)
 
     def blame(self, error: Exception) -> ValueError:
-        """The error to raise where records cannot be decoded; one that cannot be read is named.
+        """The error to raise if records cannot be decoded; a file that cannot be read is named.
 
         Raises:
           ValueError: a file is damaged.
@@ -70,7 +70,7 @@ class Shards(NamedTuple):
         for file in self.lengths:
             self._read(file, lambda reader: reader.read_all())
         msg = (
-            f"{self.call}: a record in {self.folder} is not what the set's features say "
+            f"{self.call}: a record in {self.folder} does not have the features of the set "
             f"({one_line(error)}). {self._again()}"
         )
         return ValueError(msg)
@@ -93,18 +93,18 @@ class Shards(NamedTuple):
 
 
 def unprepared(call: str, folder: str | Path, cure: str) -> FileNotFoundError:
-    """The error to raise where a set is not there."""
+    """The error to raise if a set does not exist."""
     msg = f"{call}: not prepared as array_record in {folder}, or not readable by this user. {cure}"
     return FileNotFoundError(msg)
 
 
 def unreadable(call: str, folder: Path, error: BaseException, cure: str) -> ValueError:
-    """The error to raise where a set's metadata cannot be read; it names the file.
+    """The error to raise if the metadata of a set cannot be read; it names the file.
 
     Args:
-      call: what the user called.
-      folder: of the set or of its version.
-      error: what came of reading.
+      call: the function that the user called.
+      folder: folder of the set or of its version.
+      error: the error that reading raised.
       cure: how to prepare the set.
     """
     infos = [str(f) for f in sorted(folder.rglob("dataset_info.json"))]

@@ -1,4 +1,4 @@
-"""The text format of the Extreme Classification repository, and rows of it as batches.
+"""The text format of the Extreme Classification repository, and batches of its rows.
 
 Bhatia, Dahiya, Jain, Kar, Mittal, Prabhu, Varma: *The extreme classification repository:
 multi-label datasets and code*, 2016, http://manikvarma.org/downloads/XC/XMLRepository.html.
@@ -26,8 +26,8 @@ _SPACE, _COMMA, _COLON, _NEWLINE = b" ,:\n"
 class SparseDataset(NamedTuple):
     """Points with sparse features and several labels each, both as compressed rows.
 
-    Row i has the features `indices[indptr[i]:indptr[i + 1]]`, with the values at the same places,
-    and the labels `label_indices[label_indptr[i]:label_indptr[i + 1]]`, in the file's order.
+    Row i has the features `indices[indptr[i]:indptr[i + 1]]`, the values at the same places, and
+    the labels `label_indices[label_indptr[i]:label_indptr[i + 1]]`, in the order of the file.
 
     Attributes:
       indptr: `[N + 1]`, int64.
@@ -35,8 +35,8 @@ class SparseDataset(NamedTuple):
       values: `[nonzeros]`, float32, finite.
       label_indptr: `[N + 1]`, int64.
       label_indices: `[ones]`, int32 in `[0, num_labels)`, no two equal in a row.
-      num_features: columns of the features.
-      num_labels: columns of the labels.
+      num_features: number of features.
+      num_labels: number of labels.
     """
 
     indptr: np.ndarray
@@ -51,26 +51,27 @@ class SparseDataset(NamedTuple):
 def read_xc(
     path: str | Path, split_file: str | Path | None = None, column: int | None = None
 ) -> SparseDataset:
-    """A data set in the repository's text format.
+    """Read a data set in the repository's text format.
 
-    The first line is `num_points num_features num_labels`; each further one is a point, its labels
-    and its features, all counted from 0: `l1,l2,l3 f1:v1 f2:v2`. A point without labels is a line
-    that starts with a space. Every line ends with a newline, the last one too: a file without it
-    was cut off. A feature or a label that comes twice in a line is an error, because nothing says
-    whether to add or to replace.
+    The first line is `num_points num_features num_labels`. Each further line is a point, with its
+    labels and its features counted from 0: `l1,l2,l3 f1:v1 f2:v2`. The line of a point without
+    labels starts with a space. Every line ends with a newline, and so does the last: a file without
+    it was cut off. A feature or label that occurs twice in a line is an error, because the format
+    does not say whether to add or to replace.
 
     Args:
-      path: of the file.
-      split_file: the repository's small sets are one file of all points and split files, whose
-        columns are splits and hold line numbers of points counted from 1. The points come in the
-        column's order. None: all points.
-      column: of `split_file`, from 0; None where it has only one.
+      path: path of the file.
+      split_file: path of a split file, for small sets of the repository, which are one file with
+        all points. Each column of a split file is a split: it has numbers of points, counted from
+        1, and the points are returned in this order. None: all points.
+      column: column of `split_file`, from 0; None if it has only one.
 
     Raises:
-      ValueError: a header of another form, too many or too few lines, a malformed token, an id
-        out of range or too large for int32, a feature or label that is repeated, a value that is
-        not finite in float32, or a last line that is cut off, with the file's name and the line's
-        number (from 1; the header is line 1); a split file that is not like that, or its column.
+      ValueError: the file is not in this format: the header has another form, there are too many or
+        too few lines, a token is malformed, an id is out of range or too large for int32, a feature
+        or label is repeated, a value is not finite in float32, or the last line is cut off. The
+        message has the file and the number of the line (the header is line 1). Or the split file
+        has another format, or no such column.
     """
     call = f"read_xc({str(path)!r})"
     with open(path, "rb") as file:
@@ -146,13 +147,13 @@ def _arrays(
 
 
 def _parse_block(block: bytes, num_features: int, num_labels: int):
-    """Whole lines by array operations; None where anything is unusual, for `_parse_lines`."""
+    """Parse whole lines by array operations; None if anything is unusual, for `_parse_lines`."""
     text = np.frombuffer(block, np.uint8)
     if ((text < _SPACE) & (text != _NEWLINE)).any():
         return None
     is_end = (text == _SPACE) | (text == _COMMA) | (text == _COLON) | (text == _NEWLINE)
     ends = np.flatnonzero(is_end)
-    after = text[ends]  # what ends a token, and what came before it, say what the token is
+    after = text[ends]  # the characters after and before a token determine its kind
     before = np.concatenate([[np.uint8(_NEWLINE)], after[:-1]])
     starts = np.concatenate([[0], ends[:-1] + 1])
     empty = starts == ends
@@ -179,7 +180,7 @@ def _parse_block(block: bytes, num_features: int, num_labels: int):
     inside[ends[value]] -= 1
     alone = np.where(np.cumsum(inside, dtype=np.int8) > 0, text, np.uint8(_SPACE)).tobytes()
     try:
-        with warnings.catch_warnings():  # NumPy 2.0 only warns of what it cannot read
+        with warnings.catch_warnings():  # NumPy 2.0 only warns if it cannot read text
             warnings.simplefilter("error", DeprecationWarning)
             numbers = np.fromstring(alone, np.float64, sep=" ") if value.any() else np.zeros(0)
     except (ValueError, DeprecationWarning):
@@ -196,7 +197,7 @@ def _integers(
     starts: Integer[np.ndarray, " n"],
     ends: Integer[np.ndarray, " n"],
 ):
-    """Tokens of at most nine digits as int64; None if one is anything else."""
+    """Tokens of nine digits or fewer as int64; None if any token is something else."""
     lengths = ends - starts
     total = np.zeros(len(ends), np.int64)
     for place in range(int(lengths.max(initial=0))):
@@ -209,7 +210,7 @@ def _integers(
 
 
 def _parse_lines(block: bytes, num_features: int, num_labels: int, call: str, first_line: int):
-    """What `_parse_block` does, line by line: slow, but it knows where it is."""
+    """Do what `_parse_block` does, line by line: slow, but errors have the number of the line."""
     counts, indices, values, label_counts, labels = [], [], [], [], []
     for number, line in enumerate(block[:-1].split(b"\n"), first_line):
         where = f"{call}: line {number}:"
@@ -257,7 +258,7 @@ def _id(token: bytes, where: str, what: str, size: int):
 
 
 def _integer(digits: bytes):
-    """The number that these digits are; of more than `int` takes, one that is larger than any."""
+    """The number with these digits; a number larger than any id if `int` refuses that many."""
     return int(digits) if len(digits.lstrip(b"0")) <= 18 else 10**18
 
 
@@ -271,7 +272,7 @@ def _read_split(path: str | pathlib.Path, column: int | None, num_points: int):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         tokens = line.split()
         if column is None and len(tokens) != 1:
-            msg = f"{call}: line {number} has {len(tokens)} columns; write column=0, 1, ..."
+            msg = f"{call}: line {number} has {len(tokens)} columns; pass column=0, 1, ..."
             raise ValueError(msg)
         if not 0 <= (column or 0) < len(tokens):
             msg = f"{call}: line {number} has {len(tokens)} columns, counted from 0."
@@ -306,10 +307,10 @@ def _take(data: SparseDataset, rows: Integer[np.ndarray, " n"]):
 
 
 def write_xc(path: str | Path, data: SparseDataset) -> None:
-    """The data set in the repository's text format; `read_xc` reads exactly the same again.
+    """Write a data set in the repository's text format. `read_xc` returns exactly the same.
 
     Raises:
-      ValueError: rows that do not fit their arrays.
+      ValueError: rows do not fit the arrays.
     """
     num_points = len(data.indptr) - 1
     ends = (data.indptr[-1], data.indptr[-1], data.label_indptr[-1], num_points)
@@ -340,25 +341,27 @@ def pad_rows(
     width: int | np.integer,
     pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compressed rows as arrays of one width, for batches of a fixed shape; nothing is dropped.
+    """Pad compressed rows to one width, for batches of a fixed shape. Nothing is dropped.
 
-    `pad_rows(d.indptr, d.indices, d.values, rows, width, d.num_features)` gives features,
-    `pad_rows(d.label_indptr, d.label_indices, None, rows, width, d.num_labels)` labels. JAX's
-    gather with `mode="fill"` and scatter with `mode="drop"` ignore an id past the end.
+    `pad_rows(d.indptr, d.indices, d.values, rows, width, d.num_features)` returns features, and
+    `pad_rows(d.label_indptr, d.label_indices, None, rows, width, d.num_labels)` returns labels. A
+    padding id is past the end: JAX's gather with `mode="fill"` and scatter with `mode="drop"`
+    ignore it.
 
     Args:
       indptr: `[N + 1]`, where rows start and end.
       indices: `[nonzeros]`, ids.
-      values: `[nonzeros]`, what belongs to them; None: ones.
+      values: `[nonzeros]`, the values of the ids; None: ones.
       rows: `[...]`, integers in `[0, N]`; N, past the end, is an empty row, as in `batches`.
-      width: K, at least the longest row's length (`numpy.diff(indptr).max()` over all).
-      pad_id: the id of an empty place, past the end of the columns.
+      width: width of the result, K, the length of the longest row or more. The longest of all is
+        `numpy.diff(indptr).max()`.
+      pad_id: the padding id, the number of columns.
 
     Returns:
-      `ids` `[..., K]`, int32, and `values` `[..., K]`, float32, 0 in empty places.
+      `ids` `[..., K]`, int32, and `values` `[..., K]`, float32, 0 for padding.
 
     Raises:
-      ValueError: a row longer than the width, a row outside `[0, N]`, or a pad_id among the ids.
+      ValueError: a row is longer than the width or outside `[0, N]`, or pad_id is among the ids.
     """
     indptr, indices, rows = np.asarray(indptr), np.asarray(indices), np.asarray(rows)
     num_rows = len(indptr) - 1
@@ -368,7 +371,7 @@ def pad_rows(
         raise ValueError(msg)
     if indices.size and indices.max() >= pad_id:
         msg = (
-            f"pad_rows(pad_id={pad_id}): the largest id is {indices.max()}; write the number of "
+            f"pad_rows(pad_id={pad_id}): the largest id is {indices.max()}; pass the number of "
             "columns."
         )
         raise ValueError(msg)
@@ -376,8 +379,8 @@ def pad_rows(
     if counts.size and counts.max() > width:
         longest = rows.flat[counts.argmax()]
         msg = (
-            f"pad_rows(width={width}): row {longest} has {counts.max()} ids; write "
-            f"width={counts.max()} or more, for nothing may be dropped."
+            f"pad_rows(width={width}): row {longest} has {counts.max()} ids; pass "
+            f"width={counts.max()} or more, so that nothing is dropped."
         )
         raise ValueError(msg)
     filled = np.arange(width) < counts[..., None]

@@ -1,10 +1,10 @@
-"""Spoken words as log-mel features: 128 mel bands x 32 frames = 4096 numbers a recording.
+"""Spoken words as log-mel features: 128 mel bands x 32 frames = 4096 numbers per recording.
 
-What independent subnet training is measured on: B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed
-Learning of Neural Networks using Independent Subnet Training*, arXiv:1910.02120, section 6. The mel
-scale is that of Stevens, Volkmann, Newman: *A scale for the measurement of the psychological
-magnitude pitch*, JASA 8, 1937, in the formula of Slaney's Auditory Toolbox (Interval Research,
-technical report 1998-010).
+Section 6 of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using
+Independent Subnet Training*, arXiv:1910.02120, measures on such data. The mel scale is from
+Stevens, Volkmann, Newman: *A scale for the measurement of the psychological magnitude pitch*,
+JASA 8, 1937, in the formula of Slaney's Auditory Toolbox (Interval Research, technical report
+1998-010).
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from psjax.data._recordings import Folders, Records
 
 @dataclasses.dataclass(frozen=True)
 class LogMel:
-    """Settings of `log_mel`; those given are the paper's public code's, at every sample rate.
+    """Settings of `log_mel`. The defaults are those of the paper's public code.
 
     Attributes:
-      num_mels: mel bands from 0 to half the sample rate.
-      duration_ms: what a waveform is padded with zeros or cut to, at its end.
-      window_ms: of the Hann window of a frame.
-      hop_ms: from a frame's centre to the next one's; the first centre is the first sample.
-      dynamic_range: in dB; nothing is further below a recording's maximum.
+      num_mels: number of mel bands from 0 to half the sample rate.
+      duration_ms: the length to which a waveform is padded with zeros, or cut, at its end.
+      window_ms: length of the Hann window of a frame.
+      hop_ms: time between the centres of two frames; the first centre is the first sample.
+      dynamic_range: range below the maximum of a recording, in dB; lower values are raised to it.
     """
 
     num_mels: int = 128
@@ -48,7 +48,7 @@ class LogMel:
             whole = name == "dynamic_range" or isinstance(value, int)
             if not whole or not value > 0:
                 kind = "number" if name == "dynamic_range" else "integer"
-                msg = f"LogMel({name}={value!r}): write a positive {kind}."
+                msg = f"LogMel({name}={value!r}): pass a positive {kind}."
                 raise ValueError(msg)
         if self.window_ms > self.duration_ms:
             msg = f"LogMel(window_ms={self.window_ms}): longer than duration_ms={self.duration_ms}."
@@ -56,12 +56,12 @@ class LogMel:
 
     @property
     def num_frames(self) -> int:
-        """Frames whose centre is within the duration: 32."""
+        """Number of frames with their centre within the duration; 32 by default."""
         return 1 + self.duration_ms // self.hop_ms
 
     @property
     def num_features(self) -> int:
-        """Numbers a recording: 4096."""
+        """Numbers per recording; 4096 by default."""
         return self.num_mels * self.num_frames
 
 
@@ -83,7 +83,7 @@ def _filters(sample_rate: int, window: int, num_mels: int):
     if empty.size:
         msg = (
             f"log_mel(sample_rate={sample_rate}): mel band {empty[0]} of {num_mels} lies between "
-            f"two frequencies of a window of {window} samples; write a longer window_ms or fewer "
+            f"two frequencies of a window of {window} samples; pass a longer window_ms or fewer "
             "num_mels."
         )
         raise ValueError(msg)
@@ -91,33 +91,33 @@ def _filters(sample_rate: int, window: int, num_mels: int):
 
 
 def log_mel(waveform: ArrayLike, sample_rate: int, settings: LogMel = LogMel()):
-    r"""Log-mel power of recordings in dB below each one's own maximum, flattened.
+    r"""Log-mel power of recordings, in dB below the maximum of each recording, flattened.
 
-    The waveform is padded with zeros or cut at its end to `duration_ms` (of a longer recording
-    only the beginning counts), and mirrored at both ends by half a window. Frame f is a periodic
-    Hann window centred at `f hop_ms`. With its discrete Fourier transform $X_{fb}$, triangles
-    $H_{bm}$ that overlap by half on the mel scale and have area 1 in Hz, power
-    $P_{mf} = \sum_b H_{bm} |X_{fb}|^2$, at least 1e-10, and dynamic range d, feature
-    $32 m + f$ is $\max(10 \log_{10}(P_{mf} / \max P), -d)$: in [-80, 0], whatever the loudness.
-    Silence is 0 everywhere. With the default settings, at 16 kHz, these are the numbers of the
-    paper's public code: `librosa.feature.melspectrogram(n_mels=128)` and
-    `librosa.power_to_db(ref=np.max)` of librosa before 0.10 (since then `pad_mode="reflect"` must
-    be said). They are not standardised any further.
+    The features are in [-80, 0] by default, whatever the loudness; silence is 0 everywhere. It runs
+    inside `jit` and `vmap`, always in float32.
 
-    Runs inside `jit` and `vmap`, always in float32.
+    The waveform is padded with zeros at its end, or cut, to `duration_ms`, and mirrored at both
+    ends by half a window. Frame f is a periodic Hann window centred at `f hop_ms`. Let $X_{fb}$ be
+    its discrete Fourier transform, and $H_{bm}$ triangles that overlap by half on the mel scale and
+    have area 1 in Hz. With the power $P_{mf} = \sum_b H_{bm} |X_{fb}|^2$, at least 1e-10, and the
+    dynamic range d, feature $32 m + f$ is $\max(10 \log_{10}(P_{mf} / \max P), -d)$.
+
+    With the default settings, at 16 kHz, these are the numbers of the paper's public code:
+    `librosa.feature.melspectrogram(n_mels=128)` and `librosa.power_to_db(ref=np.max)` of librosa
+    before 0.10 (later versions need `pad_mode="reflect"`). They are not standardised.
 
     Args:
-      waveform: `[..., samples]`, integers or floats, one channel, any unit; samples are static.
-      sample_rate: in Hz, static.
-      settings: of the features, static.
+      waveform: `[..., samples]`, integers or floats, one channel, any unit; its length is static.
+      sample_rate: sample rate in Hz, static.
+      settings: settings of the features, static.
 
     Returns:
       `[..., num_mels * num_frames]`, float32, band by band:
       `.reshape(..., num_mels, num_frames)` is the picture.
 
     Raises:
-      ValueError: no samples, a sample rate that is not a positive integer, or more mel bands than
-        the window can tell apart.
+      ValueError: there are no samples, the sample rate is not a positive integer, or the window
+        cannot separate so many mel bands.
 
     Example:
       >>> log_mel(jnp.zeros((5, 8000)), 8000).shape
@@ -127,11 +127,11 @@ def log_mel(waveform: ArrayLike, sample_rate: int, settings: LogMel = LogMel()):
     if not waveform.ndim or not waveform.shape[-1] or jnp.iscomplexobj(waveform):
         msg = (
             f"log_mel(waveform, {sample_rate}): the waveform is {waveform.dtype}"
-            f"{list(waveform.shape)}; write real [..., samples]."
+            f"{list(waveform.shape)}; pass real [..., samples]."
         )
         raise ValueError(msg)
     if not isinstance(sample_rate, int) or sample_rate <= 0:
-        msg = f"log_mel(waveform, sample_rate={sample_rate!r}): write a positive integer, in Hz."
+        msg = f"log_mel(waveform, sample_rate={sample_rate!r}): pass a positive integer, in Hz."
         raise ValueError(msg)
     size = sample_rate * settings.duration_ms // 1000
     window = sample_rate * settings.window_ms // 1000
@@ -144,7 +144,7 @@ def log_mel(waveform: ArrayLike, sample_rate: int, settings: LogMel = LogMel()):
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
     frames = waveform[..., starts[:, None] + np.arange(window)] * hann.astype(np.float32)
     power = jnp.square(jnp.abs(jnp.fft.rfft(frames)))
-    # A GPU's default precision, TF32, would be visible 60 dB below the maximum.
+    # Errors of TF32, the default precision of a GPU, would be visible 60 dB below the maximum.
     mel = jnp.einsum("...fb,bm->...mf", power, filters, precision="highest")
     mel = mel.reshape(*mel.shape[:-2], settings.num_features)
     db = 10 * jnp.log10(jnp.maximum(mel, 1e-10))
@@ -155,8 +155,8 @@ class SpeechDataset(NamedTuple):
     """Log-mel features and labels of one split.
 
     Attributes:
-      name: of the set.
-      features: `[N, num_features]`, float32, as `log_mel` gives them.
+      name: name of the set.
+      features: `[N, num_features]`, float32, as `log_mel` returns them.
       labels: `[N]`, int32 in `[0, num_classes)`.
       num_classes: C.
     """
@@ -185,39 +185,40 @@ def load_speech(
     split_by: str = "official",
     only_full: bool = False,
 ) -> SpeechDataset:
-    """One split of a set of spoken words, as log-mel features, in the set's own order.
+    """Load one split of a set of spoken words as log-mel features, in the order of the set.
 
     - `spoken_digit`: the Free Spoken Digit Dataset, 2500 recordings of ten digits at 8 kHz,
-      prepared by TensorFlow Datasets. TFDS has no test split; its authors' is recordings 0 to 4 of
-      each digit and speaker: 2250 and 250.
+      prepared by TensorFlow Datasets (TFDS). TFDS has no test split; its authors use recordings 0
+      to 4 of each digit and speaker, which gives 2250 and 250.
     - `speech_commands`: Warden, *Speech Commands*, https://arxiv.org/abs/1804.03209, 16 kHz,
-      prepared by TFDS, with its 12 labels: ten words, silence, and everything else as unknown.
-      What the other words are cannot be had from TFDS, whose records have no file names.
+      prepared by TFDS, with 12 labels: ten words, silence, and all other words as unknown. The
+      records of TFDS have no file names, so that the other words cannot be told apart.
     - `speech_commands` with `labels="words"`: all 35 words, read from the folders of the archive
-      `speech_commands_v0.02.tar.gz`. The paper's public code has these labels, its own split
+      `speech_commands_v0.02.tar.gz`. The paper's public code has these labels, makes its own split
       (`split_by="hash"`), and leaves shorter recordings out (`only_full=True`).
 
-    The features are computed once by `log_mel` (of recordings longer than a second the beginning
-    counts) and kept in `cache_dir`, one file for each content of the data's files, split and
-    settings; a damaged file is computed again. All of `speech_commands` is about 1.7 GB. Every call
-    reads the data's files to see what is in them.
+    `log_mel` computes the features once; of recordings longer than a second, it uses the beginning.
+    They are stored in `cache_dir`, in one file per split, settings and content of the data's files.
+    A damaged file is computed again. All of `speech_commands` takes about 1.7 GB. Every call reads
+    the data's files to compare their content.
 
     Args:
       name: `spoken_digit` or `speech_commands`.
-      split: `train` or `test`, or `validation` where the set has it.
-      data_dir: where TFDS keeps its sets; None: `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-        With `labels="words"` the folder that holds the 35 words' folders.
-      cache_dir: None: `PSJAX_CACHE_DIR`, else `~/.cache/psjax`.
-      settings: of the features.
-      labels: `all` of the prepared set, or `words`.
-      split_by: with `labels="words"`, `official`, by the archive's `testing_list.txt` and
-        `validation_list.txt`, or `hash`: a fifth of the speakers, by the hash of their names that
-        the archive's README gives, is the test set and the others are the training set.
+      split: `train` or `test`, or `validation` if the set has it.
+      data_dir: the folder of TFDS's sets; None: `TFDS_DATA_DIR`, else `~/tensorflow_datasets`. With
+        `labels="words"`, the folder that contains the folders of the 35 words.
+      cache_dir: the folder for features; None: `PSJAX_CACHE_DIR`, else `~/.cache/psjax`.
+      settings: settings of the features.
+      labels: `all` for the labels of the prepared set, or `words`.
+      split_by: how to split with `labels="words"`. `official`: by the archive's `testing_list.txt`
+        and `validation_list.txt`. `hash`: by a hash of the speakers' names, given in the archive's
+        README, a fifth of the speakers is the test set and the others are the training set.
       only_full: whether to leave out recordings that do not last exactly `duration_ms`.
 
     Raises:
-      ValueError: an unknown set, split or combination; a damaged file, by name.
-      FileNotFoundError: a set or a file that is not there, with what to do.
+      ValueError: the set, split or combination is unknown, or a file is damaged (the message names
+        it).
+      FileNotFoundError: a set or a file does not exist; the message says what to do.
       ImportError: tensorflow-datasets or array_record is not installed.
     """
     call = f"load_speech({name!r}, split={split!r}, labels={labels!r}, split_by={split_by!r})"
@@ -227,7 +228,7 @@ def load_speech(
         msg = f"{call}: no such set. There are: {known}."
         raise ValueError(msg)
     if split not in splits:
-        msg = f"{call}: write split={' or '.join(map(repr, splits))}."
+        msg = f"{call}: pass split={' or '.join(map(repr, splits))}."
         raise ValueError(msg)
     if labels == "words":
         source = Folders(call, data_dir, split, split_by)
@@ -265,7 +266,7 @@ def _compute(source: Records | Folders, settings: LogMel, only_full: bool, chunk
 
 
 def _read_cache(file: pathlib.Path, settings: LogMel):
-    """Features and labels, or None where there is no file or a damaged one, which is removed."""
+    """Features and labels; None if there is no file, or a damaged one, which is removed."""
     if not file.exists():
         return None
     try:
@@ -274,7 +275,7 @@ def _read_cache(file: pathlib.Path, settings: LogMel):
             features, labels = arrays["features"], arrays["labels"]
         if features.shape == (len(labels), settings.num_features):
             return features, labels
-    except Exception:  # whatever the damage does to the reader, the answer is the same
+    except Exception:  # a damaged file can raise anything, and is always removed
         pass
     file.unlink(missing_ok=True)
     return None

@@ -1,4 +1,4 @@
-r"""Independent subnet training: membership by round, calibration, diagnostics.
+r"""Independent subnet training: the subnets of each round, calibration, diagnostics.
 
 B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using Independent
 Subnet Training*, arXiv:1910.02120. A round is `psjax.local_update` over `membership(...)`::

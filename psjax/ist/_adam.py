@@ -1,4 +1,4 @@
-"""Adam with a count of steps for every entry."""
+"""Adam with a step count per entry."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from psjax._types import OptState, Params
 
 
 class ScaleByAdamState(NamedTuple):
-    """Moments, and the steps that each entry has taken."""
+    """Moments, and the number of steps that each entry has taken."""
 
     count: Any
     mu: Any
@@ -21,19 +21,20 @@ class ScaleByAdamState(NamedTuple):
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    r"""`optax.scale_by_adam` with a count per entry, int32 of the shape of the parameters.
+    r"""`optax.scale_by_adam` with one step count per entry, for independent subnet training.
 
-    An entry between two divided layers is held by a subnet in one round of n. Its moments are zero
-    when it is held first, and with one count for all they are then corrected for steps that it did
-    not take: late in a training its k-th step, along a constant gradient, is
-    $(1 - b_1^k) / \sqrt{1 - b_2^k}$ learning rates long instead of 1: 3.2 at once, 6.5 after ten
-    steps, 6.6 at most with Adam's usual decays. With a count per entry the steps are those of Adam
-    on what the entry has seen; it costs one more integer a weight, which travels too.
+    Each entry is corrected for the steps that it has taken itself, so that it moves as under Adam
+    on the gradients it has seen. This costs one int32 per weight, which is exchanged with it.
+
+    Adam's single count is wrong here: a weight between two divided layers is in some subnet only
+    once in n rounds on average, and its moments are zero at first. Late in training, with a
+    constant gradient, its k-th step is then $(1 - b_1^k) / \sqrt{1 - b_2^k}$ learning rates long
+    instead of 1. With Adam's usual decays that is 3.2 at k = 1, 6.5 at k = 10, and 6.6 at most.
 
     Args:
       b1: decay of the first moment.
-      b2: decay of the second.
-      eps: added to the root of the second.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
 
     Example:
       >>> import optax, psjax

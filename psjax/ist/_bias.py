@@ -11,14 +11,14 @@ from psjax._separable import element_value_and_grad
 
 
 class GradientBias(NamedTuple):
-    """How the mean subnet gradient differs from the whole gradient; trees of scalars, a leaf each.
+    """How the mean subnet gradient differs from the whole gradient: trees of one scalar per leaf.
 
-    NaN where the whole gradient is zero, as of a bias before a normalisation.
+    NaN where the whole gradient is zero, such as for a bias before a normalisation.
 
     Attributes:
-      cosine: of the angle between them.
-      norm_ratio: norm of the mean subnet gradient over that of the whole gradient.
-      distance: norm of the difference over that of the whole gradient.
+      cosine: cosine of the angle between the two.
+      norm_ratio: norm of the mean subnet gradient, divided by the norm of the whole gradient.
+      distance: norm of their difference, divided by the norm of the whole gradient.
     """
 
     cosine: Any
@@ -33,21 +33,23 @@ def gradient_bias(
     selections: Iterable[Selection],
     batch: Any,
 ) -> GradientBias:
-    r"""The method's bias: the subnets' mean gradient against the whole network's, layer by layer.
+    r"""Compare the mean gradient of the subnets with the gradient of the whole network, per leaf.
 
-    E. Shulgin, P. Richtarik, *Towards a Better Theoretical Understanding of Independent Subnetwork
-    Training*, arXiv:2306.16484: outside interpolation it does not vanish. The mean is over the
-    draws, and over the holders of an entry within a draw; where nobody holds an entry it counts as
-    0. In a linear network with h hidden layers, under a loss linear in the scores, the mean of all
-    draws is the whole gradient times $n^{1 - h}$ in every layer: cosine 1, and the norm ratio and
-    distance that follow.
+    The difference is the bias of independent subnet training. It does not vanish outside
+    interpolation (E. Shulgin, P. Richtarik, *Towards a Better Theoretical Understanding of
+    Independent Subnetwork Training*, arXiv:2306.16484). The mean is over the draws and, within a
+    draw, over the subnets that have an entry; an entry that no subnet has counts as 0.
+
+    A case for comparison: for a linear network with h hidden layers and a loss that is linear in
+    the scores, the mean over all draws is the whole gradient times $n^{1 - h}$ in every layer. The
+    cosine is then 1.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar` of the whole network.
-      subnet_loss_fn: the same of a subnet.
-      params: of the whole network.
-      selections: one `Selection` a draw.
-      batch: the same samples for all.
+      subnet_loss_fn: the same function of a subnet.
+      params: parameters of the whole network.
+      selections: one `Selection` per draw.
+      batch: the samples, the same for all.
     """
     whole = jax.grad(loss_fn)(params, batch)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -57,7 +59,7 @@ def gradient_bias(
         grads = selection.scatter_mean(stacked_grads(params, selection, batch)[1], zeros)
         total, draws = jax.tree.map(jnp.add, total, grads), draws + 1
     if not draws:
-        msg = "gradient_bias(selections=...): no selection; give one for every draw."
+        msg = "gradient_bias(selections=...): there is no selection; pass one per draw."
         raise ValueError(msg)
     mean = jax.tree.map(lambda x: x / draws, total)
     norm = lambda x: jnp.linalg.norm(jnp.ravel(x))

@@ -1,4 +1,4 @@
-"""Statistics of every normalisation in the whole network, before it predicts."""
+"""`calibrate`: statistics for every normalisation, before the whole network predicts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,36 +11,37 @@ from jaxtyping import Array, PyTree
 
 
 def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
-    r"""Mean and variance of every `psjax.nn.SubnetNorm`'s input in the whole network.
+    r"""Compute the `batch_stats` of the whole network: mean and variance for each `SubnetNorm`.
 
-    Section 5: before deployment $\mu$ and $\sigma$ of each neuron are computed over a small subset
-    of the training data with the whole network. Layer by layer: the statistics of a layer are those
-    of its inputs once all layers before it use theirs, so that there are as many passes over the
-    batches as layers of normalisation. What follows only shared leaves and the first divided layer
-    has whole inputs in a subnet too: with one hidden layer, and scores that are not normalised,
-    there is nothing to correct but the noise of running averages. Normalised scores, like a second
-    layer, have all neurons for inputs, of which a subnet has a share.
+    Call it after training and predict with its result, as in section 5 of arXiv:1910.02120, where
+    $\mu$ and $\sigma$ of each neuron are computed over a small subset of the training data. It
+    replaces the statistics of `init` and of training: a model would accept these, but they are not
+    those of the whole network.
 
-    It replaces the statistics of `init` and those of training, which a model takes for its own.
+    The statistics of a layer are those of its inputs when all earlier layers use theirs, so there
+    are as many passes over the batches as normalisations. A layer whose inputs are whole in every
+    subnet (it follows shared leaves and the first divided layer only) has nothing to correct except
+    the noise of running averages. A later layer, and normalised scores, see all neurons in the
+    whole network but only a share of them in a subnet.
 
     Args:
-      model: a module whose call without `train=True` predicts.
-      params: of the whole network.
-      batches: samples `[K, B, ...]`, K batches of B, or a tuple of such arrays, the model's
-        positional arguments. Activations are those of one batch at a time; the statistics are
-        pooled, those of the K * B samples.
+      model: a module that predicts if it is called without `train=True`.
+      params: parameters of the whole network.
+      batches: samples `[K, B, ...]`, K batches of B, or a tuple of such arrays as the model's
+        positional arguments. Memory is needed for the activations of one batch at a time; the
+        statistics are pooled over all K * B samples.
       **kwargs: further arguments of the model's call.
 
     Returns:
-      The collection `batch_stats`. Nothing is compiled here; call it inside a `jax.jit` of yours.
+      The collection `batch_stats`. Nothing is compiled here; call it inside your own `jax.jit`.
 
     Raises:
-      ValueError: a model without `SubnetNorm`, or no batch.
+      ValueError: the model has no `SubnetNorm`, or there is no batch.
     """
     batches = batches if isinstance(batches, tuple) else (batches,)
     for x in batches:
         if jnp.ndim(x) < 2 or not x.shape[0]:
-            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; write [K, B, ...], K >= 1."
+            msg = f"calibrate(batches=...): got shape {jnp.shape(x)}; pass [K, B, ...], K >= 1."
             raise ValueError(msg)
     init = lambda *args: nn.unbox(model.init(jax.random.key(0), *args, **kwargs))
     shapes = jax.eval_shape(init, *(x[0] for x in batches))
@@ -60,13 +61,13 @@ def calibrate(model: Any, params: Any, batches: Any, **kwargs: Any) -> Any:
 
     is_norm = lambda node: isinstance(node, Mapping) and "mean" in node
     num_norms = len(jax.tree.leaves(stats, is_leaf=is_norm))
-    for _ in range(num_norms):  # each pass settles at least one layer more
+    for _ in range(num_norms):  # each pass settles at least one more layer
         found = jax.lax.map(moments, batches)
         if _norm_paths(found, is_norm) != _norm_paths(stats, is_norm):
             odd = sorted(_norm_paths(found, is_norm) ^ _norm_paths(stats, is_norm))
             msg = (
                 f"calibrate({type(model).__name__}): 'batch_stats' has {', '.join(odd)}, which no "
-                "psjax.nn.SubnetNorm computes; write SubnetNorm in the place of BatchNorm."
+                "psjax.nn.SubnetNorm computes; use SubnetNorm in the place of BatchNorm."
             )
             raise ValueError(msg)
         stats = jax.tree.map(

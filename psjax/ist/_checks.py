@@ -1,4 +1,4 @@
-"""Whether a subnet computes what the whole network does with its neurons alone."""
+"""`check_subnets`: a subnet must compute what the whole network does with its neurons alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def check_subnets(
     *args: Any,
     tolerance: float = 1e-4,
 ) -> str | None:
-    r"""Raise if a layer reduces over a divided axis, so that a subnet is no part of the network.
+    r"""Raise if a layer reduces over a divided axis, so that a subnet is not part of the network.
 
     A layer must treat each divided neuron by itself. Call this once before training, on the host.
     It makes three comparisons, at the given parameters and at two random ones near them:
@@ -37,7 +37,7 @@ def check_subnets(
       others. Where the scores are a sum over the neurons, as those of a dense layer are, this means
       $f = \sum_s f_s - (n - 1) f_0$, with $f_s$ the scores of subnet s and $f_0$ those of the
       shared leaves alone.
-    - Where the scores are no such sum, for instance because they are normalised, the program of
+    - Where the scores are not such a sum, for instance because they are normalised, the program of
       `fn` is read, as by `psjax.infer_axes`: a sum over the neurons of an axis must not meet them
       again, and no extreme value may be taken over them.
 
@@ -53,8 +53,8 @@ def check_subnets(
       tolerance: largest difference allowed, relative to the largest score.
 
     Returns:
-      None, or a line where the comparisons cannot tell: for which axis, and which step of the
-      program is the reason.
+      None; or, if the comparisons cannot decide, a line that names the axis and the step of the
+      program that is the reason.
 
     Raises:
       ValueError: the scores of a subnet differ, or all scores are zero or not finite.
@@ -103,14 +103,14 @@ def _check_at(
         if jnp.shape(small) != jnp.shape(large):
             msg = (
                 f"check_subnets: a subnet's scores have shape {jnp.shape(small)}, those of the "
-                f"whole network {jnp.shape(large)}; write two functions of the same output."
+                f"whole network {jnp.shape(large)}; pass two functions of the same output."
             )
             raise ValueError(msg)
         largest = float(jnp.max(jnp.abs(large)))
         if not 0 < largest < float("inf"):
             msg = (
                 f"check_subnets: the largest score of subnet {e} is {largest}, which shows nothing;"
-                " give several samples that differ, and weights that are not all zero."
+                " pass several samples that differ, and weights that are not all zero."
             )
             raise ValueError(msg)
         error = _distance(small, large, largest)
@@ -125,7 +125,7 @@ def _check_at(
 
 
 def _rows_of(selection: Selection, e: int | np.integer, leaves: Sequence[Any]):
-    """What element e holds of every leaf: masks that broadcast to them, None for shared leaves."""
+    """Masks of the entries that element e has, one per leaf; None for shared leaves."""
 
     def mask(spec: Spec, ndim: int):
         held = None
@@ -163,7 +163,7 @@ def _check_together(
 
 
 def _coupled(fn: Callable[..., Any], leaves: Sequence[Any], selection: Selection):
-    """Raise if the program couples the rows of a divided axis; a line where it does not tell."""
+    """Raise if the program couples the rows of a divided axis; return a line if it cannot tell."""
     divided = {n for spec in selection.specs for n in names(spec)} & set(selection.indices)
     sizes = axis_sizes("check_subnets", list(selection.specs), leaves, selection.sizes)[2]
     found = coupled_axes(fn, leaves, selection.specs, sizes, sorted(divided))
@@ -171,8 +171,8 @@ def _coupled(fn: Callable[..., Any], leaves: Sequence[Any], selection: Selection
         told = found[name]
         if told.coupled is not None:
             what = (
-                f"are no sum over the subnets: in the operation {told.coupled.primitive!r}, "
-                f"neurons of axis {name!r} meet what depends on those of another subnet "
+                f"are not a sum over the subnets: in the operation {told.coupled.primitive!r}, "
+                f"neurons of axis {name!r} meet a value that depends on another subnet's "
                 f"({told.coupled})"
             )
             raise ValueError(_reduces(what, selection))

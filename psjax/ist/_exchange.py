@@ -1,4 +1,4 @@
-"""Weights that live in shards over the workers: fetch a subnet, train it, give it back."""
+"""Weights in shards over the workers: fetch a subnet, train it, return it to the owners."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ _HOME = " at home"  # suffix of the name of the axis along which a leaf is shard
 
 
 def store_specs(axes: Any, sizes: Mapping[str, int], axis_name: str) -> Any:
-    """Where each leaf lives: the first of its divided axes lies in shards, one a worker.
+    """How each leaf is sharded: along the first of its divided axes, with one shard per worker.
 
     Args:
       axes: tree of `PartitionSpec`s of axis names, of the parameters or (`state_axes`) of an
@@ -30,8 +30,8 @@ def store_specs(axes: Any, sizes: Mapping[str, int], axis_name: str) -> Any:
       axis_name: name of the mesh axis of the workers.
 
     Returns:
-      A tree of `PartitionSpec`s for `jax.device_put` or `jax.shard_map`; `P()` for shared leaves,
-      which every worker holds.
+      A tree of `PartitionSpec`s for `jax.device_put` or `jax.shard_map`. It is `P()` for shared
+      leaves, of which every worker has a copy.
     """
 
     def leaf(spec: P):
@@ -42,35 +42,34 @@ def store_specs(axes: Any, sizes: Mapping[str, int], axis_name: str) -> Any:
 
 
 def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
-    r"""A round of independent subnet training between workers that hold the weights themselves.
+    r"""A round of independent subnet training between workers that own the weights in shards.
 
-    Section 4.4 of arXiv:1910.02120: no coordinator; each weight matrix is sharded over the workers,
-    who all draw the same subnets from `(seed, round_number)`. Worker s fetches subnet s from all
-    owners by one `all_to_all` per leaf, trains it, and returns it by another; shared leaves are
-    averaged. The traffic is that of `psjax.cost.independent_subnets`, which a test holds to the
-    last byte.
+    There is no coordinator (section 4.4 of arXiv:1910.02120): each weight matrix is sharded over
+    the workers, and all workers draw the same subnets from `(seed, round_number)`. Worker s fetches
+    subnet s from its owners with one `all_to_all` per leaf, trains it, and returns it with another;
+    shared leaves are averaged. `psjax.cost.independent_subnets` gives the traffic, to the byte.
 
     Args:
-      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`; its optimizer says how
-        the state travels.
+      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`. The optimizer
+        determines how its state is exchanged.
       axis_name: name of the mapped axis, whose size is the number of subnets.
 
     Returns:
       A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)` for
       the inside of your `jax.shard_map`: `params` and `opt_state` are this worker's shards, as
-      `store_specs` lays them out; `selection` is the whole, replicated one, drawn with
-      `stratified=True`; `batches` `[1, J, ...]` and the metrics are this worker's own.
+      `store_specs` lays them out; `selection` is the whole selection, replicated and drawn with
+      `stratified=True`; `batches` `[1, J, ...]` and the metrics are those of this worker.
 
     Raises:
-      TypeError: an `update` that is not `psjax.local_update`'s.
-      ValueError: at the call, another number of subnets than workers, shards that do not fit, or a
-        state of the optimizer that cannot travel.
+      TypeError: `update` is not from `psjax.local_update`.
+      ValueError: at the call, the numbers of subnets and workers differ, the shards do not fit, or
+        a state of the optimizer cannot be divided.
     """
     local = getattr(update, "__wrapped__", update)
     if not isinstance(local, LocalUpdate):
         msg = (
             f"exchange(update={update!r}): pass psjax.local_update(loss_fn, optimizer) or jax.jit "
-            "of it, whose optimizer says how its state travels."
+            "of it; its optimizer determines how the state is exchanged."
         )
         raise TypeError(msg)
 
@@ -101,7 +100,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         for i, y in zip(mixed, mine.gather(pick(leaves))):
             seen[i] = y[0]
         for i, y in zip(split, part.gather([leaves[i] for i in split])):
-            y = jax.lax.all_to_all(y, axis_name, 0, 0)  # [owner, ..., rows of the owner's, ...]
+            y = jax.lax.all_to_all(y, axis_name, 0, 0)  # [owner, ..., rows from that owner, ...]
             y = jnp.moveaxis(y, 0, homes[i])
             seen[i] = y.reshape(*y.shape[: homes[i]], -1, *y.shape[homes[i] + 2 :])
         subnet, state = treedef.unflatten(seen)
@@ -112,7 +111,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
         for i in split:
             y, home = new[i], homes[i]
             y = jnp.moveaxis(y.reshape(*y.shape[:home], n, -1, *y.shape[home + 1 :]), home, 0)
-            back.append(jax.lax.all_to_all(y, axis_name, 0, 0))  # [subnet, ..., rows of mine, ...]
+            back.append(jax.lax.all_to_all(y, axis_name, 0, 0))  # [subnet, ..., my rows, ...]
         home_again = part.scatter_mean(back, [leaves[i] for i in split])
         for i, y in zip(split, home_again):
             new[i] = y
@@ -137,7 +136,7 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Callable[..., Any]:
 
 
 def _whole(params: Params, selection: Selection):
-    """The shapes of the whole parameters, of which these are one worker's shards."""
+    """The shapes of the whole parameters, from those of one worker's shards."""
 
     def leaf(spec: P, x: Array):
         names = [*(spec or ()), *[None] * x.ndim]
@@ -158,7 +157,7 @@ def _at_home(spec: P, home: int | None):
 
 
 def _part(selection: Selection, me: ArrayLike, n: int):
-    """What each subnet sees of this worker's shards: its rows of mine, and all its others."""
+    """What each subnet sees of this worker's shards: its rows there, and its rows of other axes."""
     indices, sizes = dict(selection.indices), dict(selection.axis_sizes)
     for name, index in selection.indices.items():
         block = selection.sizes[name] // n
@@ -177,7 +176,7 @@ def _check(selection: Selection, n: int):
     if selection.keep is not None:
         msg = (
             "exchange: the selection drops weights (Selection.drop), which does not work with "
-            "weights in shards; write psjax.local_update alone, or a selection that drops nothing."
+            "weights in shards; use psjax.local_update alone, or a selection that drops nothing."
         )
         raise ValueError(msg)
     if selection.num_elements != n or selection.blocks != n:

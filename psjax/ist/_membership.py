@@ -1,4 +1,4 @@
-"""The subnets of a round, from the seed and the number of the round alone."""
+"""The subnets of a round, drawn from the seed and the number of the round alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +21,10 @@ def membership(
     stratified: bool = False,
     like: Any = None,
 ) -> Selection:
-    """The subnets of one round, from `(seed, round_number)` alone: every worker derives the same.
+    """Draw the subnets of one round from `(seed, round_number)` alone.
 
-    Section 4.4: no index travels, for all workers share the generator.
+    Every worker draws the same subnets, so that no index has to be sent (section 4.4 of
+    arXiv:1910.02120).
 
     Args:
       seed: integer from 0 to 2^32 - 1, or an integer array; may be traced.
@@ -31,14 +32,14 @@ def membership(
         the same subnets.
       axes: as in `psjax.random_partition`.
       sizes: `{axis name: neurons}` of the axes to divide, such as `psjax.models.MLP.sizes`.
-      num_subnets: n.
+      num_subnets: number of subnets, n.
       stratified: see `psjax.random_partition`.
       like: see `psjax.random_partition`.
 
     Raises:
-      ValueError: as `psjax.random_partition`; an axis that `psjax.infer_axes` found not to be
-        divisible into independent parts, such as one that is normalised over; a seed or a round
-        outside its range. Traced ones are not checked.
+      ValueError: as `psjax.random_partition`; `psjax.infer_axes` found that an axis cannot be
+        divided into independent parts, for example because it is normalised over; a seed or round
+        number is out of range. Traced numbers are not checked.
       TypeError: a seed or a round that is not an integer.
     """
     _check_number("seed", seed)
@@ -58,7 +59,7 @@ def _check_divisible(axes: Any, sizes: Mapping[str, Any]):
             why = axis.coupled or "the inputs have it too"
             msg = (
                 f"membership(sizes=...): subnets of axis {name!r} are not independent: {why}. "
-                f"Divide others; {axes.divisible} can be."
+                f"Divide other axes; these can be: {axes.divisible}."
             )
             raise ValueError(msg)
 
@@ -74,29 +75,31 @@ def _check_number(name: str, x: Any):
         msg = f"membership({name}={x!r}): pass an integer."
         raise TypeError(msg)
     if not 0 <= int(x) < 2**32:
-        # Another number would be cut to 32 bits, by some workers and not by others.
+        # Some workers would cut a larger number to 32 bits, and others would not.
         msg = f"membership({name}={x}): pass an integer from 0 to 2**32 - 1."
         raise ValueError(msg)
 
 
 def non_finite(selection: Selection, metrics: Any) -> str | None:
-    """A line that names the subnets a round left out for NaN or Inf, or None: for the host.
+    """Name, in one line, the subnets that a round left out for NaN or Inf; None if there are none.
+
+    Call it on the host.
 
     Args:
-      selection: that of the round, whole `[E]` or as `split` divided it, `[devices, E / devices]`.
-      metrics: the round's, of the same leading shape.
+      selection: the selection of the round, `[E]`, or split, `[devices, E / devices]`.
+      metrics: the metrics of the round, with the same leading shape.
 
     Raises:
-      ValueError: other shapes.
+      ValueError: the leading shapes differ.
     """
     finite, valid = np.asarray(metrics.finite), np.asarray(selection.valid)
     if finite.shape != valid.shape:
         msg = (
             f"non_finite: metrics.finite has shape {finite.shape} but the selection "
-            f"{valid.shape}; give the selection that the round was called with."
+            f"{valid.shape}; pass the selection that the round was called with."
         )
         raise ValueError(msg)
-    bad = np.flatnonzero(~finite & valid).tolist()  # split keeps the order, its padding is last
+    bad = np.flatnonzero(~finite & valid).tolist()  # split keeps the order, with padding last
     if not bad:
         return None
     return (

@@ -6,14 +6,14 @@ sample is $\sum_{j \ne y} \varphi(c_j - c_y)$; over a batch of $L$ samples, with
 $$\mathcal L = \sum_k \sum_{j \ne k} h_{kj}, \qquad
   h_{kj} = \frac1L \sum_l \delta(y_l = k)\, \varphi(c_j(x_l) - c_k(x_l)),$$
 
-which is (6b) and (6c) of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
-partitioned neural network training*, G-2023-36, with $\varphi = \exp$.
+With $\varphi = \exp$ these are (6b) and (6c) of P. Raynaud, D. Orban, J. Bigeon,
+*Partially-separable loss to parallelize partitioned neural network training*, G-2023-36.
 
-Three forms of the same number. `psl_with_integer_labels` takes all scores; `pair` is $h_{kj}$ and
-takes two; `block` takes any $s$ scores and is a sum of chosen pairs among them. Their sum over
-elements equals the first, to rounding.
+There are three functions for this loss. `psl_with_integer_labels` takes all scores. `pair` is
+$h_{kj}$ and takes two scores. `block` takes any $s$ scores and sums chosen pairs among them. Summed
+over the elements, the last two equal the first, up to rounding.
 
-And for very many labels, in chunks of them: `many_label_cross_entropy`, `top_k_labels`.
+For very many labels, `many_label_cross_entropy` and `top_k_labels` work in chunks of labels.
 """
 
 from psjax import _public

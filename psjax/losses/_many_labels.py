@@ -1,7 +1,7 @@
-"""The softmax over very many labels, in chunks of the output layer: no row of scores is ever whole.
+"""The softmax over very many labels, in chunks of the output layer: scores never exist all at once.
 
-Scores of `B` samples for `L` labels are `B * L` numbers: 128 times 670 091 in float32 are 343 MB,
-and their gradient as much again. Here at most two blocks `[B, chunk]` exist at once.
+The scores of `B` samples for `L` labels are `B * L` numbers: 128 times 670 091 in float32 take
+343 MB, and their gradient takes as much again. Here at most two blocks `[B, chunk]` exist at once.
 """
 
 import functools
@@ -27,40 +27,40 @@ def many_label_cross_entropy(
 ):
     r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
 
-    $Y$ is the sample's list of labels: this is the cross entropy of the softmax against the uniform
-    distribution over $Y$; with one label each, the negative log-likelihood. The forward pass runs
-    over chunks of the labels with a running maximum and a running sum (online softmax: M. Milakov,
-    N. Gimelshein, *Online normalizer calculation for softmax*,
-    [arXiv:1805.02867](https://arxiv.org/abs/1805.02867)); the backward pass computes each chunk's
-    scores again and writes its columns of the kernel's gradient in place. No array `[B, L]` exists,
-    and the kernel is neither padded nor copied. It costs four products of the size of $h W$ where
-    the plain formula costs three.
+    This is the cross entropy between the softmax and the uniform distribution over $Y$, the
+    sample's list of labels. With one label per sample it is the negative log-likelihood. No array
+    `[B, L]` exists, and the kernel is neither padded nor copied.
 
-    Made for the extreme classification of *Distributed Learning of Neural Networks using
-    Independent Subnet Training*, [arXiv:1910.02120](https://arxiv.org/abs/1910.02120), section 6
-    (Amazon-670k), where a subnet holds some rows of the kernel and all of its columns. The paper
-    does not say which loss it trained; for lists of labels, this one is a choice.
+    The forward pass goes through the labels in chunks with a running maximum and a running sum
+    (online softmax: M. Milakov, N. Gimelshein, *Online normalizer calculation for softmax*,
+    [arXiv:1805.02867](https://arxiv.org/abs/1805.02867)). The backward pass computes the scores of
+    each chunk again and writes its columns of the kernel's gradient in place. This takes four
+    products of the size of $h W$; the plain formula takes three.
 
-    It has reverse-mode first derivatives only (a `jax.custom_vjp`): `jax.grad`, not `jax.jvp` or
-    `jax.hessian`. It works under `vmap`, `jit`, `scan`, `pmap` and `shard_map`; under
-    `shard_map(check_vma=True)` gradients of what is replicated are summed over devices, as JAX's
-    own are.
+    Only `jax.grad` works, once (it is a `jax.custom_vjp`); `jax.jvp` and `jax.hessian` do not. It
+    works under `vmap`, `jit`, `scan`, `pmap` and `shard_map`. Under `shard_map(check_vma=True)`,
+    gradients of replicated values are summed over devices, as JAX does.
+
+    Its use is extreme classification, as in section 6 (Amazon-670k) of *Distributed Learning of
+    Neural Networks using Independent Subnet Training*,
+    [arXiv:1910.02120](https://arxiv.org/abs/1910.02120). The paper does not say which loss it used
+    for lists of labels; this one is our choice.
 
     Args:
       hidden: `[B, H]`, floating, the inputs of the output layer.
       kernel: `[H, L]`, of the same dtype.
-      bias: `[L]`, of the same dtype, or None for none.
-      labels: `[B, K]`, integers in `[0, L)`, in any order, filled up with `L`. A sample without
-        labels counts 0 and its gradients are 0, whatever its `hidden`. A label named twice counts
-        twice. Other numbers give NaN, in the gradient too, for a jitted function cannot raise.
-      chunk_size: labels a chunk, at least 1; more than `L` means all at once.
+      bias: `[L]`, of the same dtype, or None.
+      labels: `[B, K]`, integers in `[0, L)` in any order, padded with `L`. A sample without labels
+        gives 0, and its gradients are 0 whatever its `hidden`. A label given twice counts twice.
+        Other numbers give NaN, in the gradient too, because a jitted function cannot raise.
+      chunk_size: labels per chunk, 1 or more; if larger than `L`, there is one chunk.
 
     Returns:
-      `[B]`, the loss of each sample; of the dtype of `hidden`, float32 where that is narrower.
+      `[B]`, the loss of each sample, in the dtype of `hidden`, but at least float32.
 
     Raises:
-      ValueError: shapes that do not agree; `chunk_size` below 1.
-      TypeError: dtypes that are not floating or not the same; labels that are not integers.
+      ValueError: shapes do not agree, or `chunk_size` is less than 1.
+      TypeError: dtypes are not floating or differ, or labels are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,12 +74,12 @@ def many_label_cross_entropy(
     hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        msg = f"{call}: labels are {labels.dtype}; write integers in [0, L), filled up with L."
+        msg = f"{call}: labels are {labels.dtype}; pass integers in [0, L), padded with L."
         raise TypeError(msg)
     if labels.ndim != 2 or labels.shape[0] != hidden.shape[0]:
         msg = (
-            f"{call}: labels have shape {labels.shape} and hidden {hidden.shape}; write labels "
-            "[B, K], a list for each sample, and hidden [B, H]."
+            f"{call}: labels have shape {labels.shape} and hidden {hidden.shape}; pass labels "
+            "[B, K], one list per sample, and hidden [B, H]."
         )
         raise ValueError(msg)
     num_labels = kernel.shape[1]
@@ -87,7 +87,7 @@ def many_label_cross_entropy(
     held = (labels >= 0) & (labels < num_labels)
     wrong = jnp.any(labels < 0, axis=-1)
     empty = ~jnp.any(held, axis=-1) & ~wrong
-    # An empty slot holds no sample: whatever is in it, even inf, must not become NaN.
+    # A row without labels is padding: nothing in it, not even inf, may lead to NaN.
     hidden = jnp.where(empty[:, None], 0, hidden)
     hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias, labels))
     loss: jax.Array = _cross_entropy(min(chunk_size, num_labels), hidden, kernel, bias, labels)
@@ -101,25 +101,25 @@ def top_k_labels(
     k: int,
     chunk_size: int = 8192,
 ):
-    """The `k` labels of highest score `hidden @ kernel + bias`, in chunks of the labels.
+    """The `k` labels with the highest scores `hidden @ kernel + bias`, in chunks of the labels.
 
-    Equal to `jax.lax.top_k(hidden @ kernel + bias, k)[1]`, of equal scores the lower label first,
-    without the `[B, L]` scores: precision at 1, 3 and 5 of a network with very many labels. It is
-    not to be differentiated.
+    It equals `jax.lax.top_k(hidden @ kernel + bias, k)[1]` (of equal scores, the lower label comes
+    first), but the scores `[B, L]` never exist. Use it to evaluate a network with very many labels,
+    for example by precision at 1, 3 and 5. It cannot be differentiated.
 
     Args:
       hidden: `[B, H]`, floating.
       kernel: `[H, L]`, of the same dtype.
-      bias: `[L]`, of the same dtype, or None for none.
-      k: how many, in `[1, L]`.
-      chunk_size: labels a chunk, at least 1; fewer than `k` are raised to `k`.
+      bias: `[L]`, of the same dtype, or None.
+      k: number of labels, from 1 to L.
+      chunk_size: labels per chunk, 1 or more; a number below `k` is raised to `k`.
 
     Returns:
       int32 `[B, k]`, best first.
 
     Raises:
-      ValueError: shapes that do not agree; `k` outside `[1, L]`; `chunk_size` below 1.
-      TypeError: dtypes that are not floating or not the same.
+      ValueError: shapes do not agree, `k` is outside `[1, L]`, or `chunk_size` is less than 1.
+      TypeError: dtypes are not floating or differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -132,7 +132,7 @@ def top_k_labels(
     hidden, kernel, bias = _check_layer(call, hidden, kernel, bias, chunk_size)
     num_labels = kernel.shape[1]
     if not 1 <= k <= num_labels:
-        msg = f"{call}: k={k} with {num_labels} labels; write 1 <= k <= {num_labels}."
+        msg = f"{call}: k={k} with {num_labels} labels; k must be from 1 to {num_labels}."
         raise ValueError(msg)
     hidden, kernel, bias = vary((hidden, kernel, bias), (hidden, kernel, bias))
 
@@ -142,7 +142,7 @@ def top_k_labels(
 
     def merge(
         old: tuple[Array, Array], new: tuple[Array, Array]
-    ):  # the old ones are lower labels: first, they win ties
+    ):  # the old labels are lower: put first, they win ties
         values, labels = (jnp.concatenate(both, axis=1) for both in zip(old, new))
         values, places = lax.top_k(values, k)
         return values, jnp.take_along_axis(labels, places, axis=1)
@@ -156,8 +156,9 @@ def top_k_labels(
 
 # --- the loss -------------------------------------------------------------------------------------
 #
-# The first chunk is the odd one, of 1 to `chunk` labels, outside the loop: no label is padded,
-# masked or counted twice, and the loop's carry has its dtypes and mapped axes from the start.
+# The first chunk, of 1 to `chunk` labels, takes the remainder, outside the loop. So no label is
+# padded, masked or counted twice, and the loop's carry has its dtypes and mapped axes from the
+# start.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -181,9 +182,9 @@ def _forward(
     weights = _label_weights(labels, kernel.shape[1], _wide(hidden.dtype))
 
     def part(start: int | Integer[Array, ""], size: int):
-        """Of one chunk: maximum, sum of exponentials relative to it, weighted sum of own scores."""
+        """Maximum, sum of exponentials relative to it, weighted sum of label scores of a chunk."""
         scores = _scores(hidden, kernel, bias, start, size)
-        # Labels masked by a score of -inf could be a whole chunk, whose maximum is no number.
+        # If a score of -inf masks all labels of a chunk, the maximum is not a number to subtract.
         top = jnp.maximum(jnp.max(scores, axis=1), jnp.finfo(scores.dtype).min)
         total = jnp.sum(jnp.exp(scores - top[:, None]), axis=1)
         inside = (labels >= start) & (labels < start + size)
@@ -239,7 +240,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _first(num_labels: int, chunk: int):
-    """Size of the first chunk, 1 to `chunk`: what whole chunks leave."""
+    """Size of the first chunk, 1 to `chunk`: the remainder of whole chunks."""
     return (num_labels - 1) % chunk + 1
 
 
@@ -267,7 +268,7 @@ def _scores(
 
 
 def _label_weights(labels: Int32[Array, "B K"], num_labels: int, dtype: DTypeLike):
-    """`[B, K]`: one over the number of the sample's labels, 0 for what is none."""
+    """`[B, K]`: one over the number of the sample's labels, and 0 for padding."""
     held = ((labels >= 0) & (labels < num_labels)).astype(dtype)
     return held / jnp.maximum(jnp.sum(held, axis=1, keepdims=True), 1)
 
@@ -287,7 +288,7 @@ def _check_layer(
     bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim != 2 or kernel.ndim != 2 or hidden.shape[1] != kernel.shape[0]:
         msg = (
-            f"{call}: hidden has shape {hidden.shape} and kernel {kernel.shape}; write hidden "
+            f"{call}: hidden has shape {hidden.shape} and kernel {kernel.shape}; pass hidden "
             "[B, H] and kernel [H, L]."
         )
         raise ValueError(msg)
@@ -296,18 +297,18 @@ def _check_layer(
         raise ValueError(msg)
     if bias is not None and bias.shape != kernel.shape[1:]:
         msg = (
-            f"{call}: bias has shape {bias.shape} and kernel {kernel.shape}; write bias "
-            f"[{kernel.shape[1]}], one number a label, or None."
+            f"{call}: bias has shape {bias.shape} and kernel {kernel.shape}; pass bias "
+            f"[{kernel.shape[1]}], one number per label, or None."
         )
         raise ValueError(msg)
     dtypes = [x.dtype for x in (hidden, kernel, bias) if x is not None]
     if not jnp.issubdtype(hidden.dtype, jnp.floating) or len(set(dtypes)) > 1:
         msg = (
-            f"{call}: dtypes are {', '.join(d.name for d in dtypes)}; write one floating dtype "
+            f"{call}: dtypes are {', '.join(d.name for d in dtypes)}; pass one floating dtype "
             "for hidden, kernel and bias."
         )
         raise TypeError(msg)
     if chunk_size < 1:
-        msg = f"{call}: chunk_size={chunk_size}; write at least 1."
+        msg = f"{call}: chunk_size={chunk_size}; pass 1 or more."
         raise ValueError(msg)
     return hidden, kernel, bias

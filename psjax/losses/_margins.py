@@ -13,27 +13,31 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from psjax._types import AnyArray
 from psjax.losses._labels import int32_labels
 
-# Beyond the bound the exponential goes on as its tangent. Adam squares gradients: in float32 they
-# must stay below e^44, in float64 below e^354.
+# Beyond the bound, the exponential is continued by its tangent. Adam squares gradients, so they
+# must stay below e^44 in float32 and below e^354 in float64. Margins in training are far smaller:
+# in 40 epochs of the paper's PSNet on MNIST the largest 2z was 7.
 _BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
 
 
 def exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
     r"""$e^{\min(z, B)} (1 + \max(z - B, 0))$: $e^z$ up to $B$, its tangent beyond.
 
-    The tangent is taken margin by margin, so the loss stays partially separable. In float32 the
-    value is finite for margins up to 1e21; the first derivative, $e^B$ beyond the bound, and the
-    second, 0 there, are right at every margin, infinite ones included.
+    This is the exponential without overflow: in float32 it is finite for margins up to 1e21. The
+    bound applies to each margin by itself, so that the loss stays partially separable. The first
+    derivative ($e^B$ beyond the bound) and the second (0 there) are right at every margin, infinite
+    ones included.
 
     Args:
       z: margins, any shape, floating.
-      bound: $B$. None: 40 in float32 and bfloat16, 300 in float64, 5 in float16, where it is a
-        guard that a training that converges never meets. See `bounded_exponential` for a low one.
+      bound: $B$. None: 40 in float32 and bfloat16, 300 in float64, 5 in float16. These only guard
+        against overflow: a training that converges does not reach them. For a low bound, see
+        `bounded_exponential`.
     """
     z = jnp.asarray(z)
     bound = _BOUNDS[jnp.result_type(z, jnp.float16).name] if bound is None else bound
-    # Each branch gets a zero, not a product with 0, where the other is taken: beyond the bound the
-    # factors of a product can be inf when the derivative is not. NaN belongs to the exponential.
+    # Where a branch is not taken its argument is 0, because multiplying its result by 0 would not
+    # do: beyond the bound, factors can be inf where the derivative is finite. NaN takes the
+    # exponential.
     beyond = z > bound
     below = jnp.exp(jnp.where(beyond, bound, z))
     slope = jnp.where(beyond, jnp.exp(bound), 1).astype(below.dtype)
@@ -41,17 +45,17 @@ def exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
 
 
 def squared_exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
-    r"""$\varphi(z) = e^{2z}$, the loss that the paper's authors ran; safe as `exponential` is."""
+    r"""$\varphi(z) = e^{2z}$, the loss that the paper's authors ran; bounded like `exponential`."""
     return exponential(2 * z, bound)
 
 
 def bounded_exponential(z: Float[ArrayLike, "*shape"], bound: float = 4.0):
-    r"""`exponential` with a bound low enough to change training: another loss, on purpose.
+    r"""`exponential` with a bound low enough to change training: on purpose, a different loss.
 
-    One misclassified sample then weighs at most about $e^B$ times a sample on the boundary. What
-    was measured is `squared_exponential` with `margin_bound=4`: under Adam no large drop in
-    accuracy, where without the bound there were four (experiments/psl/README.md, three seeds). For
-    $e^z$ itself, as here, it was not.
+    A misclassified sample then weighs at most about $e^B$ times as much as one on the decision
+    boundary. The effect was measured for `squared_exponential` with `margin_bound=4`, not for this
+    function: under Adam, accuracy had no large drops, and four without the bound
+    (experiments/psl/README.md, three seeds).
     """
     return exponential(z, bound)
 
@@ -74,35 +78,38 @@ def psl_with_integer_labels(
     labels: Integer[AnyArray, "*batch"],
     margin_fn: MarginFn = exponential,
 ):
-    r"""$\sum_{j \ne y} \varphi(c_j - c_y)$ of each sample, from all scores; (6b) of the paper.
+    r"""The partially-separable loss $\sum_{j \ne y} \varphi(c_j - c_y)$ of each sample.
 
-    With $\varphi = \exp$ and $p_y$ the softmax probability of the label it is $1/p_y - 1$, that is
-    $e^{\mathrm{NLL}} - 1$: its gradient is the negative log-likelihood's with each sample weighted
-    by $1/p_y$, which makes it heavy-tailed: under Adam one sample that is confidently wrong moves
-    every weight. (6a) of the paper also sums the term $j = y$ and is larger by 1. The authors' own
-    runs used `squared_exponential`, which is the same at doubled scores.
+    It takes all scores at once: equation (6b) of the paper. Equation (6a) also has the term
+    $j = y$ and is larger by 1. The authors ran `squared_exponential`, which is the same loss at
+    doubled scores.
 
-    In float32 a plain $e^z$ overflows at a margin of 88.7, $e^{2z}$ at 44.4; `exponential` goes on
-    as its tangent before that. Margins in training stay far below: in 40 epochs of the paper's
-    PSNet on MNIST the largest $2z$ was 7.
+    With $\varphi = \exp$ it equals $1/p_y - 1 = e^{\mathrm{NLL}} - 1$, where $p_y$ is the softmax
+    probability of the label. Its gradient is that of the negative log-likelihood with each sample
+    weighted by $1/p_y$. This is heavy-tailed: under Adam, one sample that is confidently wrong
+    moves every weight.
+
+    In float32, $e^z$ would overflow at a margin of 88.7 and $e^{2z}$ at 44.4; `exponential`
+    continues as its tangent before that.
 
     Args:
       scores: `[..., C]`, floating, C >= 2.
-      labels: `[...]`, integers in `[0, C)`. Out of range gives NaN, in the sample's value and
-        gradient, for a jitted function cannot raise; `psjax.data.check_labels` raises on the host.
+      labels: `[...]`, integers in `[0, C)`. A label out of range gives NaN in the value and the
+        gradient, because a jitted function cannot raise; `psjax.data.check_labels` raises on the
+        host.
       margin_fn: $\varphi$, elementwise.
 
     Returns:
       `[...]`, the loss of each sample.
 
     Raises:
-      ValueError: scores that are not `labels.shape + (C,)`, or a single class.
-      TypeError: labels that are not integers.
+      ValueError: scores do not have the shape `labels.shape + (C,)`, or there is one class only.
+      TypeError: labels are not integers.
     """
     scores, labels = _check("psl_with_integer_labels", scores, labels)
     other = ~jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
     own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
-    # Twice: a masked value whose margin is not masked, inf - inf, is NaN in the gradient.
+    # Mask twice: if only the value were masked, a margin inf - inf would give NaN in the gradient.
     values = jnp.where(other, margin_fn(jnp.where(other, scores - own, 0)), 0)
     return _nan_outside(labels) * jnp.sum(values, axis=-1)
 
@@ -110,9 +117,9 @@ def psl_with_integer_labels(
 def nll_with_integer_labels(
     scores: Float[AnyArray, "*batch C"], labels: Integer[AnyArray, "*batch"]
 ):
-    """Negative log-likelihood (2) of each sample, the plain method; needs every score at once.
+    """The negative log-likelihood of each sample, equation (2) of the paper; not separable.
 
-    Args and errors as `psl_with_integer_labels`.
+    Arguments and errors are those of `psl_with_integer_labels`.
     """
     scores, labels = _check("nll_with_integer_labels", scores, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
@@ -124,9 +131,9 @@ def one_vs_all_with_integer_labels(
 ):
     r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: C elements of one score each.
 
-    Fully separable: no element shares a class's weights with another.
+    This loss is fully separable: no two elements share the weights of a class.
 
-    Args and errors as `psl_with_integer_labels`.
+    Arguments and errors are those of `psl_with_integer_labels`.
     """
     scores, labels = _check("one_vs_all_with_integer_labels", scores, labels)
     own = jax.nn.one_hot(labels, scores.shape[-1], dtype=bool)
@@ -134,7 +141,7 @@ def one_vs_all_with_integer_labels(
 
 
 def one_score(score: Float[AnyArray, "*batch"], own: Bool[AnyArray, "*batch"]):
-    """One-vs-all loss of one class: `softplus(-score)` where the sample is the class's own.
+    """One-vs-all loss of class j: `softplus(-score)` if the label is j, else `softplus(score)`.
 
     Args:
       score: `[...]`, the score $c_j$.
@@ -148,11 +155,12 @@ def pair(
     weight: Float[AnyArray, "*batch"],
     margin_fn: MarginFn = exponential,
 ):
-    r"""Element $h_{kj}$ (6c): two scores, the samples labelled $k$.
+    r"""The element $h_{kj}$, equation (6c): two scores of the samples with label $k$.
 
     Args:
-      scores: `[..., 2]`, the scores of $k$ and of $j$, for samples labelled $k$.
-      weight: `[...]`, of each sample: $1/L$ with $L$ the **whole** batch, 0 for an empty slot.
+      scores: `[..., 2]`, the scores of $k$ and of $j$, for samples with label $k$.
+      weight: `[...]`, the weight of each sample: $1/L$, where $L$ is the size of the **whole**
+        batch, or 0 for padding.
       margin_fn: $\varphi$.
 
     Returns:
@@ -164,7 +172,7 @@ def pair(
     if jnp.shape(scores) != (*jnp.shape(weight), 2):
         msg = (
             f"pair(scores, weight): scores have shape {jnp.shape(scores)} and weight "
-            f"{jnp.shape(weight)}; write scores [..., 2] and weight [...]."
+            f"{jnp.shape(weight)}; pass scores [..., 2] and weight [...]."
         )
         raise ValueError(msg)
     return _weighted(weight, margin_fn, scores[..., 1] - scores[..., 0])
@@ -179,9 +187,11 @@ def block(
     r"""Sum of the elements $h_{ab}$ among $s$ classes for which `pairs[a, b]` is not 0.
 
     Args:
-      scores: `[l, slots, s]`: the scores of all $s$ classes, for the samples of the first $l$.
-      weight: `[l, slots]`, of each sample: $1/L$ with $L$ the whole batch, 0 for an empty slot.
-      pairs: `[l, s]`, which ordered pairs (label, other) are this block's; the diagonal is 0.
+      scores: `[l, slots, s]`, the scores of all $s$ classes for the samples of the first $l$
+        classes. A slot is a place for a sample of a label; it may be empty.
+      weight: `[l, slots]`, the weight of each sample: $1/L$, where $L$ is the size of the whole
+        batch, or 0 for an empty slot.
+      pairs: `[l, s]`, 1 or True for the ordered pairs (label, other) to sum; the diagonal is 0.
       margin_fn: $\varphi$.
 
     Returns:
@@ -195,7 +205,7 @@ def block(
     if not fits or jnp.shape(pairs) != (shape[0], shape[2]):
         msg = (
             f"block(scores, weight, pairs): scores {jnp.shape(scores)}, weight "
-            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; write scores [l, slots, s], weight "
+            f"{jnp.shape(weight)}, pairs {jnp.shape(pairs)}; pass scores [l, slots, s], weight "
             "[l, slots], pairs [l, s] with l <= s."
         )
         raise ValueError(msg)
@@ -205,7 +215,7 @@ def block(
 
 
 def _weighted(weight: Float[AnyArray, "..."], margin_fn: MarginFn, margins: Float[AnyArray, "..."]):
-    """An empty slot holds no image: whatever its scores are, it counts 0, and so in derivatives."""
+    """Weighted sum over the margins. An empty slot counts 0, and so do its derivatives."""
     used = weight != 0
     return jnp.sum(jnp.where(used, weight, 0) * margin_fn(jnp.where(used, margins, 0)))
 
@@ -213,12 +223,12 @@ def _weighted(weight: Float[AnyArray, "..."], margin_fn: MarginFn, margins: Floa
 def _check(call: str, scores: Shaped[AnyArray, "..."], labels: Shaped[AnyArray, "..."]):
     scores, labels = jnp.asarray(scores), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        msg = f"{call}(scores, labels): labels are {labels.dtype}; write integers in [0, C)."
+        msg = f"{call}(scores, labels): labels are {labels.dtype}; pass integers in [0, C)."
         raise TypeError(msg)
     if scores.ndim != labels.ndim + 1 or scores.shape[:-1] != labels.shape:
         msg = (
             f"{call}(scores, labels): scores have shape {scores.shape} and labels {labels.shape}; "
-            "write scores [..., C] and labels [...]."
+            "pass scores [..., C] and labels [...]."
         )
         raise ValueError(msg)
     if scores.shape[-1] < 2:
@@ -228,19 +238,19 @@ def _check(call: str, scores: Shaped[AnyArray, "..."], labels: Shaped[AnyArray, 
 
 
 def _nan_outside(labels: Integer[AnyArray, "*batch"]):
-    """1, but NaN for a label out of range: as a factor it reaches the gradient too."""
+    """A factor 1, or NaN for a label out of range, which makes the gradient NaN too."""
     return jnp.where(labels >= 0, 1.0, jnp.nan)
 
 
 def margin_function(name: str, bound: float | None = None) -> MarginFn:
-    """Margin function of a named loss.
+    """The margin function of a named loss.
 
     Args:
       name: `psl`, `psl-squared`, `psl-bounded`, `one-vs-each` or `squared-hinge`.
-      bound: $B$ of the exponentials; None for their own.
+      bound: $B$ of the exponentials; None: their default.
 
     Raises:
-      ValueError: unknown name, or a bound for a loss that has none.
+      ValueError: the name is unknown, or the loss has no bound and one was passed.
     """
     table = {
         "psl": exponential,
@@ -252,7 +262,7 @@ def margin_function(name: str, bound: float | None = None) -> MarginFn:
     if name not in table:
         near = difflib.get_close_matches(str(name).lower(), table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"margin_function({name!r}): no such loss; write one of {sorted(table)}.{hint}"
+        msg = f"margin_function({name!r}): no such loss; pass one of {sorted(table)}.{hint}"
         raise ValueError(msg)
     if bound is None:
         return table[name]

@@ -1,9 +1,8 @@
-"""Layers whose class groups are axes of their own, so that one gather takes a sub-network.
+"""Layers with one group of outputs per class, so that one gather takes a sub-network.
 
 Every kernel of a grouped layer has the group axis first, `[groups, ..., features]`, annotated
-with `flax.linen.with_logical_partitioning`; `flax.linen.get_partition_spec` therefore returns the
-`axes` tree that `psjax.select` wants. A sub-network of `m` groups is the same module with
-`groups=m`.
+with `flax.linen.with_logical_partitioning`. Therefore `flax.linen.get_partition_spec` returns the
+`axes` that `psjax.select` takes. A sub-network of `m` groups is the same module with `groups=m`.
 
 The layers are those of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
 partitioned neural network training*, G-2023-36, section 5.2; `features` counts the outputs of

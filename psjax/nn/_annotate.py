@@ -9,7 +9,7 @@ from flax import linen as nn
 def annotated(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
     """An initializer whose array carries the names of its axes.
 
-    The names are logical. Flax takes those of `nn.with_partitioning` for axes of the mesh, and
-    raises under `jax.set_mesh` with any other mesh.
+    The names are logical. With `nn.with_partitioning`, Flax would take them for axes of the mesh,
+    and raise under `jax.set_mesh` if the mesh does not have them.
     """
     return nn.with_logical_partitioning(init, names)

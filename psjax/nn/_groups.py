@@ -1,4 +1,4 @@
-"""Layers shared by all class groups, and layers of a group of outputs for each class."""
+"""Layers shared by all class groups, and layers with one group of outputs per class."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +16,13 @@ def split_groups(x: Shaped[AnyArray, "... features"], num_groups: int):
     """Divide the last axis among groups: `[..., features]` to `[..., num_groups, features/group]`.
 
     Raises:
-      ValueError: if `num_groups` does not divide the last axis (section 5.2: it must).
+      ValueError: `num_groups` does not divide the last axis.
     """
     features = x.shape[-1]
     if num_groups < 1 or features % num_groups:
         msg = (
             f"split_groups(x, num_groups={num_groups}): the last axis of x has {features} features,"
-            f" which {num_groups} groups cannot share evenly; write a multiple of {num_groups}."
+            f" which {num_groups} groups cannot share evenly; pass a multiple of {num_groups}."
         )
         raise ValueError(msg)
     return x.reshape(*x.shape[:-1], num_groups, features // num_groups)
@@ -42,8 +42,8 @@ def _glorot(**axes: int | tuple[int, ...]) -> Callable[..., Any]:
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **axes)
 
 
-# The fans of a fan-out layer are those of the whole plain layer that it is; a separable layer's
-# groups are small dense layers, each with its own.
+# A fan-out layer is initialised as the plain layer that it equals. The groups of a separable layer
+# are initialised one by one, as small dense layers.
 _plain_init = _glorot()
 _fan_out_init = _glorot(in_axis=-2, out_axis=(0, -1))
 _separable_init = _glorot(batch_axis=(0,))
@@ -56,10 +56,10 @@ def _grouped(init: Callable[..., Any], axis: str, rank: int) -> Callable[..., An
 
 
 class Conv(nn.Module):
-    """Plain convolution shared by all groups, pooling folded in.
+    """Plain convolution shared by all groups, with average pooling as in `conv`.
 
-    `[B, H, W, in] -> [B, h, w, features]`. Its parameters are annotated with no
-    axis: every sub-network holds them whole. See `conv`.
+    `[B, H, W, in] -> [B, h, w, features]`. Its parameters have no named axis: every sub-network has
+    all of them.
     """
 
     features: int
@@ -89,8 +89,8 @@ class FanOutConv(nn.Module):
     """Convolution from all inputs to each group: `[B, H, W, in] -> [B, h, w, groups, features]`.
 
     Kernel `[groups, kernel_height, kernel_width, in, features]`, bias `[groups, features]`, both
-    annotated with `axis` first. It is a plain convolution of `groups * features` kernels; the
-    paper's PSNet has one as its last convolution.
+    annotated with `axis` first. It computes what a plain convolution with `groups * features`
+    kernels does. The last convolution of the paper's PSNet is one.
     """
 
     groups: int
@@ -131,8 +131,8 @@ class SeparableConv(nn.Module):
         shape = (self.groups, *self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", _grouped(_separable_init, self.axis, len(shape)), shape)
         bias = self.param("bias", _grouped(_zeros, self.axis, 2), (self.groups, self.features))
-        # One convolution a group, unrolled: vmap over kernels is a grouped convolution, whose
-        # gradient is up to 40 times slower on the CPU.
+        # One convolution per group, unrolled: `vmap` over kernels gives a grouped convolution, and
+        # its gradient is up to 40 times slower on the CPU.
         parts = [
             conv(x[..., g, :], kernel[g], pool=self.pool, implementation=self.implementation)
             for g in range(self.groups)
@@ -144,7 +144,7 @@ class FanOutDense(nn.Module):
     """Dense layer from all inputs to each group: `[B, in] -> [B, groups, features]`.
 
     Kernel `[groups, in, features]`, bias `[groups, features]`, both annotated with `axis` first.
-    It is a plain dense layer of `groups * features` outputs.
+    It computes what a plain dense layer with `groups * features` outputs does.
     """
 
     groups: int
@@ -169,8 +169,8 @@ class SeparableDense(nn.Module):
     Attributes:
       groups: number of groups.
       features: outputs of one group.
-      axis: name of the groups' axis.
-      in_axis, out_axis: names of the inputs and outputs of a group, where subnets divide them.
+      axis: name of the axis of the groups.
+      in_axis, out_axis: names of the axes of a group's inputs and outputs, if subnets divide them.
     """
 
     groups: int

@@ -1,4 +1,4 @@
-"""Layers whose inputs and outputs are divided among subnets, and their normalisation."""
+"""A dense layer that can be divided among subnets, and a normalisation for subnets."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ class SubnetDense(nn.Module):
 
     Attributes:
       features: number of outputs.
-      in_axis, out_axis: names of the divided axes; None for what every subnet holds whole.
-      use_bias: whether to add a bias; a normalisation that follows has its own shift.
+      in_axis, out_axis: names of the axes of inputs and outputs; None if they are not divided.
+      use_bias: whether to add a bias. It is not needed before a normalisation, which has a shift.
 
     Raises:
-      ValueError: a `kernel` where `kernel_transposed` must be.
+      ValueError: the parameters have `kernel` instead of `kernel_transposed`.
     """
 
     features: int
@@ -62,25 +62,26 @@ class SubnetDense(nn.Module):
 
 
 class SubnetNorm(nn.Module):
-    r"""Batch normalisation over whatever neurons the (sub)network has: $(x - \mu) / \sigma$.
+    r"""Batch normalisation of each neuron by itself, for subnets: $(x - \mu) / \sigma$.
 
-    Section 5 of B. Yuan, A. Kyrillidis, C. Jermaine, *Distributed Learning of Neural Networks using
-    Independent Subnet Training*, arXiv:1910.02120: a neuron has fewer inputs in a subnet than in
-    the whole network, so each is normalised by its own statistics: while training by the batch's,
-    at prediction by those that `psjax.ist.calibrate` computes with the whole network.
+    `[..., features] -> [..., features]`. In training, $\mu$ and $\sigma$ are those of the batch; in
+    prediction, those that `psjax.ist.calibrate` computes with the whole network. They differ,
+    because a neuron has fewer inputs in a subnet (section 5 of B. Yuan, A. Kyrillidis,
+    C. Jermaine, *Distributed Learning of Neural Networks using Independent Subnet Training*,
+    arXiv:1910.02120).
 
-    `[..., features] -> [..., features]`, statistics over all axes but the last, the variance that
-    of the population, as in `flax.linen.BatchNorm`. Differences to it: parameters and statistics
-    carry the axis of the neurons, so that they travel with a subnet; a missing statistic is an
-    error. What `init` puts into `batch_stats`, mean 0 and variance 1, is no statistic of anything:
-    running averages start there. With it a prediction is no error, but normalises nothing; give
-    `psjax.ist.calibrate`'s collection in its place.
+    As in `flax.linen.BatchNorm`, statistics are over all axes except the last, with the variance of
+    the population. There are two differences: parameters and statistics carry the axis of the
+    neurons, so that a subnet gets its part of them, and a missing statistic is an error.
+
+    `init` fills `batch_stats` with mean 0 and variance 1. Predicting with these values raises no
+    error but does not normalise; pass the result of `psjax.ist.calibrate`.
 
     Attributes:
-      axis: name of the axis that subnets divide; None where every subnet has all features.
+      axis: name of the axis that subnets divide; None if every subnet has all features.
       use_scale, use_bias: whether a scale and a shift are learned.
-      momentum: of the running averages, which are updated only where the caller makes the
-        collection `batch_stats` mutable. They are a subnet's; see `psjax.ist.calibrate`.
+      momentum: momentum of the running averages. They are updated only if the caller makes the
+        collection `batch_stats` mutable, and they are those of a subnet.
       epsilon: added to the variance.
     """
 
@@ -95,13 +96,13 @@ class SubnetNorm(nn.Module):
         """Normalise by the batch if `train`, else by the collection `batch_stats`.
 
         Raises:
-          ValueError: prediction without a mean or a variance.
+          ValueError: `batch_stats` lacks a mean or a variance in prediction.
         """
         if self.is_mutable_collection("moments") and not self.is_initializing():
             if self.has_variable("moments", "mean"):
                 msg = (
                     f"SubnetNorm {'/'.join(self.path)}: called twice in one pass, but it has one "
-                    "mean and variance; write a SubnetNorm for each place."
+                    "mean and variance; make one SubnetNorm for each place."
                 )
                 raise ValueError(msg)
             mean, var = _moments(x)
@@ -119,7 +120,7 @@ class SubnetNorm(nn.Module):
         return y
 
     def _running(self, features: int):
-        """The running mean and variance, made where they are not there yet."""
+        """The running mean and variance, created if they do not exist."""
         return [
             self.variable("batch_stats", name, annotated(init, self.axis), None, (features,))
             for name, init in (("mean", nn.initializers.zeros), ("var", nn.initializers.ones))
@@ -140,7 +141,7 @@ class SubnetNorm(nn.Module):
             msg = (
                 f"SubnetNorm {'/'.join(self.path)}: prediction (train=False) needs statistics of "
                 f"the whole network, and 'batch_stats' has no {' and no '.join(missing)} here; "
-                "write variables = {'params': params, "
+                "pass variables = {'params': params, "
                 "'batch_stats': psjax.ist.calibrate(model, params, batches)}."
             )
             raise ValueError(msg)

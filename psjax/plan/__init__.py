@@ -1,23 +1,26 @@
 r"""Which worker evaluates which elements of a partially-separable loss, on which samples.
 
 Section 5.4 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
-neural network training*, G-2023-36. The loss is a sum of elements $h_{kj}$, one an ordered pair of
-classes. A `Plan` gives every pair to one worker, which must hold both its classes' weights and see
-the samples labelled $k$. A worker that holds $s$ classes evaluates the shared layers once for all
-pairs among them; one that has several tasks takes them in turn, in the memory of one.
+neural network training*, G-2023-36. The loss is a sum of elements $h_{kj}$, one per ordered pair of
+classes. A `Plan` gives every pair to one worker. This worker needs the weights of both classes and
+the samples with label $k$. If it holds $s$ classes, it evaluates the shared layers once for all
+pairs among them. If it has several tasks, it takes them in turns, in the memory of one task.
 
-- `elements`: a task is one pair $(k, j)$; `pairs`: $(k, j)$ and $(j, k)$ together, the only merging
-  that costs no memory; `blocks`: all pairs among a few classes.
-- `cyclic`: the classes in groups, worker $w$ holds the groups $w + D$, where the differences of $D$
-  cover all; where W divides C every worker does the same work.
+Four functions make plans:
 
-Where there are more workers than tasks, some do the same task on disjoint samples.
+- `elements`: a task is one pair $(k, j)$.
+- `pairs`: a task is $(k, j)$ and $(j, k)$ together, the only merging that costs no memory.
+- `blocks`: a task is all pairs among a few classes.
+- `cyclic`: the classes are in groups, and worker $w$ holds the groups $w + D$, where the
+  differences of $D$ cover all. If W divides C, every worker does the same work.
 
-`Plan.by_label` divides every task by its labels: on whole parameters, where nothing is fetched, the
-tasks of a worker then share a label's trunk.
+If there are more workers than tasks, several workers do the same task on disjoint samples.
 
-`value_and_grad` runs a plan with the weights in shards (`Store`); `table` says what each plan
-costs, beside data parallelism, score exchange and independent subnets; `best` chooses.
+`Plan.by_label` divides every task by its labels. On whole parameters, the tasks of a worker then
+share the evaluation of the shared layers for a label.
+
+`value_and_grad` runs a plan with the weights in shards (`Store`). `table` lists the costs of each
+plan beside data parallelism, score exchange and independent subnets; `best` chooses a plan.
 """
 
 from psjax import _public

@@ -40,31 +40,31 @@ def best(
 ) -> Table:
     """The plan with the shortest predicted step that fits into the memory.
 
-    Considered are single elements, all elements of a label as one task, merged pairs, blocks of
-    every even size, a single task of all classes, and cyclic plans of every number of groups; of
-    more than 64 classes only the powers of two and the divisors of C and W, as numbers of groups
-    and as sizes of half a block.
+    It considers single elements, all elements of a label as one task, merged pairs, blocks of every
+    even size, a single task of all classes, and cyclic plans with every number of groups. For more
+    than 64 classes, numbers of groups and half block sizes are limited to powers of two and
+    divisors of C and W.
 
     Args:
       model: as in `workload`.
-      num_classes: C.
-      num_workers: W.
+      num_classes: number of classes, C.
+      num_workers: number of workers, W.
       inputs: as in `workload`.
-      batch_size: samples of all workers at a step.
-      bandwidth: bytes a second of one worker.
-      flops: operations a second of one worker.
-      memory: bytes of one worker for weights, gradients and moments; None: no limit.
+      batch_size: samples of all workers per step.
+      bandwidth: bytes per second of one worker.
+      flops: operations per second of one worker.
+      memory: bytes per worker for weights, gradients and moments; None: no limit.
       slots: as in `table`.
       moments: as in `table`.
       local_steps: as in `table`.
 
     Returns:
-      A `Table` of the chosen plan and of what it was compared with, one row for each kind; its
-      `best` is the chosen `Plan`. Print it: a method that is no plan may be faster.
+      A `Table` with the chosen plan and one row per other kind. Its attribute `best` is the chosen
+      `Plan`. Print the table, because a method that is not a plan may be faster.
 
     Raises:
-      ValueError: no plan fits, with the least memory that one needs; as `table` and `workload`;
-        fewer than two classes.
+      ValueError: no plan fits (the message says how much memory the smallest needs), or there are
+        fewer than two classes; as `table` and `workload`.
     """
     check_classes("best", num_classes, num_workers)
     numbers: Any = {
@@ -84,7 +84,7 @@ def best(
         row = plan_row(work, plan, store, batch_size, each, moments)
         return row._replace(seconds=seconds_of(row, flops, bandwidth))
 
-    def least(size: int):  # a little less, for the rounding
+    def least(size: int):  # a little less, to allow for rounding
         computed, received = least_of(work, num_classes, num_workers, each, size)
         return 0.999999 * (computed / flops + 2 * received / bandwidth)
 
@@ -96,7 +96,7 @@ def best(
         small = min(rows, key=lambda row: row.memory)
         msg = (
             f"best(memory={memory}): no plan for {num_classes} classes on {num_workers} workers "
-            f"fits; the least is {math.ceil(small.memory)} bytes a worker, of {small.name}."
+            f"fits; the least is {math.ceil(small.memory)} bytes per worker, for {small.name}."
         )
         raise ValueError(msg)
     chosen = next(row for row in rows if row.plan is costs.best)
@@ -113,7 +113,7 @@ def _fastest(
     least: Callable[[int], float],
     memory: float | None,
 ):
-    """The fastest plan of a kind that fits into the memory; where none does, the smallest.
+    """The fastest plan of a kind that fits into the memory; if none does, the smallest.
 
     Plans are made in the order of the least time that their tasks can take, until no other can be
     faster than the best one.
@@ -135,7 +135,7 @@ def _fastest(
 
 
 class Candidate(NamedTuple):
-    """A plan that is not made yet.
+    """A plan that has not been made yet.
 
     Attributes:
       make: returns the plan.

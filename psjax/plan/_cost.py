@@ -1,4 +1,4 @@
-"""What a plan costs, before it runs: memory, bytes, products and the time of a step."""
+"""What a plan costs, before it runs: memory, bytes, operations and the time of a step."""
 
 import dataclasses
 import math
@@ -19,17 +19,17 @@ from psjax.plan._store import Store
 
 
 class Workload(NamedTuple):
-    """What a model costs, as numbers; made by `workload`.
+    """Weights and operations of a model, as `workload` counts them.
 
     Attributes:
       axes: `PartitionSpec`s of the parameters.
-      like: `jax.ShapeDtypeStruct`s of them.
-      common: weights behind every score.
-      private: weights of one class.
-      common_flops: operations of value and gradient for one sample, of what all scores share.
-      class_flops: the same of what one score has to itself.
-      itemsize: bytes of a weight.
-      model: what was counted, to count a narrower one; None where the numbers are written by hand.
+      like: the parameters as `jax.ShapeDtypeStruct`s.
+      common: number of weights that every score depends on.
+      private: number of further weights per class.
+      common_flops: operations per sample, for value and gradient, of layers that all scores share.
+      class_flops: further operations per sample and class.
+      itemsize: bytes per weight.
+      model: the model that was counted, to count narrower ones; None if you made the numbers.
       inputs: `jax.ShapeDtypeStruct` of its input.
     """
 
@@ -45,20 +45,21 @@ class Workload(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """One way to take a step, of the most loaded worker.
+    """What one method needs for a step, on the worker with the most to do.
 
     Attributes:
-      name: of the method.
-      plan: the `Plan`, or None for a method that is not one.
+      name: name of the method.
+      plan: the `Plan`, or None for a method that is not a plan.
       memory: bytes of weights, gradients and optimizer moments; activations are not counted.
-      down: bytes a worker receives of weights.
-      up: bytes a worker sends of gradients, scores or weights that return.
-      flops: operations of the step's products, padding included.
-      trunk: how many times the common layers are evaluated on a sample.
-      samples: that a worker needs, of the batch.
-      holders: workers that hold a weight of a class during the step, mean over these weights.
-      seconds: `flops / rate + (down + up) / bandwidth`. The time to start a collective is not in
-        it; of small networks a plan of many turns, each with its own, takes longer than this.
+      down: bytes of weights that the worker receives.
+      up: bytes of gradients, scores or returned weights that the worker sends.
+      flops: operations of the matrix products in the step, including padding.
+      trunk: number of times that the common layers are evaluated on a sample.
+      samples: number of samples of the batch that the worker needs.
+      holders: number of workers that have a weight of a class during the step, averaged over these
+        weights.
+      seconds: `flops / rate + (down + up) / bandwidth`. The time to start collectives is not
+        included; for small networks, a plan of many turns takes longer than this.
     """
 
     name: str
@@ -75,11 +76,11 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Predictions side by side; `print` it.
+    """Predictions side by side. `print` shows them as a table.
 
     Attributes:
-      rows: what is compared.
-      note: printed under it.
+      rows: one `Prediction` per method.
+      note: text printed under the table.
       memory: bytes that a worker has; None: no limit.
     """
 
@@ -89,9 +90,9 @@ class Table:
 
     @property
     def best(self) -> Any:
-        """The plan with the shortest predicted step of those that fit into the memory.
+        """The plan with the shortest predicted step among those that fit into the memory.
 
-        None where no row is a plan that fits. A row that is no plan may be faster.
+        None if no plan fits. A row that is not a plan may be faster.
         """
         fit = [row for row in self._fit if row.plan is not None]
         return min(fit, key=lambda row: (row.seconds, row.memory)).plan if fit else None
@@ -126,18 +127,18 @@ class Table:
 
 
 def workload(model: nn.Module, num_classes: int, inputs: Any) -> Workload:
-    """Weights and operations of a Flax model whose scores are an axis of its parameters.
+    """Count the weights and operations of a Flax model with a class axis.
 
-    Operations are those of XLA's own count of the program for value and gradient, not compiled, of
-    two and four classes at two batch sizes: the count is a line in both.
+    XLA counts the operations in the program for value and gradient, without compiling it, for two
+    and four classes and two batch sizes: the count is linear in both.
 
     Args:
-      model: with an attribute `num_classes`, its parameters annotated with the axis `class`.
-      num_classes: C.
-      inputs: an array or `jax.ShapeDtypeStruct` `[B, ...]` of the model's input, any B.
+      model: a module with an attribute `num_classes`, and parameters with the axis `class`.
+      num_classes: number of classes, C.
+      inputs: an array or `jax.ShapeDtypeStruct` `[B, ...]` like the model's input, with any B.
 
     Raises:
-      ValueError: from `psjax.structure.count`, for a model without a class axis.
+      ValueError: the model has no class axis (from `psjax.structure.count`).
     """
     image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
     model = model.clone(num_classes=num_classes)
@@ -167,28 +168,28 @@ def table(
     moments: int = 2,
     local_steps: int = 10,
 ) -> Table:
-    """What plans cost, with data parallelism, score exchange and independent subnets beside them.
+    """Predict the costs of plans, and of data parallelism, score exchange and independent subnets.
 
     Args:
       work: `workload(model, num_classes, inputs)`.
       plans: an iterable of `Plan`s for `num_workers`.
-      num_workers: W.
-      batch_size: samples of all workers at a step, as many of each class.
-      bandwidth: bytes a second of one worker.
-      flops: operations a second of one worker.
-      memory: bytes of one worker; the table marks the fastest row within it. None: no limit.
-      slots: of a label in a batch, which a plan computes whether they are filled or not. None: as
-        equally many samples of each label need. Batches in any other order need
-        `psjax.data.most_of_a_label`, about twice as many where a label has 10 on average.
-      moments: of the optimizer, beside each weight: 0 SGD, 1 momentum, 2 Adam.
-      local_steps: J of independent subnets, between two exchanges.
+      num_workers: number of workers, W.
+      batch_size: samples of all workers per step, equally many of each class.
+      bandwidth: bytes per second of one worker.
+      flops: operations per second of one worker.
+      memory: bytes of one worker; the table marks the fastest row that fits. None: no limit.
+      slots: places per label in a batch; a plan computes empty ones, too. None: enough for equally
+        many samples of each label. For batches in random order, pass
+        `psjax.data.most_of_a_label`, which is about twice as many if a label has 10 on average.
+      moments: optimizer moments per weight: 0 for SGD, 1 for momentum, 2 for Adam.
+      local_steps: J, steps of independent subnets between two exchanges.
 
     Returns:
-      A `Table`. Bytes are those that the compiled step sends, padding included.
+      A `Table`. Its bytes are those that the compiled step sends, including padding.
 
     Raises:
-      ValueError: no workers, samples or local steps, negative moments, a speed that is not
-        positive, fewer slots than samples of a label.
+      ValueError: there are no workers, samples or local steps, moments are negative, a speed is not
+        positive, or there are fewer slots than samples of a label.
     """
     check_numbers(
         "table",
@@ -219,25 +220,25 @@ def check_numbers(call: str, **numbers: Any):
         least = 0 if name == "moments" else 1
         real = name in ("bandwidth", "flops")
         if not (value > 0 if real else value >= least):
-            write = "a positive number" if real else f"{least} or more"
-            msg = f"{call}({name}={value}): write {write}."
+            needed = "a positive number" if real else f"{least} or more"
+            msg = f"{call}({name}={value}): pass {needed}."
             raise ValueError(msg)
 
 
 def slots_of(call: str, slots: int | None, batch_size: int, num_classes: int) -> int:
-    """Slots of a label; as many as equally many samples of each label need, or what is given."""
+    """Slots per label: the given number, or enough for equally many samples of each label."""
     least = math.ceil(batch_size / num_classes)
     if slots is not None and slots < least:
         msg = (
             f"{call}(slots={slots}): {batch_size} samples of {num_classes} classes need {least} "
-            "slots a label or more."
+            "slots per label or more."
         )
         raise ValueError(msg)
     return least if slots is None else slots
 
 
 def _operations(model: nn.Module, inputs: Struct):
-    """Of value and gradient for one sample, by XLA's count of the program, not compiled."""
+    """Operations of value and gradient per sample, as XLA counts them without compiling."""
     image = lambda batch: jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype)
     params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), image(1)))["params"]
     fn = lambda params, x: jnp.sum(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
@@ -250,7 +251,7 @@ def _operations(model: nn.Module, inputs: Struct):
 
 
 def _share(store: Store, like: Params):
-    """Common weights that a worker keeps, what a leaf is padded with included."""
+    """Number of common weights in a worker's shard, including padding."""
     leaves = [like[i] for i in range(len(like)) if i not in store.class_leaves]
     return sum(math.ceil(math.prod(x.shape) / store.num_workers) for x in leaves if x.ndim)
 
@@ -261,12 +262,12 @@ def seconds_of(row: Prediction, flops: float, bandwidth: float) -> float:
 
 
 def least_of(work: Workload, num_classes: int, num_workers: int, slots: int, size: int):
-    """Operations, and bytes received, of the most loaded worker by any plan of tasks of `size`.
+    """Lower bounds, for any plan with tasks of `size`: operations and bytes of the busiest worker.
 
-    A task has at most size - 1 pairs of a label, and every worker computes the same, padding
-    included: together they evaluate each label's slots (C - 1) / (size - 1) times or more. A task
-    that receives f classes has at most f (2 size - 2) pairs with one of them, and each pair of
-    classes that live apart is such a pair.
+    A task has at most size - 1 pairs of a label, and all workers compute equally much, including
+    padding. So together they evaluate the slots of each label at least (C - 1) / (size - 1) times.
+    A task that receives f classes has at most f (2 size - 2) pairs with one of them, and each pair
+    of classes with different owners is such a pair.
     """
     C, W = num_classes, num_workers
     each = slots / W * C * (C - 1) / (size - 1)
@@ -339,19 +340,19 @@ def _score_exchange(work: Workload, store: Store, batch_size: int, moments: int)
 
 
 def _subnets(work: Workload, store: Store, batch_size: int, moments: int, local_steps: int):
-    """Independent subnets: what `psjax.ist.exchange` sends in a round, a step's share of it."""
+    """Independent subnets: the share of one step in what `psjax.ist.exchange` sends per round."""
     W, title = store.num_workers, "independent subnets"
     sizes = {}
     for x, spec in zip(jax.tree.leaves(work.like), store.leaf_specs):
         sizes |= {n: d for n, d in zip(spec, x.shape) if n not in (None, store.axis) and d >= W}
     if not sizes:
-        return None, f"{title}: no row, for the model names no hidden axis of {W} neurons or more"
+        return None, f"{title}: no row, because the model has no hidden axis of {W} neurons or more"
     draw = lambda: random_partition(jax.random.key(0), store.axes, sizes, num_elements=W)
     gathered = jax.eval_shape(lambda like: draw().gather(like), work.like)
     small = [x.shape[1:] for x in jax.tree.leaves(gathered)]
     narrow = _narrow(work, sizes, W, small)
     if narrow is None:
-        return None, f"{title}: no row, for a narrower model is not model.clone(hidden=...)"
+        return None, f"{title}: no row, because model.clone(hidden=...) is not a narrower model"
     whole = np.array([math.prod(x.shape) for x in jax.tree.leaves(work.like)])
     of_subnet = np.array([math.prod(shape) for shape in small])
     split = np.array([bool(set(spec) & set(sizes)) for spec in store.leaf_specs])
@@ -372,20 +373,20 @@ def _subnets(work: Workload, store: Store, batch_size: int, moments: int, local_
         math.nan,
     )
     note = (
-        f"{title}: {', '.join(sorted(sizes))} divided; another training, whose steps cannot be "
-        "compared one by one"
+        f"{title}: {', '.join(sorted(sizes))} divided; this is another training method, "
+        "whose steps cannot be compared one by one"
     )
     uneven = [f"{name} ({size})" for name, size in sorted(sizes.items()) if size % W**2]
     if uneven:
         note += (
             f";\n  psjax.ist.exchange refuses {', '.join(uneven)}, which {W}^2 must divide: "
-            "the row is of shares rounded up"
+            "the row assumes shares rounded up"
         )
     return row, note
 
 
 def _narrow(work: Workload, sizes: Sizes, num_subnets: int, shapes: Sequence[tuple[int, ...]]):
-    """The module whose parameters have the shapes of a subnet's, or None."""
+    """The module with parameters of the shapes of a subnet, or None."""
     hidden = getattr(work.model, "hidden", None)
     if not isinstance(hidden, tuple):
         return None

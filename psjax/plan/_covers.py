@@ -1,12 +1,12 @@
 """Difference covers: small sets of residues whose differences are all residues.
 
-They make cyclic quorums: W sets, w + D modulo W, of which every two meet, and such that every two
-of the W residues lie in one of them together. The table holds covers modulo 1 to 128, made by
-`python -m experiments.covers`. The same search proved that none is smaller, but for the moduli in
-`_UNPROVED`, where it was not carried to an end. Its idea is that of W.-S. Luk, T.-T. Wong, *Two new
-quorum based algorithms for distributed mutual exclusion*, ICDCS 1997, who searched covers up to
-111. Beyond the table: C. J. Colbourn, A. C. H. Ling, *Quorums from difference covers*, Information
-Processing Letters 75, 2000.
+They make cyclic quorums: the W sets w + D modulo W. Every two of these sets meet, and every two of
+the W residues are together in one of them. The table has covers modulo 1 to 128, made by
+`python -m experiments.covers`. The same search proved that there are no smaller ones, except for
+the moduli in `_UNPROVED`, where it did not finish. The idea of the search is from W.-S. Luk,
+T.-T. Wong, *Two new quorum based algorithms for distributed mutual exclusion*, ICDCS 1997, who
+searched covers up to 111. Covers beyond the table follow C. J. Colbourn, A. C. H. Ling, *Quorums
+from difference covers*, Information Processing Letters 75, 2000.
 """
 
 import math
@@ -15,15 +15,16 @@ from typing import SupportsIndex
 
 
 def difference_cover(num_groups: SupportsIndex) -> tuple[int, ...]:
-    r"""Residues D modulo W, few of them, with $D - D = \mathbb Z_W$.
+    r"""A small set of residues D modulo W with $D - D = \mathbb Z_W$.
 
-    $|D| (|D| - 1) \ge W - 1$ whatever D. Up to W = 128 the cover comes from a table; up to W = 113
-    none is smaller. Beyond the table it is a ruler of B. Wichmann (*A note on restricted difference
-    bases*, Journal of the London Mathematical Society 38, 1963): its marks measure every length up
-    to its own, and a ruler of length L covers W up to 2L + 1. Colbourn and Ling take those with
-    gaps $1^r, r + 1, (2r + 1)^r, (4r + 3)^s, (2r + 2)^{r + 1}, 1^r$ and $s = 2r + 1$, which have
-    $6r + 4$ marks and cover $W \le 24 r^2 + 36 r + 13$; here r and s are those with the fewest
-    marks. So $|D| \le \sqrt{1.5 W} + 6$.
+    Every such set has $|D| (|D| - 1) \ge W - 1$. Up to W = 128, the cover is from a table; up to
+    W = 113, no cover is smaller. Beyond the table, $|D| \le \sqrt{1.5 W} + 6$, and the cover is a
+    ruler of B. Wichmann (*A note on restricted difference bases*, Journal of the London
+    Mathematical Society 38, 1963). The marks of such a ruler measure every length up to its own, so
+    that a ruler of length L covers W up to 2L + 1. Colbourn and Ling take rulers with the gaps
+    $1^r, r + 1, (2r + 1)^r, (4r + 3)^s, (2r + 2)^{r + 1}, 1^r$ and $s = 2r + 1$, which have
+    $6r + 4$ marks and cover $W \le 24 r^2 + 36 r + 13$. Here, r and s are chosen for the fewest
+    marks.
 
     Args:
       num_groups: W.
@@ -45,7 +46,7 @@ def difference_cover(num_groups: SupportsIndex) -> tuple[int, ...]:
     except TypeError:
         modulus = 0
     if modulus < 1:
-        msg = f"difference_cover(num_groups={num_groups}): write a positive integer."
+        msg = f"difference_cover(num_groups={num_groups}): pass a positive integer."
         raise ValueError(msg)
     if modulus <= len(_TABLE):
         return _TABLE[modulus - 1]
@@ -58,13 +59,13 @@ def difference_cover(num_groups: SupportsIndex) -> tuple[int, ...]:
 
 
 def _ruler(num_groups: int, r: int):
-    """Marks, r and least s of a ruler that measures half of the residues, and so covers them."""
+    """Marks, r and least s of a ruler that measures half of the residues and so covers all."""
     shortest = 4 * r * (r + 2) + 3
     s = max(0, -((shortest - num_groups // 2) // (4 * r + 3)))
     return 4 * r + s + 3, r, s
 
 
-# Beside each the modulus, the size and the least k with k (k - 1) >= W - 1.
+# Beside each cover: the modulus, the size, and the least k with k (k - 1) >= W - 1.
 _TABLE = (
     (0,),  # 1: 1, bound 1
     (0, 1),  # 2: 2, bound 2

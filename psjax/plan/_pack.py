@@ -1,4 +1,4 @@
-"""Several arrays as one of each dtype, so that they move in one collective."""
+"""Several arrays packed into one per dtype, so that one collective sends them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from psjax._types import Struct
 
 
 def by_dtype(leaves: Sequence[Struct]):
-    """Positions of the leaves, in groups of one dtype."""
+    """Positions of the leaves, grouped by dtype."""
     groups = {}
     for i, x in enumerate(leaves):
         groups.setdefault(x.dtype, []).append(i)
@@ -19,7 +19,7 @@ def by_dtype(leaves: Sequence[Struct]):
 
 
 def pack(leaves: Sequence[Array]):
-    """Leaves `[rows, ...]` side by side, `[rows, p]`, one array a dtype."""
+    """Leaves `[rows, ...]` side by side, `[rows, p]`, in one array per dtype."""
     return [
         jnp.concatenate([leaves[i].reshape(leaves[i].shape[0], -1) for i in group], axis=1)
         for group in by_dtype(leaves)

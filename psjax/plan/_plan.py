@@ -16,20 +16,20 @@ from psjax.plan._covers import difference_cover
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Tasks of every worker: which classes it holds, which pairs it computes, on which samples.
+    """Which classes each worker holds, which pairs it computes, and on which samples.
 
-    Made by `elements`, `pairs`, `blocks` or `cyclic`. Arrays are NumPy's; W workers take T turns,
-    each with a task of at most s classes, of which the first l are those of its samples.
+    `elements`, `pairs`, `blocks` and `cyclic` make plans. W workers take T turns, each with a task
+    of s classes at most. The first l of them are the labels of its samples. Arrays are NumPy's.
 
     Attributes:
       kind: name of the factory.
-      num_classes: C.
-      classes: int32 `[W, T, s]`, ascending in each part; C, past the end, where there is none.
-      pairs: bool `[W, T, l, s]`; whether the task has the pair of the label `classes[..., a]` and
-        the other `classes[..., b]`.
-      shares: int32 `[W, T, 2]`, `(i, r)`: of each label's slots the task takes i, i + r, i + 2r...
+      num_classes: number of classes, C.
+      classes: int32 `[W, T, s]`, ascending in each part, padded with C.
+      pairs: bool `[W, T, l, s]`; whether the task has the pair with label `classes[..., a]` and
+        other class `classes[..., b]`.
+      shares: int32 `[W, T, 2]`, `(i, r)`: the task takes slots i, i + r, i + 2r... of each label.
       base: the difference cover of a cyclic plan, in groups; else empty.
-      num_groups: of a cyclic plan; else 0.
+      num_groups: number of groups of a cyclic plan; else 0.
     """
 
     kind: str
@@ -41,46 +41,45 @@ class Plan:
     num_groups: int = 0
 
     def __str__(self):
-        """Who holds and computes what."""
+        """What each worker holds and computes."""
         return _describe(self)
 
     @property
     def num_workers(self) -> int:
-        """W."""
+        """Number of workers, W."""
         return self.classes.shape[0]
 
     @property
     def num_turns(self) -> int:
-        """T: tasks a worker takes one after the other; more than 1 is the paper's switching."""
+        """Tasks per worker, one after the other, T. More than 1 is the paper's *switching*."""
         return self.classes.shape[1]
 
     @property
     def block_size(self) -> int:
-        """s: the most classes that a task holds."""
+        """The largest number of classes in a task, s."""
         return self.classes.shape[2]
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 `[W, T, l]`: the classes whose samples a task sees; C where it has none."""
+        """int32 `[W, T, l]`: the labels of the samples that a task sees, padded with C."""
         first = self.classes[:, :, : self.pairs.shape[2]]
-        if self.pairs.shape[2] == 1:  # `by_label` fills runs up with tasks that have no pair
+        if self.pairs.shape[2] == 1:  # `by_label` pads runs with tasks that have no pair
             return first
         return np.where(self.pairs.any(axis=3), first, self.num_classes).astype(np.int32)
 
     @property
     def num_tasks(self) -> int:
-        """Tasks on disjoint samples counted once."""
+        """Number of tasks; the same task on disjoint samples counts once."""
         return int(np.sum(self.pairs.any(axis=(2, 3)) & (self.shares[..., 0] == 0)))
 
     def by_label(self) -> "Plan":
-        """The same pairs on the same workers, each task divided into one task for each label.
+        """Divide each task into one task per label. Every worker keeps its pairs.
 
-        A worker's tasks of one label follow one another, filled up to equally many for every label
-        with tasks that have no pair. They see the same samples, so that `psjax.value_and_grad` on
-        `selection` evaluates what is shared, a network's trunk, once for each label and worker and
-        not once for each label and task. The label comes first among a task's classes. For whole
-        parameters; with the weights in shards, where a task's classes are fetched each turn,
-        `merge_by_label` does it.
+        A worker's tasks of one label follow one another and see the same samples. Therefore
+        `psjax.value_and_grad` on `selection` evaluates the trunk, the layers that all scores share,
+        once per label and worker instead of once per label and task. Every label gets equally many
+        tasks; some are padding without a pair. The label is the first class of its task. This is
+        for whole parameters; with weights in shards, use `merge_by_label`.
 
         Example:
           >>> import psjax
@@ -103,7 +102,7 @@ class Plan:
         classes = np.full((W, turns, s), C, np.int32)
         pairs = np.zeros((W, turns, 1, s), bool)
         shares = np.ones((W, turns, 2), np.int32) * [0, 1]
-        for copy in range(most):  # what fills a run up has its label
+        for copy in range(most):  # padding of a run has its label
             classes[worker, of_worker * most + copy, 0] = label[starts]
             shares[worker, of_worker * most + copy] = self.shares[w[starts], t[starts]]
         rows = np.argsort(
@@ -117,12 +116,12 @@ class Plan:
         )
 
     def merge_by_label(self) -> "Plan":
-        """The same pairs on the same workers, all of a worker's pairs of one label in one task.
+        """Merge all of a worker's pairs of one label into one task.
 
-        `psjax.plan.value_and_grad` then evaluates what is shared once for each label and worker,
-        and fetches a class once for each of them. A task holds the label, first, and all its
-        others: up to C classes, where one of `elements` holds two. `psjax.plan.table` says what
-        that costs and saves. A plan of one turn is as it should be already.
+        `psjax.plan.value_and_grad` then evaluates shared layers, and fetches a class, once per
+        label and worker. A task holds its label first and then all other classes of its pairs: up
+        to C classes, where a task of `elements` holds two. `psjax.plan.table` says what this costs
+        and saves. A plan of one turn gains nothing.
 
         Example:
           >>> import psjax
@@ -149,13 +148,13 @@ class Plan:
         return Plan(kind, C, classes, pairs, shares)
 
     def slots(self, slots: int) -> np.ndarray:
-        """The slots of a label that each task takes: int32 `[W, T, S]`, `slots` where it has none.
+        """The slots of a label that each task takes: int32 `[W, T, S]`, padded with `slots`.
 
         Args:
-          slots: of one label in a batch, as in `psjax.data.batches_by_label`.
+          slots: places per label in a batch, as in `psjax.data.batches_by_label`.
 
         Raises:
-          ValueError: fewer than one slot.
+          ValueError: `slots` is less than 1.
         """
         if slots < 1:
             msg = f"Plan.slots({slots}): pass the number of slots of a batch by label, 1 or more."
@@ -178,11 +177,11 @@ class Plan:
         Args:
           axes: as in `psjax.select`.
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
-          slots: of one label in a batch; needed where tasks share the samples of a label.
+          slots: places per label in a batch; needed if tasks share the samples of a label.
           axis: name of the class axis.
 
         Raises:
-          ValueError: no `slots` for a plan with more workers than tasks; as `psjax.select`.
+          ValueError: the plan has more workers than tasks, and `slots` is None; as `psjax.select`.
         """
         num = self.num_classes
         if slots is None and self.shares[..., 1].max() > 1:
@@ -208,14 +207,14 @@ class Plan:
         *,
         replicas: int = 1,
     ) -> data.Batches:
-        """Index batches of every worker, who so reads only the samples of its own labels.
+        """Index batches per worker, so that it reads only the samples of its own labels.
 
         Args:
-          labels: `[N]`, of the whole set.
-          batch_size: L, samples of all workers at a step.
-          order: the epoch's samples in order, as in `psjax.data.batches_by_label`.
-          slots: of one label in a batch; None: the most of this epoch. Give the most of all epochs
-            (`psjax.data.most_of_a_label`), so that nothing recompiles.
+          labels: `[N]`, the labels of the whole set.
+          batch_size: samples of all workers in a step, L.
+          order: the samples of the epoch in order, as in `psjax.data.batches_by_label`.
+          slots: places per label in a batch; None: the most of this epoch. Pass the most of all
+            epochs (`psjax.data.most_of_a_label`), so that nothing recompiles.
           replicas: copies of all W workers with disjoint samples: the second axis of a mesh.
 
         Returns:
@@ -223,10 +222,10 @@ class Plan:
           `[steps, replicas * W, T, l, S]`, replica-major; `labels` `[steps, replicas * W, T, l]`.
 
         Raises:
-          ValueError: fewer than one replica; labels outside `[0, C)`; as `batches_by_label`.
+          ValueError: `replicas` is less than 1, labels are not in `[0, C)`; as `batches_by_label`.
         """
         if replicas < 1:
-            msg = f"Plan.batches(replicas={replicas}): write 1 or more."
+            msg = f"Plan.batches(replicas={replicas}): pass 1 or more."
             raise ValueError(msg)
         rows = data.batches_by_label(labels, self.num_classes, batch_size, order, slots)
         index, step = self.shares[..., 0], self.shares[..., 1]
@@ -250,14 +249,14 @@ class Plan:
 
 
 def elements(num_classes: int, num_workers: int) -> Plan:
-    """A task is one element $h_{kj}$: the straightforward plan, the least memory.
+    """A plan with one element $h_{kj}$ per task. It needs the least memory.
 
     Args:
-      num_classes: C; there are C (C - 1) tasks.
-      num_workers: W.
+      num_classes: number of classes, C; there are C (C - 1) tasks.
+      num_workers: number of workers, W.
 
     Raises:
-      ValueError: fewer than two classes or than one worker.
+      ValueError: there are fewer than two classes, or there is no worker.
     """
     check_classes("elements", num_classes, num_workers)
     tasks = ordered_pairs(num_classes)
@@ -265,9 +264,9 @@ def elements(num_classes: int, num_workers: int) -> Plan:
 
 
 def pairs(num_classes: int, num_workers: int) -> Plan:
-    """A task is $h_{kj} + h_{jk}$, the only merging that holds no more weights.
+    """A plan with $h_{kj} + h_{jk}$ per task: the only merging that needs no more weights.
 
-    Args and errors as `elements`; there are C (C - 1) / 2 tasks.
+    Arguments and errors are those of `elements`; there are C (C - 1) / 2 tasks.
     """
     check_classes("pairs", num_classes, num_workers)
     tasks = unordered_pairs(num_classes)
@@ -275,24 +274,24 @@ def pairs(num_classes: int, num_workers: int) -> Plan:
 
 
 def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
-    """A task is all pairs between two groups of `block_size / 2` classes.
+    """A plan with all pairs between two groups of `block_size / 2` classes per task.
 
-    The pairs within a group go to the first task that holds it. Any size and any number of
-    workers; a cyclic plan has fewer tasks where it fits.
+    The pairs within a group belong to the first task that has the group. Any size and number of
+    workers will do; a cyclic plan has fewer tasks where it fits.
 
     Args:
-      num_classes: C.
-      num_workers: W.
-      block_size: s, even, or at least C for a single task.
+      num_classes: number of classes, C.
+      num_workers: number of workers, W.
+      block_size: classes per task, s; even, or C or more for a single task.
 
     Raises:
-      ValueError: as `elements`; an odd size that is less than C.
+      ValueError: as `elements`; `block_size` is odd and less than C.
     """
     check_classes("blocks", num_classes, num_workers)
     if block_size < 2 or (block_size % 2 and block_size < num_classes):
         msg = (
             f"blocks({num_classes}, {num_workers}, block_size={block_size}): a task holds two "
-            "equal groups; write an even number, 2 or more."
+            "equal groups; pass an even number, 2 or more."
         )
         raise ValueError(msg)
     half = block_size // 2 if block_size < num_classes else num_classes
@@ -304,32 +303,32 @@ def blocks(num_classes: int, num_workers: int, block_size: int) -> Plan:
 
 
 def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) -> Plan:
-    r"""Worker $w$ holds the groups $\{w + d \bmod G : d \in D\}$: cyclic quorums.
+    r"""A plan of cyclic quorums: worker $w$ holds the groups $\{w + d \bmod G : d \in D\}$.
 
     The differences of $D$ cover $\mathbb Z_G$ (`difference_cover`), so that every two groups meet
-    at some worker; $|D| \ge \sqrt G$ about. Where G divides C and W = G, all workers do the same
-    work. A sample is evaluated by at most $|D|$ workers, not by C - 1. What a worker needs comes by
-    $|D| - 1$ shifts.
+    at some worker; $|D|$ is about $\sqrt G$ or more. If G divides C and W = G, all workers do the
+    same work. At most $|D|$ workers evaluate a sample, compared with C - 1 for `elements`. A worker
+    receives its classes in $|D| - 1$ shifts.
 
     Args:
-      num_classes: C.
-      num_workers: W.
-      num_groups: G, groups of equal size, give or take one class; None: the smaller of W and C.
-        More groups than workers: less memory, several turns.
+      num_classes: number of classes, C.
+      num_workers: number of workers, W.
+      num_groups: number of groups, G, whose sizes differ by one class at most; None: the smaller of
+        W and C. With more groups than workers there are several turns and less memory.
 
     Raises:
-      ValueError: as `elements`; fewer than one group or more than classes.
+      ValueError: as `elements`; `num_groups` is less than 1 or more than C.
     """
     check_classes("cyclic", num_classes, num_workers)
     num = min(num_workers, num_classes) if num_groups is None else num_groups
     if not 1 <= num <= num_classes:
         msg = (
-            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): write a number of "
+            f"cyclic({num_classes}, {num_workers}, num_groups={num_groups}): pass a number of "
             f"groups from 1 to {num_classes}, the classes."
         )
         raise ValueError(msg)
     base = difference_cover(num)
-    first = {0: 0}  # of two groups at a distance: w + first and w + first + distance meet at w
+    first = {0: 0}  # per distance: groups w + first and w + first + distance meet at worker w
     for a, b in itertools.permutations(base, 2):
         if (b - a) % num not in first:
             first[(b - a) % num], first[(a - b) % num] = a, b
@@ -342,10 +341,10 @@ def cyclic(num_classes: int, num_workers: int, num_groups: int | None = None) ->
 
 
 def _plan(kind: str, num_workers: int, task_of: np.ndarray, sizes: np.ndarray) -> Plan:
-    """The tasks of pairs of groups, dealt to the workers.
+    """Deal the pairs of groups to the workers as tasks.
 
-    The classes stand in groups of `sizes`, in order. `task_of` is int `[G, G]`: which task has the
-    pairs of a label of one group and another class of the other; the tasks in their order.
+    `sizes` are those of the groups, which take the classes in order. `task_of` is int `[G, G]`: the
+    task with the pairs of a label in the first group and another class in the second.
     """
     C, G, W = int(sizes.sum()), len(sizes), num_workers
     a, b = np.nonzero(~np.diag(sizes < 2))  # a class makes no pair with itself
@@ -354,7 +353,7 @@ def _plan(kind: str, num_workers: int, task_of: np.ndarray, sizes: np.ndarray) -
     task = (np.cumsum(used) - 1)[task_of[a, b]]
     n, label, other = int(used.sum()), task * G + a, task * G + b
 
-    # The groups that a task holds, as task * 2G + group, those without samples G further.
+    # The groups of a task as task * 2G + group; plus G for groups without samples.
     labels = _distinct(label)
     others = _distinct(other)
     others = others[labels[np.minimum(np.searchsorted(labels, others), len(labels) - 1)] != others]
@@ -382,10 +381,10 @@ def _plan(kind: str, num_workers: int, task_of: np.ndarray, sizes: np.ndarray) -
 
 
 def _dealt(kind: str, num_workers: int, num_classes: int, classes: np.ndarray, mask: np.ndarray):
-    """Tasks in turn if they are more than the workers, on disjoint samples if they are fewer.
+    """Deal tasks in turns if they outnumber the workers, else on disjoint samples.
 
-    `classes` are those of every task, int `[n, s]`; `mask` its pairs, bool `[n, l, s]`, or `[l, s]`
-    where all tasks have the same.
+    `classes` are the classes of every task, int `[n, s]`. `mask` has their pairs, bool
+    `[n, l, s]`, or `[l, s]` if all tasks have the same.
     """
     n, W = len(classes), num_workers
     parts = np.array_split(np.arange(max(n, W)) % n, W)
@@ -403,7 +402,7 @@ def _dealt(kind: str, num_workers: int, num_classes: int, classes: np.ndarray, m
 
 
 def _runs_of_labels(worker: np.ndarray, label: np.ndarray, num_classes: int):
-    """Runs of sorted entries: start, length, number among its worker's; and each one's place."""
+    """Runs of sorted entries: start, length, number within the worker; and places of entries."""
     starts = np.flatnonzero(np.diff(worker * num_classes + label, prepend=-1))
     counts = np.diff(np.append(starts, len(worker)))
     of_worker = np.arange(len(starts)) - np.searchsorted(worker[starts], worker[starts])
@@ -416,7 +415,7 @@ def _distinct(keys: Integer[np.ndarray, " n"]):
 
 
 def _each(*sizes: Integer[np.ndarray, " n"]):
-    """All indices of blocks of these sizes, and which block each belongs to."""
+    """All indices within blocks of these sizes, and the block of each index."""
     total = np.prod(sizes, axis=0)
     at = np.repeat(np.arange(len(total)), total)
     rest = np.arange(len(at)) - np.repeat(np.cumsum(total) - total, total)
@@ -443,8 +442,8 @@ def _describe(plan: Plan):
 
 def check_classes(call: str, num_classes: int, num_workers: int):
     if num_classes < 2:
-        msg = f"{call}(num_classes={num_classes}): one class has no pairs; write 2 or more."
+        msg = f"{call}(num_classes={num_classes}): one class has no pairs; pass 2 or more."
         raise ValueError(msg)
     if num_workers < 1:
-        msg = f"{call}(num_workers={num_workers}): write 1 worker or more."
+        msg = f"{call}(num_workers={num_workers}): pass 1 worker or more."
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Which rows of the weights go from which worker to which, turn by turn."""
+"""Which rows of the weights each worker sends to each other worker, per turn."""
 
 import functools
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from psjax.plan._store import ROW, Store
 
 
 class Routes:
-    """Which rows go from whom to whom, turn by turn.
+    """Which rows each worker sends to each other worker, per turn.
 
-    `shifts` lists `(distance, rows)`: worker w gets so many rows of worker w - distance.
+    `shifts` lists `(distance, rows)`: worker w gets `rows` rows from worker w - distance.
     """
 
     def __init__(self, plan: Plan, store: Store):
@@ -28,7 +28,7 @@ class Routes:
         w, t, place = np.nonzero(plan.classes < store.num_classes)
         c = plan.classes[w, t, place]
         d = (w - owner[c]) % W
-        key = (d * T + t) * W + w  # what a worker gets of another in a turn, in the order of places
+        key = (d * T + t) * W + w  # what a worker gets from another in a turn, by place
         order = np.argsort(key, kind="stable")
         ends = np.flatnonzero(np.append(key[order][1:] != key[order][:-1], True)) + 1
         counts = np.diff(ends, prepend=0)
@@ -36,7 +36,7 @@ class Routes:
         d, t, w, place, c = (x[order] for x in (d, t, w, place, c))
         widths = np.zeros(W, int)
         np.maximum.at(widths, d[ends - 1], counts)
-        # One all_to_all sends as many rows to everybody, and keeps as many at home.
+        # One all_to_all sends equally many rows to every worker, and keeps as many.
         self.by_all_to_all = W > 2 and int(widths[1:].sum()) >= (W - 1) * int(widths.max())
         if self.by_all_to_all:
             widths[:] = widths.max()
@@ -47,10 +47,10 @@ class Routes:
 
     @functools.cached_property
     def tables(self):
-        """For each of `shifts`, which rows and where to, of one shape.
+        """For each of `shifts`, which rows are sent, and to which places.
 
-        `send` int32 `[T, W, rows]`, rows of the owner's shard (m for none), and `put` int32
-        `[T, W, rows]`, places in the worker's task (s for none).
+        `send` is int32 `[T, W, rows]`, rows of the owner's shard, padded with m. `put` is int32
+        `[T, W, rows]`, places in the worker's task, padded with s.
         """
         W, T, tables = self.num_workers, self.num_turns, []
         for distance, width in self.shifts:
@@ -63,11 +63,11 @@ class Routes:
 
     @property
     def rows_sent(self) -> int:
-        """Rows of one class that a worker sends, and receives, at each turn, padding included."""
+        """Class rows that a worker sends, and receives, per turn, including padding."""
         return sum(width for d, width in self.shifts if d)
 
     def fetch(self, tables: Sequence[Rows], own: Array, axis_name: AxisName | None):
-        """`[m, p]` of every worker to the `[s, p]` of this worker's task."""
+        """Fetch the rows `[s, p]` of this worker's task from the shards `[m, p]` of all workers."""
         sent = [gather_leaf(own, ROW, {"row": table["send"]}, 0, {}) for table in tables]
         moved = self._move(sent, axis_name, 1)
         zeros = jnp.zeros((self.block_size, *own.shape[1:]), own.dtype)
@@ -76,12 +76,12 @@ class Routes:
     def give_back(
         self, tables: Sequence[Rows], grads: Array, total: Array, axis_name: AxisName | None
     ):
-        """The transpose: gradients `[s, p]` of the task, added to the `[m, p]` of their owners."""
+        """The transpose: add the task's gradients `[s, p]` to `[m, p]` at their owners."""
         sent = [gather_leaf(grads, ROW, {"row": table["put"]}, 0, {}) for table in tables]
         return _add_rows(total, self._move(sent, axis_name, -1), tables, "send")
 
     def _move(self, sent: Sequence[Array], axis_name: AxisName | None, direction: int):
-        """Rows for each distance to the worker at that distance, or back."""
+        """Send the rows of each distance to the worker at that distance, or back."""
         W = self.num_workers
         if not self.by_all_to_all:
             return [
@@ -91,9 +91,9 @@ class Routes:
                 for (d, _), x in zip(self.shifts, sent)
             ]
         me, distances = jax.lax.axis_index(axis_name), jnp.arange(W)
-        x = jnp.stack(sent)  # by distance; to whom is me + direction * distance
+        x = jnp.stack(sent)  # by distance; the receiver is me + direction * distance
         x = x[(direction * (distances - me)) % W]
-        x = jax.lax.all_to_all(x, axis_name, 0, 0)  # from whom
+        x = jax.lax.all_to_all(x, axis_name, 0, 0)  # by sender
         return list(x[(me - direction * distances) % W])
 
 

@@ -1,4 +1,4 @@
-"""Score exchange: class groups stay where they are, the workers exchange scores."""
+"""Score exchange: the weights of classes stay with their owners, and scores are exchanged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,26 +18,27 @@ def score_exchange(
     store: Store,
     axis_name: str,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-    r"""Value and gradient of any loss of all scores, the class groups spread over the workers.
+    r"""Value and gradient of any loss of all scores, with the classes spread over the workers.
 
-    Each worker computes the scores of its own classes for the whole batch; the scores, B x C
-    numbers, are gathered, so that everybody has the loss and its derivative with respect to every
-    score, exactly, whatever the loss. The weights of a class never move. What it needs and a
-    partially-separable plan does not: every worker all samples, and a round trip inside the step.
+    Each worker computes the scores of its own classes for the whole batch. The scores, B x C
+    numbers, are gathered, so that every worker has the exact loss and its derivatives. The loss may
+    be any function of the scores, and the weights of a class are never sent. In contrast to a
+    partially-separable plan, every worker needs all samples, and a step contains a round trip.
 
     Args:
-      scores_fn: `scores_fn(params, batch) -> [B, m]`, of the model with m = ceil(C / W) classes.
-      loss_fn: `loss_fn(scores, batch) -> scalar`, of all scores `[B, C]`; the whole batch's mean.
+      scores_fn: `scores_fn(params, batch) -> [B, m]`, the model with m = ceil(C / W) classes.
+      loss_fn: `loss_fn(scores, batch) -> scalar` of all scores `[B, C]`, a mean over the batch.
       store: the `psjax.plan.Store` of the weights.
       axis_name: name of the mapped axis, of size W.
 
     Returns:
       A function `(shards, batch) -> (value, grads)` for the inside of your `jax.shard_map`,
-      `jax.pmap` or `jax.vmap`, like that of `psjax.plan.value_and_grad`, but that every worker gets
-      the same whole `batch`. The values of the workers **add** to the loss: `jax.lax.psum` them.
+      `jax.pmap` or `jax.vmap`, like that of `psjax.plan.value_and_grad`, except that every
+      worker gets the same whole `batch`. The loss is the **sum** of the workers' values: add them
+      with `jax.lax.psum`.
 
     Raises:
-      ValueError: at the call, shards that are not the store's, or scores of another shape.
+      ValueError: at the call, the shards do not fit the store, or the scores have another shape.
     """
 
     def fn(shards: Params, batch: Batch):
@@ -54,7 +55,7 @@ def score_exchange(
         if own.ndim != 2 or own.shape[1] != m:
             msg = (
                 f"score_exchange(scores_fn): got scores of shape {own.shape}; a worker has {m} of "
-                f"the {store.num_classes} classes: write [B, {m}]."
+                f"the {store.num_classes} classes: pass [B, {m}]."
             )
             raise ValueError(msg)
         everyone = jax.lax.all_gather(own, axis_name)  # [W, B, m]

@@ -1,4 +1,4 @@
-r"""A step of a plan: fetch what a task needs, evaluate it, return its gradient to the owners."""
+r"""A step of a plan: fetch the weights of a task, evaluate it, return gradients to the owners."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +18,21 @@ from psjax.plan._store import Store
 def value_and_grad(
     element_fn: Callable[..., Any], plan: Any, store: Store, axis_name: str
 ) -> Callable[..., tuple[jax.Array, Any]]:
-    r"""Value and gradient of a partially-separable loss by a plan, the weights in shards.
+    r"""Value and gradient of a partially-separable loss by a plan, with the weights in shards.
 
-    Every turn a worker fetches the classes of its task from those who have them, evaluates, and
-    sends the gradient back, which is added where the weights live: $\sum_e U_e^\top g_e$. The
-    common weights come by one all-gather and return by one all-to-all a step. Classes come by
-    `ppermute`, one for each distance between owner and worker, or by one `all_to_all` where that
-    sends no more (`Table` says how much).
+    In every turn, a worker fetches the classes of its task from their owners, evaluates the task,
+    and returns the gradients. The owners add them: $\sum_e U_e^\top g_e$.
+
+    The common weights are fetched by one all-gather per step, and their gradients returned by one
+    all-to-all. Classes are fetched by `ppermute`, one per distance between owner and worker, or by
+    one `all_to_all` if that sends no more. `Table` says how much is sent.
 
     Args:
-      element_fn: `element_fn(params, batch, pairs)`, a scalar: `params` is the tree of a model with
-        s classes, `batch` has leaves `[l, S, ...]`, `pairs` is bool `[l, s]` of (label, other);
-        `psjax.losses.block` is made for it. Elements are added.
+      element_fn: `element_fn(params, batch, pairs)` returns a scalar. `params` is the tree of a
+        model with s classes, `batch` has leaves `[l, S, ...]`, and `pairs` is bool `[l, s]` for
+        (label, other), as `psjax.losses.block` takes it. Elements are added.
       plan: a `Plan`.
-      store: the `Store` of as many workers and classes.
+      store: a `Store` for the same numbers of workers and classes.
       axis_name: name of the mapped axis, of size W.
 
     Returns:
@@ -41,8 +42,8 @@ def value_and_grad(
       `value` is the sum over **this worker's** tasks: `jax.lax.psum` it.
 
     Raises:
-      ValueError: a plan for another number of workers or classes; at the call, a mapped axis of
-        another size, or batches that do not begin with `[T, l]`.
+      ValueError: plan and store differ in the number of workers or classes. At the call: the
+        mapped axis has another size, or the batches do not begin with `[T, l]`.
     """
     if (plan.num_workers, plan.num_classes) != (store.num_workers, store.num_classes):
         msg = (

@@ -1,4 +1,4 @@
-"""Where the weights of a model live among the workers, in shards."""
+"""`Store`: the layout of a model's weights in shards over the workers."""
 
 import dataclasses
 import functools
@@ -21,22 +21,23 @@ ROW = P("row")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Store:
-    """Where the weights of a model live among W workers, as arrays that shard along dimension 0.
+    """The layout of a model's weights over W workers: arrays that are sharded along dimension 0.
 
-    A leaf with the class axis is kept class by class, `[W * m, ...]` with `m = ceil(C / W)`: the
-    rows `w * m, ..., w * m + m - 1` are those of worker w, the last ones zeros where W does not
-    divide C. Any other leaf is flat, `[W * ceil(size / W)]`; a scalar stays as it is, on every
-    worker. Optimizers that treat entries alike run on these arrays as they are, each entry where it
-    lives; those that need a norm run outside `shard_map`, on the sharded arrays.
+    A leaf with the class axis has one row per class, `[W * m, ...]` with `m = ceil(C / W)`. Worker
+    w owns the rows `w * m` to `w * m + m - 1`; the last rows are zero if W does not divide C. Any
+    other leaf is flat, `[W * ceil(size / W)]`. A scalar is unchanged, and every worker has it.
+
+    Element-wise optimizers can run on each worker's shard inside `shard_map`. An optimizer that
+    needs a norm must run outside, on the sharded arrays.
 
     Args:
-      axes: as in `psjax.select`; kept as a whole tree of `PartitionSpec`s.
+      axes: as in `psjax.select`; stored as a whole tree of `PartitionSpec`s.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
-      num_workers: W.
+      num_workers: number of workers, W.
       axis: name of the class axis.
 
     Raises:
-      ValueError: fewer than one worker; a class axis that no parameter has; axes that do not fit.
+      ValueError: there is no worker, no parameter has the class axis, or the axes do not fit.
     """
 
     axes: Any
@@ -48,7 +49,7 @@ class Store:
         specs, paths, sizes = axis_sizes("Store", self.axes, self.like)
         object.__setattr__(self, "axes", jax.tree.structure(self.like).unflatten(specs))
         if self.axis not in sizes:
-            msg = f"Store(axis={self.axis!r}): no parameter has this axis; write one of {sizes}."
+            msg = f"Store(axis={self.axis!r}): no parameter has this axis; pass one of {sizes}."
             raise ValueError(msg)
         for path, spec in zip(paths, specs):
             parts = [part for part in Layout(spec, len(spec), sizes).pieces]
@@ -59,7 +60,7 @@ class Store:
                 )
                 raise ValueError(msg)
         if self.num_workers < 1:
-            msg = f"Store(num_workers={self.num_workers}): write 1 worker or more."
+            msg = f"Store(num_workers={self.num_workers}): pass 1 worker or more."
             raise ValueError(msg)
 
     @functools.cached_property
@@ -69,12 +70,12 @@ class Store:
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return self.sizes[self.axis]
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """Which class is where: int32 `[W, m]`, C for an empty row."""
+        """The classes of each worker: int32 `[W, m]`, padded with C."""
         parts = np.array_split(np.arange(self.num_classes, dtype=np.int32), self.num_workers)
         rows = np.full((self.num_workers, len(parts[0])), self.num_classes, np.int32)
         for w, part in enumerate(parts):
@@ -82,12 +83,12 @@ class Store:
         return rows
 
     def shard(self, tree: Any, axes: Any = None) -> Any:
-        """From a whole tree to the arrays of the store; on the host or in `jit`.
+        """Lay out a whole tree as the arrays of the store, on the host or in `jit`.
 
         Args:
-          tree: like the parameters, or another tree whose `axes` are given.
-          axes: `PartitionSpec`s of the tree; None: the parameters'. For an optimizer's state,
-            `psjax.ist.state_axes(optimizer, axes, like)`.
+          tree: the parameters, or another tree with its `axes`.
+          axes: `PartitionSpec`s of the tree; None: those of the parameters. For an optimizer's
+            state, pass `psjax.ist.state_axes(optimizer, axes, like)`.
         """
         rows = self.rows.ravel()
 
@@ -105,11 +106,11 @@ class Store:
         return jax.tree.map(leaf, axes, tree)
 
     def whole(self, tree: Any, like: Any = None, axes: Any = None) -> Any:
-        """From the arrays of the store to the whole tree; the inverse of `shard`.
+        """The whole tree from the arrays of the store: the inverse of `shard`.
 
         Args:
           tree: what `shard` returns.
-          like: arrays or `jax.ShapeDtypeStruct`s of the whole shapes; None: the parameters.
+          like: arrays or `jax.ShapeDtypeStruct`s with the whole shapes; None: the parameters.
           axes: as in `shard`.
         """
         rows = self.rows.ravel()
@@ -127,18 +128,18 @@ class Store:
         return jax.tree.map(leaf, axes, tree, like)
 
     def specs(self, tree: Any, axis_name: str) -> Any:
-        """`PartitionSpec`s of a tree of the store's arrays, for `jax.shard_map` or `device_put`."""
+        """The `PartitionSpec`s of the store's arrays, for `jax.shard_map` or `jax.device_put`."""
         return jax.tree.map(lambda x: P(axis_name) if jnp.ndim(x) else P(), tree)
 
     def check(self, call: str, shards: Any) -> None:
-        """Raise unless these are one worker's rows of the store's arrays.
+        """Raise unless `shards` are one worker's rows of the arrays of the store.
 
         Args:
           call: the function that the user called, for the message.
           shards: this worker's part of what `shard` returns.
 
         Raises:
-          ValueError: other shapes.
+          ValueError: the shapes differ.
         """
         like = jax.eval_shape(self.shard, self.like)
         want = jax.tree.map(
@@ -170,9 +171,9 @@ class Store:
         return out
 
     def return_common(self, grads: list[jax.Array | None], axis_name: str) -> list:
-        """The sum over the workers of such leaves, each share where it lives.
+        """Sum such leaves over the workers; each share of the sum returns to its owner.
 
-        An all-to-all and a sum, which is what a reduce-scatter sends.
+        It is an all-to-all and a sum, which sends as much as a reduce-scatter.
         """
         W = self.num_workers
         out: list[jax.Array | None] = [None] * len(grads)
@@ -194,7 +195,7 @@ class Store:
         return out
 
     def _common(self, shards: Params):
-        """Places among all leaves, and the shares, of leaves that are flat."""
+        """The flat leaves: their places among all leaves, and their shares."""
         leaves = jax.tree.leaves(shards)
         places = [i for i, x in enumerate(leaves) if i not in self.class_leaves and x.ndim]
         return places, [leaves[i] for i in places]
@@ -223,7 +224,7 @@ class Store:
 
     @functools.cached_property
     def class_leaves(self) -> tuple[int, ...]:
-        """Which leaves, counted flat, have the class axis."""
+        """Numbers of the leaves that have the class axis."""
         return tuple(i for i, spec in enumerate(self.leaf_specs) if self.axis in names(spec))
 
     def by_class(self, i: int, x: AnyArray, num: int):

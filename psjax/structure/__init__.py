@@ -1,15 +1,16 @@
-r"""How many weights a score and an element loss depend on, and which.
+r"""Which weights a score depends on, how many, and which elements share weights.
 
 Section 5 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
-neural network training*, G-2023-36: a score sees the common weights and its class's own, an element
-of two classes the common weights and two classes' own.
+neural network training*, G-2023-36: a score depends on the common weights and on those of its
+class. An element, which is a pair of classes, depends on the common weights and on those of both
+classes.
 
-**Under dropout** (section 6.1 and figure 5) weights go, by `Selection.drop` or the `keep` of the
-functions here, and the structure with them. Without the layers that all scores share, two scores
-share nothing, $U_j U_{j_2}^\top = 0$, and two elements only what is their common class's own;
-`overlap` counts it. Elements that share no weight can be evaluated together, each weight by one of
-them: the pairs are the edges of the complete graph, and a round is a set of edges that do not touch
-(`rounds`: C - 1 rounds for even C, C for odd).
+**Dropout** (section 6.1 and figure 5) changes this structure. Weights are dropped by
+`Selection.drop`, or by the argument `keep` of the functions here. Without the layers that all
+scores share, two scores share no weight, $U_j U_{j_2}^\top = 0$, and two elements share only the
+weights of a class that both have; `overlap` counts them. Elements that share no weight can be
+evaluated together, in a *round*. Take the pairs of classes as edges of the complete graph: a round
+is a set of edges that do not touch, and `rounds` finds C - 1 rounds for even C, and C for odd C.
 
 >>> import jax, jax.numpy as jnp, psjax
 >>> from jax.sharding import PartitionSpec as P
@@ -30,7 +31,7 @@ them: the pairs are the edges of the complete graph, and a round is a set of edg
 >>> grads["own"]  # of each class, the sum of the others
 Array([6., 5., 4., 3.], dtype=float32)
 
-The sum is the whole gradient in any order; a round's gradient goes home without a scatter.
+The sum is the whole gradient, in any order. The gradient of a round is put back without a scatter.
 """
 
 from psjax import _public

@@ -17,10 +17,10 @@ class WeightCounts(NamedTuple):
     """Numbers of weights.
 
     Attributes:
-      n: of the whole network.
-      score: behind one score, $n_j$.
-      element: behind one element $h_{kj}$, $n_{kj}$.
-      common: behind every score.
+      n: number of weights of the network.
+      score: number that one score depends on, $n_j$.
+      element: number that one element $h_{kj}$ depends on, $n_{kj}$.
+      common: number that every score depends on.
     """
 
     n: int
@@ -35,20 +35,20 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
     Args:
       axes: as in `psjax.select`.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them; nothing is computed.
-      axis: name of the class axis, of two classes at least.
-      keep: None, or a mask as in `Selection.drop`: count what remains, as figure 5 draws it. Where
-        classes keep different numbers, `score` and `element` are the largest. A weight that
-        remains counts, though it may lead to none that does.
+      axis: name of the class axis, which has two classes or more.
+      keep: None, or a mask as in `Selection.drop`: count the weights that remain, as in figure 5.
+        If classes keep different numbers, `score` and `element` are the largest. A weight that is
+        kept counts, even if all weights after it are dropped.
 
     Raises:
-      ValueError: from `psjax.select`, for axes that do not fit; an axis that no parameter has, or
-        of one class; from `Selection.drop`.
+      ValueError: as `psjax.select` and `Selection.drop`; no parameter has the axis, or it has only
+        one class.
     """
     size = _check_axis("count", axes, like, axis)
     if size < 2:
         msg = (
             f"count(axis={axis!r}): the axis has size {size}, and an element is a pair of classes; "
-            "write a model of two classes or more."
+            "pass a model of two classes or more."
         )
         raise ValueError(msg)
     drop = lambda s: s if keep is None else s.drop(keep)
@@ -61,7 +61,7 @@ def count(axes: Any, like: Any, axis: str = "class", keep: Any = None) -> Weight
 
 
 def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) -> Any:
-    """Which scores depend on each weight, as the figures 1, 3 and 5 of the paper draw it.
+    """Find which scores depend on each weight, as drawn in figures 1, 3 and 5 of the paper.
 
     Args:
       axes: as in `psjax.select`.
@@ -70,8 +70,8 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
       keep: None, or a mask as in `Selection.drop`.
 
     Returns:
-      A tree like `params`, int32: the class whose score alone sees the weight, -1 for a weight
-      that every score sees, -2 for one that is dropped.
+      A tree like `params`, int32: j for a weight that only score j depends on, -1 for a weight that
+      every score depends on, -2 for a dropped weight.
 
     Raises:
       ValueError: as `count`.
@@ -98,6 +98,6 @@ def dependence(axes: Any, params: Any, axis: str = "class", keep: Any = None) ->
 def _check_axis(call: str, axes: Axes, like: Params, axis: str):
     sizes = axis_sizes(call, axes, like)[2]
     if axis not in sizes:
-        msg = f"{call}(axis={axis!r}): no parameter has this axis; write one of {sorted(sizes)}."
+        msg = f"{call}(axis={axis!r}): no parameter has this axis; pass one of {sorted(sizes)}."
         raise ValueError(msg)
     return sizes[axis]

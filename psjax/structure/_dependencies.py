@@ -1,8 +1,8 @@
-"""Which weights each score of a classifier depends on, of any function.
+"""Which weights each score of a classifier depends on, for any function.
 
-Section 5 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize partitioned
-neural network training*, G-2023-36; figures 1, 3 and 5 are drawn by `psjax.structure.draw`. The
-program itself is read in `_from_program`. The public names are in `psjax.structure`.
+See section 5 of P. Raynaud, D. Orban, J. Bigeon, *Partially-separable loss to parallelize
+partitioned neural network training*, G-2023-36; `psjax.structure.draw` draws figures 1, 3 and 5.
+`_from_program` reads the program. The public names are in `psjax.structure`.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from psjax.structure._from_program import Reading
 
 
 class Cells(NamedTuple):
-    """The weights of a leaf in cells: what is in one cell has the same scores.
+    """The weights of a leaf in cells: the same scores depend on all weights of a cell.
 
     Attributes:
-      path: of the leaf.
+      path: path of the leaf.
       holds: `bool[C, cells]`, which scores depend on a cell.
-      kept: `int64[cells]`, weights that are kept.
-      sizes: `int64[cells]`, weights.
+      kept: `int64[cells]`, number of weights that are kept.
+      sizes: `int64[cells]`, number of weights.
     """
 
     path: tuple[Any, ...]
@@ -45,12 +45,12 @@ class Dependencies:
     r"""Which weights each of C scores depends on; made by `dependencies`.
 
     Attributes:
-      masks: tree like the parameters, `bool[C, ...]` that broadcasts to `[C, *leaf.shape]`: the
-        rows are the ones on the diagonal of the paper's $U_j^\top U_j$. A dimension along which
-        nothing changes has size 1.
-      like: tree of `jax.ShapeDtypeStruct`s of the parameters.
+      masks: tree like the parameters, `bool[C, ...]` that broadcasts to `[C, *leaf.shape]`. Row j
+        is the diagonal of the paper's $U_j^\top U_j$. A dimension along which nothing changes has
+        size 1.
+      like: the parameters as `jax.ShapeDtypeStruct`s.
       how: tree like the parameters, `"program"` or `"jacobian"`: how a mask was found.
-      order: tree like the parameters, int: which comes first in the program.
+      order: tree like the parameters, int: the order in which the program reads the leaves.
     """
 
     masks: Any
@@ -69,7 +69,7 @@ class Dependencies:
         return self.count()
 
     def cells(self, keep: Any = None) -> Iterator[Cells]:
-        """Every leaf's weights in groups that the same scores depend on.
+        """The weights of every leaf, in groups on which the same scores depend.
 
         Args:
           keep: None, or a mask as in `Selection.drop`.
@@ -97,18 +97,18 @@ class Dependencies:
         """Count n, $n_j$, $n_{kj}$ and the common weights, as `psjax.structure.count` does.
 
         Args:
-          keep: None, or a mask as in `Selection.drop`: count what remains.
+          keep: None, or a mask as in `Selection.drop`: count the weights that remain.
 
         Returns:
-          `WeightCounts`. Where scores or pairs depend on different numbers of weights, `score` and
-          `element` are the largest; `n` counts the weights that no score depends on too.
+          `WeightCounts`. If scores or pairs depend on different numbers of weights, `score` and
+          `element` are the largest. `n` includes weights that no score depends on.
 
         Raises:
           ValueError, TypeError: from `Selection.drop`.
         """
         shared, n, common = np.zeros((self.num_classes, self.num_classes)), 0, 0
         for own in self.cells(keep):
-            holds = own.holds.astype(float)  # for the speed of its products; exact below 2**53
+            holds = own.holds.astype(float)  # for faster products; exact below 2**53
             shared += (holds * own.kept) @ holds.T
             n += int(own.kept.sum())
             common += int(own.kept[own.holds.all(axis=0)].sum())
@@ -139,32 +139,32 @@ def dependencies(
     r"""Find which weights each score of a classifier depends on.
 
     With $C$ scores $c_j(x; w) = \hat c_j(x; U_j w)$ (section 5.1), the rows of $U_j$ select the
-    weights that score $j$ depends on. Nothing has to be annotated: the program of `apply` is read.
-    If the rows of the scores' dimension can be permuted together with rows of the parameters, and
-    no sum, maximum or other function takes several of them together on the way to the scores, then
-    score $j$ depends on rows $j$ alone; on every other weight either all scores depend, or none.
-    Where the program does not tell, as after a `log_softmax`, Jacobians at random weights do: see
-    `from_jacobians`.
+    weights that score $j$ depends on. Nothing has to be annotated: psjax reads the traced program
+    of `apply`. Suppose that rows of the parameters can be permuted together with the scores, and
+    that no sum, maximum or other function combines several of them on the way to the scores. Then
+    score $j$ depends on the rows $j$ alone. On every other weight, either all scores depend or
+    none. Where the program does not tell, for example after a `log_softmax`, `from_jacobians` finds
+    out at random weights.
 
-    The program tells of values, not of derivatives, and of whole leaves: all entries count of what
-    it reads, also behind a `stop_gradient`, and also of a table of words of which a batch reads a
-    few.
+    The program shows dependence of values, not of derivatives, and for whole leaves. A leaf that it
+    reads counts in full: behind a `stop_gradient`, too, and a table of words of which a batch uses
+    a few.
 
     Args:
-      apply: `apply(params, *inputs)`, a pure function; the scores, `[..., C]`, are its result, or
-        the first of several.
+      apply: `apply(params, *inputs)`, a pure function. Its result, or the first of its results, is
+        the scores, `[..., C]`.
       params: its parameters, unboxed, or `jax.ShapeDtypeStruct`s of them. All arrays in it count as
-        weights; close `apply` over statistics and other constants.
+        weights; let `apply` close over statistics and other constants.
       *inputs: arrays, or `jax.ShapeDtypeStruct`s; any batch size.
       axis: dimension of the result along which the scores lie. Default: the last.
 
     Returns:
-      `Dependencies`: masks `[C, ...]` like the parameters, counts, how each leaf was found.
+      `Dependencies`: masks `[C, ...]` like the parameters, counts, and how each leaf was found.
 
     Raises:
-      ValueError: boxes of Flax among the parameters; fewer than two scores, or a result without
-        such a dimension; the program does not tell, and the weights are abstract, or the scores
-        are not finite near them.
+      ValueError: the parameters have Flax boxes; there are fewer than two scores, or the result has
+        no such dimension; the program does not tell, and the weights are abstract or the scores are
+        not finite near them.
 
     Example:
       >>> import jax.numpy as jnp, psjax
@@ -203,13 +203,13 @@ def dependencies(
 def from_program(
     apply: Callable[..., Any], params: Any, *inputs: Any, axis: int | None = None
 ) -> Any:
-    """Masks as those of `dependencies`, read off the program alone.
+    """The masks of `dependencies`, read off the program alone.
 
     Returns:
       A tree like `params` of `bool[C, ...]`.
 
     Raises:
-      ValueError: as `dependencies`; the program does not tell all leaves.
+      ValueError: as `dependencies`; or the program does not tell for some leaf.
     """
     _, reading = _reading("from_program", apply, params, inputs, axis)
     found = reading.masks()
@@ -227,31 +227,31 @@ def from_jacobians(
     draws: int = 32,
     seed: int = 0,
 ) -> Any:
-    r"""Masks as those of `dependencies`, from Jacobians of the scores at random weights.
+    r"""The masks of `dependencies`, from Jacobians of the scores at random weights.
 
-    With random numbers $r_b$, one per row of the batch (and per other position), a weight $w_i$
-    counts for score $j$ if $\partial \sum_b r_b c_j(x_b; w) / \partial w_i \ne 0$ in one draw. A
-    sum without $r_b$ could be constant, as one over a normalised batch is.
+    With random numbers $r_b$, one per row of the batch (and per other position), score $j$ depends
+    on weight $w_i$ if $\partial \sum_b r_b c_j(x_b; w) / \partial w_i \ne 0$ in one of the draws.
+    Without $r_b$, the sum could be constant, for example over a normalised batch.
 
-    To the weights and inputs given, each draw adds normal numbers of 1/4, 1/2, 1 or 2 times their
-    root mean square; a leaf of positive numbers, such as variances, is multiplied and stays
-    positive. A rectified unit that is at rest in all draws and samples seems to have no weights:
-    pass more samples or draws.
+    Each draw adds normal numbers to the given weights and inputs, with 1/4, 1/2, 1 or 2 times their
+    root mean square. A leaf of positive numbers, such as variances, is multiplied and stays
+    positive. A rectified unit that is 0 in all draws and samples seems to have no weights; if that
+    may happen, pass more samples or draws.
 
     Args:
-      apply: as in `dependencies`, with a derivative in reverse.
+      apply: as in `dependencies`; JAX must be able to differentiate it in reverse mode.
       params: arrays. Leaves of integers have no derivative, and count for all scores.
-      *inputs: arrays; abstract floating-point ones are drawn, from a normal distribution.
+      *inputs: arrays; abstract floating-point ones are drawn from a normal distribution.
       axis: as in `dependencies`.
       draws: number of draws.
-      seed: of the draws.
+      seed: seed of the draws.
 
     Returns:
       A tree like `params` of `bool[C, ...]`.
 
     Raises:
-      ValueError: as `dependencies`; abstract weights or integers; scores that are not floating
-        point, or finite in no draw.
+      ValueError: as `dependencies`; weights or integer inputs are abstract; the scores are not
+        floating point, or are finite in no draw.
     """
     like, first, dim = _scores("from_jacobians", apply, params, inputs, axis)
     _check_numbers(params, inputs)
@@ -296,7 +296,7 @@ def from_jacobians(
 
 
 def _narrow(mask: Bool[np.ndarray, "..."]):
-    """A mask with size 1 along the dimensions of a leaf in which nothing changes."""
+    """A mask with size 1 along the dimensions in which it does not change."""
     for d in range(1, mask.ndim):
         first = mask.take([0], d) if mask.shape[d] else np.zeros_like(mask, shape=())
         if mask.shape[d] and (mask == first).all():
@@ -313,7 +313,7 @@ def _is_inexact(x: Any):
 
 
 def _near(rng: np.random.Generator, x: Any, spread: float):
-    """Random numbers near given ones, or instead of abstract ones."""
+    """Random numbers near the given ones, or in place of abstract ones."""
     if not _is_inexact(x):
         return x
     noise = rng.normal(size=np.shape(x))
@@ -328,7 +328,7 @@ def _near(rng: np.random.Generator, x: Any, spread: float):
 
 
 def _check_numbers(params: Params, inputs: tuple[Any, ...]):
-    """Raise for what cannot be drawn."""
+    """Raise if numbers are missing that cannot be drawn."""
     for path, x in jax.tree_util.tree_leaves_with_path((params, inputs)):
         weight = path[0].idx == 0
         if _is_abstract(x) and (weight or not _is_inexact(x)):

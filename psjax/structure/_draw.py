@@ -1,4 +1,4 @@
-"""A picture of which weights each score depends on, as the figures 1, 3 and 5 of the paper.
+"""`draw`: which weights each score depends on, as in figures 1, 3 and 5 of the paper.
 
 The public names are in `psjax.structure`.
 """
@@ -13,7 +13,7 @@ from jax.tree_util import KeyPath, keystr
 
 from psjax.structure._dependencies import Dependencies
 
-# Okabe and Ito's colours, told apart by the colour blind, then three more.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then three more.
 _COLOURS = (
     """#0072B2 #E69F00 #D55E00 #56B4E9 #009E73 #CC79A7 #F0E442 #7F5AA8 #8C564B #8FBC3F""".split()
 )
@@ -21,7 +21,7 @@ _COMMON, _SOME, _EDGE, _TEXT = "#BDBDBD", "#7A7A7A", "#8C8C8C", "#303030"
 _DOTTED = (0, (1, 1.5))
 _ROW, _GAP = 1.0, 0.55  # height of a layer, and of the space to the next
 _MOST_LABELS = 20
-_LEAST_PART = 0.2  # of a layer's height, for a part of few weights
+_LEAST_PART = 0.2  # of a layer's height, for a part with few weights
 
 
 @dataclasses.dataclass
@@ -29,8 +29,8 @@ class _Part:
     """Weights of a layer that the same number of scores depends on.
 
     Attributes:
-      sizes: weights; of the classes' own, one number per class.
-      kept: those not dropped.
+      sizes: number of weights; for weights of single classes, one number per class.
+      kept: number of weights that are not dropped.
     """
 
     sizes: np.ndarray
@@ -45,25 +45,26 @@ def draw(
 ) -> Any:
     r"""Draw the layers of a network, coloured by the scores that depend on them.
 
-    From the input, at the bottom, to the scores, at the top, one row per layer; every class has a
-    column and a colour. A block of a class's colour holds weights that this score alone depends on;
-    a grey one, across all columns, the common weights. Between two layers, a band of a class's
-    colour leads to each block of its own: score $j$ depends on what lies in its column. Figures 1
-    and 3 of the paper; with `keep`, figure 5: dropped weights are dotted outlines.
+    There is one row per layer, from the input at the bottom to the scores at the top, and one
+    column and colour per class. A block in the colour of a class stands for weights that only this
+    score depends on; a grey block across all columns stands for the common weights. Coloured bands
+    lead from layer to layer to the blocks of a class. So score $j$ depends on everything in its
+    column. These are figures 1 and 3 of the paper; with `keep`, it is figure 5, where dropped
+    weights have dotted outlines.
 
     Needs matplotlib: `pip install psjax[experiments]`.
 
     Args:
       dependencies: what `psjax.structure.dependencies` returned.
-      ax: matplotlib axes. Default: those of a new figure, 7 inches wide.
+      ax: matplotlib axes. Default: the axes of a new figure, 7 inches wide.
       keep: None, or a mask as in `Selection.drop`: the weights that remain under dropout.
-      title: above the picture. Default: none but the counts.
+      title: text above the picture and the counts. Default: only the counts.
 
     Returns:
       The matplotlib axes.
 
     Raises:
-      ImportError: no matplotlib.
+      ImportError: matplotlib is not installed.
       ValueError, TypeError: from `Selection.drop`.
 
     Example:
@@ -191,7 +192,7 @@ class _Picture:
         self.ax.text(1.012 * self.C, middle, number, ha="left", fontsize=8.5, **text)
 
     def _part(self, y: float, height: float, kind: str, part: _Part):
-        """Blocks of one kind, the dropped weights above the kept ones."""
+        """Draw blocks of one kind, with dropped weights above kept ones."""
         width = self.C / len(part.sizes)
         colours = {"common": [_COMMON], "some": [_SOME], "unused": ["white"], "own": self.colours}
         space = 0.04 if kind == "own" else 0.0
@@ -215,7 +216,7 @@ class _Picture:
                 self._box(x, low, wide, height * (1 - share), "none", **dotted)
 
     def _bands(self, y: float, parts: Mapping[str, _Part]):
-        """From below to a layer: to each class's own block in its colour, to others in grey."""
+        """Draw bands from below to a layer: coloured to the block of each class, grey to others."""
         if "own" in parts:
             for j in np.flatnonzero(parts["own"].kept):
                 self._band(j, y, self.colours[j])
@@ -232,7 +233,7 @@ class _Picture:
         self.ax.text(self.C / 2, y + 0.3, text, ha="center", va="center", fontsize=8.5, color=_TEXT)
 
     def _scores(self, y: float):
-        """The row of scores."""
+        """Draw the row of scores."""
         for j, colour in enumerate(self.colours):
             self._box(j + 0.04, y, 0.92, 0.62, colour, linewidth=0)
             if self.C <= _MOST_LABELS:
@@ -272,7 +273,7 @@ class _Picture:
 
 
 def _on(colour: Any):
-    """Black or white, whichever is read better on a colour."""
+    """Black or white, whichever is easier to read on a colour."""
     from matplotlib.colors import to_rgb
 
     red, green, blue = to_rgb(colour)

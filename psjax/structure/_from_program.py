@@ -14,17 +14,17 @@ from psjax.axes._walk import Program, Step, Walk
 
 
 class Reading:
-    """A program with one result, of which one dimension is the scores.
+    """A program with one result, one dimension of which is the scores.
 
     Args:
       scores: `scores(params, *inputs)`, one array.
       like: tree of `jax.ShapeDtypeStruct`s of the parameters.
-      inputs: arrays, or the same of them.
-      dim: the scores' dimension.
+      inputs: arrays, or `jax.ShapeDtypeStruct`s of them.
+      dim: the dimension of the scores.
 
     Attributes:
-      reason: why the program does not tell all; empty where it does.
-      own: the atoms of the scores; none where the program tells nothing.
+      reason: why the program does not tell for some leaf; empty if it tells for all.
+      own: the atoms of the scores; empty if the program tells nothing.
     """
 
     def __init__(self, scores: Callable[..., Any], like: Any, inputs: Any, dim: int):
@@ -43,7 +43,7 @@ class Reading:
         self.reason = self._find(coupled)
 
     def _find(self, coupled: int):
-        """The atoms of the scores, into `own`; or why they tell nothing."""
+        """Put the atoms of the scores into `own`; or return why they tell nothing."""
         atoms = self.walk.atoms
         terms = atoms.expand(self.out.dims[self.dim])
         if len(terms) != 1 or any(atoms.parts(atom) is not None for atom in terms[0]):
@@ -61,7 +61,7 @@ class Reading:
         return ""
 
     def masks(self) -> list[np.ndarray | None]:
-        """Of each leaf `bool[C, ...]`, which broadcasts to `[C, *shape]`; None: not told."""
+        """Per leaf, `bool[C, ...]` that broadcasts to `[C, *shape]`; None if it is not known."""
         read = _read(self.program, [True])
         return [self._mask(x) if own else self._none(x) for x, own in zip(self.params, read)]
 
@@ -84,7 +84,7 @@ class Reading:
         return mask
 
     def _once(self, x: Any):
-        """Whether no atom of the scores is in two dimensions of a leaf, or twice in a product."""
+        """Whether no atom of the scores is in two dimensions of a leaf or twice in a product."""
         atoms = self.walk.atoms
         count = lambda dim, own: max(
             sum(a == own or count(atoms.parts(a) or [], own) for a in term)
@@ -93,7 +93,7 @@ class Reading:
         return all(sum(count(dim, own) for dim in x.dims) <= 1 for own in self.own)
 
     def _rows(self, dim: Dim):
-        """Of a dimension, `bool[C, rows]`: which rows each score depends on."""
+        """Which rows of a dimension each score depends on: `bool[C, rows]`."""
         terms = self.walk.atoms.expand(dim)
         return np.concatenate([self._term(term, len(terms) > 1) for term in terms], axis=1)
 
@@ -112,14 +112,14 @@ class Reading:
             mask = (mask[:, :, None] & rows[:, None, :]).reshape(len(mask), -1)
         inside = atoms.atoms([term])
         if beside and inside and all(atoms.fixed(a) is None for a in inside):
-            # Rows beside others, and perhaps only the others are used. Free rows that are used
-            # leave a trace: the result has them, or a sum over them.
+            # These rows stand beside others, and perhaps only the others are used. If free rows are
+            # used, the result has them or a sum over them.
             if not self.bits([[inside]]) & self.alive:
                 return np.zeros_like(mask)
         return mask
 
     def order(self) -> list[int]:
-        """Of each leaf, how many steps of the program come before the first that reads it."""
+        """Per leaf, the number of steps of the program before the first that reads it."""
         uses: dict[int, int] = {}
         count = 0
 
@@ -137,7 +137,7 @@ class Reading:
 
 
 def _read(program: Program, wanted: Sequence[bool]) -> list[bool]:
-    """Which arguments of a program the wanted ones of its results are computed from."""
+    """Which arguments of a program the wanted results are computed from."""
     jaxpr = program.jaxpr
     needed = {v for v, own in zip(jaxpr.outvars, wanted) if own and isinstance(v, Var)}
     for step in reversed(program.steps):
@@ -149,7 +149,7 @@ def _read(program: Program, wanted: Sequence[bool]) -> list[bool]:
 
 
 def _read_by(step: Step, outs: list[bool]) -> list[bool]:
-    """Which operands of an equation the wanted ones of its results are computed from."""
+    """Which operands of an equation the wanted results are computed from."""
     if not step.inner:
         return [True] * len(step.ins)
     if step.name == "cond":
@@ -168,7 +168,7 @@ def _read_by(step: Step, outs: list[bool]) -> list[bool]:
 
 
 def _turns(body: Program, consts: int, carry: list[bool], rest: list[bool]):
-    """What a loop's body reads and what it carries on, the same from turn to turn."""
+    """What the body of a loop reads and carries, once further turns do not change it."""
     while True:
         found = _read(body, [*carry, *rest])
         more = [a or b for a, b in zip(carry, found[consts:])]

@@ -1,7 +1,7 @@
-"""How many weights elements see, and how many two of them share.
+"""How many weights elements see, and how many two elements share.
 
-Counted leaf by leaf and axis by axis on the host, from the rows that the elements hold; no matrix
-of all weights is made. The public names are in `psjax.structure`.
+They are counted per leaf and per axis on the host, from the rows of the elements. No matrix over
+all weights is made. The public names are in `psjax.structure`.
 """
 
 import math
@@ -16,9 +16,9 @@ from psjax._types import Params
 
 
 def num_weights(selection: Selection, like: Any) -> np.ndarray:
-    """How many weights each element of a selection sees, `int64[E]`.
+    """Count the weights that each element of a selection sees: `int64[E]`.
 
-    Padding counts for nothing, nor do weights that `Selection.drop` dropped.
+    Padding does not count, and neither do weights that `Selection.drop` dropped.
 
     Args:
       selection: the index sets, with masks, if any, that are not traced.
@@ -43,11 +43,11 @@ def num_weights(selection: Selection, like: Any) -> np.ndarray:
 
 
 def overlap(selection: Selection, like: Any) -> np.ndarray:
-    r"""How many weights every two elements share, `int64[E, E]`: the ones of $U_e U_f^\top$.
+    r"""Count the weights that every two elements share: `int64[E, E]`, the ones in $U_e U_f^\top$.
 
-    Its diagonal is `num_weights`; 0 where two elements can be evaluated together. Counted axis by
-    axis, from which rows two elements share; only the axes along which a mask of `Selection.drop`
-    differs are laid out, `[E, rows]`.
+    The diagonal is `num_weights`. Two elements with 0 can be evaluated together. The count goes
+    axis by axis, from the rows that two elements share. Memory `[E, rows]` is needed only for axes
+    along which a mask of `Selection.drop` differs.
 
     Args:
       selection: the index sets, with masks, if any, that are not traced.
@@ -55,7 +55,7 @@ def overlap(selection: Selection, like: Any) -> np.ndarray:
     """
     E, rows = selection.num_elements, _rows("overlap", selection, like)
     held = {}
-    for name, index in rows.items():  # in floating point, for the speed of its products
+    for name, index in rows.items():  # in floating point, for faster products
         held[name] = np.zeros((E, selection.sizes[name] + 1))
         np.put_along_axis(held[name], index, 1.0, axis=1)
         held[name] = held[name][:, :-1]
@@ -75,8 +75,8 @@ def _rows(call: str, selection: Selection, like: Params):
     """The rows of every axis that each element sees, `[E, m]`, on the host."""
     if selection.valid.ndim != 1:
         msg = (
-            f"{call}(selection): the selection has leaves of shape {selection.valid.shape}; give "
-            "the one before split, [E]."
+            f"{call}(selection): the selection has leaves of shape {selection.valid.shape}; pass "
+            "the selection before split, [E]."
         )
         raise ValueError(msg)
     check_like(call, selection, like)
@@ -89,9 +89,9 @@ def _rows(call: str, selection: Selection, like: Params):
 
 
 def _tables(selection: Selection, like: Params):
-    """Of each leaf the selected axes, and how many kept weights there are in each of their rows.
+    """Per leaf, the selected axes and a table with the number of kept weights in their rows.
 
-    A table has one dimension an axis, of size 1 where the numbers are the same in all rows.
+    A table has one dimension per axis; its size is 1 if the numbers are equal in all rows.
     """
     for spec, x, keep in zip(
         selection.specs,
@@ -109,6 +109,6 @@ def _tables(selection: Selection, like: Params):
 
 
 def _same(names: Sequence[str], table: np.ndarray | np.integer):
-    """The axes along which a table is the same in all rows, and the others."""
+    """The axes along which a table does not change, and the others."""
     same = [name for name, n in zip(names, table.shape) if n == 1]
     return same, [name for name, n in zip(names, table.shape) if n > 1]

@@ -1,4 +1,4 @@
-"""Elements that share no weight, in rounds: a colouring of the graph of overlaps.
+"""Rounds of elements that share no weight: a colouring of the graph of overlaps.
 
 The public names are in `psjax.structure`.
 """
@@ -17,15 +17,16 @@ from psjax.structure._overlap import overlap
 def rounds(num_classes: int) -> np.ndarray:
     """All pairs of classes in rounds of pairs that share no class: int32 `[R, C // 2, 2]`.
 
-    An edge colouring of the complete graph with the fewest colours, R = C - 1 for even C and C for
-    odd, by the circle method: one class stands still, or sits out if C is odd, the others turn
-    around it. Every pair k < j comes once; the pairs of a round are sorted.
+    Every pair k < j occurs once, and the pairs of a round are sorted. This is an edge colouring of
+    the complete graph with the fewest colours: R = C - 1 for even C, and R = C for odd C. It is
+    made by the circle method: one class (or, for odd C, an empty place) stands still, and the other
+    classes turn around it.
 
     Raises:
-      ValueError: fewer than two classes have no pairs.
+      ValueError: there are fewer than two classes.
     """
     if num_classes < 2:
-        msg = f"rounds({num_classes}): one class has no pairs; write 2 or more."
+        msg = f"rounds({num_classes}): one class has no pairs; pass 2 or more."
         raise ValueError(msg)
     m = num_classes - 1 + num_classes % 2  # classes in the circle
     r, i = np.arange(m)[:, None], np.arange(1, (m + 1) // 2)
@@ -41,17 +42,17 @@ def rounds(num_classes: int) -> np.ndarray:
 def disjoint_rounds(selection: Selection, like: Any) -> list[np.ndarray]:
     """Elements in rounds of elements that share no weight: a colouring of the overlap graph.
 
-    Greedily, the element that overlaps most others first; where the elements are pairs of rows of
-    one axis, by `rounds` too, if that takes fewer. Of all pairs of classes, ordered or not, without
-    the shared layers these are the fewest rounds possible. Where all elements overlap, as with a
-    trunk that is kept, every one is alone.
+    The colouring is greedy, starting with the element that overlaps most others. If the elements
+    are pairs of rows of one axis, `rounds` is tried, too, and the fewer rounds are returned. For
+    all pairs of classes, ordered or not, without the shared layers, that is the fewest possible. If
+    all elements overlap, for example in a trunk that is kept, every round has one element.
 
     Args:
       selection: the index sets, with masks, if any, that are not traced.
       like: the parameters, or `jax.ShapeDtypeStruct`s of them.
 
     Returns:
-      For each round its elements, ascending; every valid element once.
+      One array per round with its elements, ascending. Every valid element occurs once.
     """
     conflict = overlap(selection, like) > 0
     np.fill_diagonal(conflict, False)
@@ -70,11 +71,12 @@ def disjoint_rounds(selection: Selection, like: Any) -> list[np.ndarray]:
 def in_rounds(selection: Selection, like: Any) -> Selection:
     """The elements of `disjoint_rounds` as selections to scan over: leaves `[R, m, ...]`.
 
-    A round with fewer than m elements has padding that is not valid. An axis no row of which two
-    elements of a round hold is one of `Selection.disjoint`: where all of a round are evaluated at
-    once, `chunk_size` m or more, its gradient goes home without a scatter; not where elements hold
-    different numbers of rows. Masks are repeated, one
-    a round; draw large ones inside the loop.
+    A round with fewer than m elements is padded with elements that are not valid. Masks are
+    repeated for every round; draw large masks inside the loop.
+
+    If no two elements of a round share a row of an axis, that axis is listed in
+    `Selection.disjoint`. Evaluating the whole round at once (`chunk_size` m or more) then avoids a
+    scatter. An axis is not listed if elements have different numbers of its rows.
 
     Args:
       selection: the index sets, with masks, if any, that are not traced.
@@ -94,14 +96,14 @@ def in_rounds(selection: Selection, like: Any) -> Selection:
         for name, index in sorted(indices.items())
         if index.ndim == 3
         and _no_row_twice(index, own, selection.sizes[name])
-        and (index[own] < selection.sizes[name]).all()  # a share with padding is no partition's
+        and (index[own] < selection.sizes[name]).all()  # a partition has no padding
     )
     return dataclasses.replace(selection, indices=indices, valid=own, keep=keep, disjoint=disjoint)
 
 
 def _greedy(conflict: Bool[np.ndarray, "E E"], elements: Integer[np.ndarray, " n"]):
     colour = np.full(len(conflict), -1)
-    taken: list[np.ndarray] = []  # of each colour, which elements can no longer have it
+    taken: list[np.ndarray] = []  # per colour, the elements that can no longer have it
     for e in elements[np.argsort(-conflict[elements].sum(axis=1), kind="stable")]:
         c = next((c for c, t in enumerate(taken) if not t[e]), len(taken))
         if c == len(taken):
@@ -112,7 +114,7 @@ def _greedy(conflict: Bool[np.ndarray, "E E"], elements: Integer[np.ndarray, " n
 
 
 def _circle(index: Integer[np.ndarray, "..."], elements: Integer[np.ndarray, " n"], num_rows: int):
-    """Rounds of pairs of rows by the circle method; of a pair that comes n times, n rounds."""
+    """Rounds of pairs of rows by the circle method; a pair that occurs n times takes n rounds."""
     at = np.zeros((num_rows, num_rows), int)
     for r, pairs in enumerate(rounds(num_rows)):
         at[pairs[:, 0], pairs[:, 1]] = r

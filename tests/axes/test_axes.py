@@ -268,7 +268,9 @@ def test_the_channels_that_residual_blocks_share_are_no_subnets_by_themselves():
     axes = psjax.infer_axes(apply, params, *inputs)
     small = psjax.narrow(apply, axes, {"hidden_0": 4})
     selection = psjax.select(axes, {"hidden_0": np.arange(8).reshape(2, 4)}, like=params)
-    with pytest.raises(ValueError, match=r"neurons of axis 'hidden_0' meet what depends on"):
+    with pytest.raises(
+        ValueError, match=r"neurons of axis 'hidden_0' meet a value that depends on"
+    ):
         psjax.ist.check_subnets(apply, small, params, selection, *inputs)
 
 

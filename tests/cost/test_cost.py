@@ -87,12 +87,12 @@ def test_the_exchange_is_twice_the_printed_inflow_less_the_share_at_home(n):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: cost.data_parallel((3,), 7, 2), r"data_parallel\(widths=\(3,\)\): write .*one l"),
+        (lambda: cost.data_parallel((3,), 7, 2), r"parallel\(widths=\(3,\)\): pass .*one layer"),
         (lambda: cost.independent_subnets((3, 2), 7, 2, 1), r"\(widths=\(3, 2\)\).*one hidden l"),
-        (lambda: cost.local_sgd(WIDTHS, 7, 0, 1), r"local_sgd\(num_workers=0\): write 1 or more"),
+        (lambda: cost.local_sgd(WIDTHS, 7, 0, 1), r"local_sgd\(num_workers=0\): pass 1 or more"),
         (lambda: cost.printed_data_parallel(WIDTHS, 0, 1), r"parallel\(batch_size=0\)"),
         (lambda: cost.local_sgd(WIDTHS, 7, 1, 0), r"\(local_steps=0\)"),
-        (lambda: cost.data_parallel((3, 0, 2), 7, 1), r"\(widths=\(3, 0, 2\)\): write 1 or more"),
+        (lambda: cost.data_parallel((3, 0, 2), 7, 1), r"\(widths=\(3, 0, 2\)\): pass 1 or more"),
     ],
 )
 def test_numbers_that_make_no_network_are_refused(call, match):
@@ -229,8 +229,8 @@ def test_memory_is_the_compiler_s():
 @pytest.mark.parametrize(
     ("program", "error", "match"),
     [
-        (jax.jit(lambda x: x), TypeError, r"ledger\(compiled\): got .*; write jax.jit"),
-        (jax.jit(lambda x: x).lower(A), TypeError, r"got Lowered; write .*compile\(\)"),
+        (jax.jit(lambda x: x), TypeError, r"ledger\(compiled\): got .*; pass jax.jit"),
+        (jax.jit(lambda x: x).lower(A), TypeError, r"got Lowered; pass .*compile\(\)"),
         (jax.jit(lambda x: x).lower(A).as_text(), ValueError, "not of a compiled program"),
     ],
 )

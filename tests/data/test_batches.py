@@ -252,8 +252,8 @@ def test_images_of_different_sizes_are_named(tmp_path):
     [
         ([3, -1], ValueError, r"label -1 of sample 1 is outside \[0, 100\)"),
         ([3, 100], ValueError, r"label 100 of sample 1 is outside \[0, 100\)"),
-        ([3, 1.7], TypeError, "labels are float64; write integers"),
-        ([], ValueError, r"labels have shape \(0,\); write a non-empty"),
+        ([3, 1.7], TypeError, "labels are float64; pass integers"),
+        ([], ValueError, r"labels have shape \(0,\); pass a non-empty"),
     ],
 )
 def test_labels_of_a_tfds_set_are_checked(tmp_path, read, labels, error, match):
@@ -347,12 +347,12 @@ ORDERED = {
 @pytest.mark.parametrize(
     ("order", "error", "match"),
     [
-        ([0, -1, 3], ValueError, r"entry 1 is -1; write positions in \[0, 230\)"),
-        ([0, 3, 230], ValueError, r"entry 2 is 230; write positions in \[0, 230\)"),
-        ([0.0, 1.5], TypeError, r"it is float64; write integers in \[0, 230\)"),
-        ([True, False], TypeError, "it is bool; write integers"),
-        ([], ValueError, r"it has shape \(0,\); write a non-empty \[M\], or None"),
-        ([[0, 1]], ValueError, r"it has shape \(1, 2\); write a non-empty \[M\]"),
+        ([0, -1, 3], ValueError, r"entry 1 is -1; pass positions in \[0, 230\)"),
+        ([0, 3, 230], ValueError, r"entry 2 is 230; pass positions in \[0, 230\)"),
+        ([0.0, 1.5], TypeError, r"it is float64; pass integers in \[0, 230\)"),
+        ([True, False], TypeError, "it is bool; pass integers"),
+        ([], ValueError, r"it has shape \(0,\); pass a non-empty \[M\], or None"),
+        ([[0, 1]], ValueError, r"it has shape \(1, 2\); pass a non-empty \[M\]"),
     ],
 )
 def test_an_order_that_is_not_one_is_refused(kind, order, error, match):
@@ -372,10 +372,10 @@ def test_an_order_may_leave_samples_out_and_draw_one_twice():
 @pytest.mark.parametrize(
     ("labels", "error", "match"),
     [
-        ([0.5, 1.7, 2.0], TypeError, "labels are float64; write integers"),
+        ([0.5, 1.7, 2.0], TypeError, "labels are float64; pass integers"),
         ([0, -1], ValueError, "label -1 of sample 1 is outside"),
         ([0, 2**31], ValueError, "label 2147483648 of sample 1 is outside"),
-        ([], ValueError, r"labels have shape \(0,\); write a non-empty"),
+        ([], ValueError, r"labels have shape \(0,\); pass a non-empty"),
         ([[0, 1]], ValueError, r"labels have shape \(1, 2\)"),
     ],
 )
@@ -389,23 +389,23 @@ def test_bad_input_is_named():
     for name in ("mnits", "MNIST", "Mnits"):
         with pytest.raises(ValueError, match="Did you mean 'mnist'"):
             data.load(name)
-    with pytest.raises(ValueError, match="write 'train' or 'test'"):
+    with pytest.raises(ValueError, match="pass 'train' or 'test'"):
         data.load("digits", "validation")
     with pytest.raises(ValueError, match=r"label 7 of sample 2 is outside \[0, 7\)"):
         data.check_labels([0, 1, 7], 7)
     with pytest.raises(ValueError, match="label -1 of sample 0"):
         data.check_labels([-1, 1], 7)
-    with pytest.raises(TypeError, match="labels are float64; write integers"):
+    with pytest.raises(TypeError, match="labels are float64; pass integers"):
         data.check_labels([0.0, 1.0], 7)
-    with pytest.raises(ValueError, match="write a non-empty"):
+    with pytest.raises(ValueError, match="pass a non-empty"):
         data.check_labels(np.zeros(0, int), 7)
     with pytest.raises(ValueError, match=r"batches\(batch_size=0\)"):
         data.batches(LABELS, 0)
     with pytest.raises(
-        ValueError, match=r"batches\(batch_size=231\): write an integer from 1 to 230"
+        ValueError, match=r"batches\(batch_size=231\): pass an integer from 1 to 230"
     ):
         data.batches(LABELS, 231)
-    with pytest.raises(ValueError, match="slots=2.*nothing may be dropped"):
+    with pytest.raises(ValueError, match="slots=2.*so that nothing is dropped"):
         data.batches_by_label(LABELS, 7, 50, slots=2)
     with pytest.raises(ValueError, match="tiles=2"):
         data.tiles_by_label(LABELS, 7, 50, 4, tiles=2)

@@ -159,7 +159,7 @@ def test_records_that_are_no_images_are_named(folder):
     for _ in range(4):
         writer.write(b"not a message")
     writer.close()
-    with pytest.raises(ValueError, match="is not what the set's features say") as caught:
+    with pytest.raises(ValueError, match="does not have the features of the set") as caught:
         load(folder)
     assert str(folder) in str(caught.value)
 

@@ -200,7 +200,7 @@ def test_a_column_of_a_split_file_is_the_points_in_its_order(tmp_path):
 @pytest.mark.parametrize(
     ("text", "column", "match"),
     [
-        (b"1 2\n", None, "line 1 has 2 columns; write column=0"),
+        (b"1 2\n", None, "line 1 has 2 columns; pass column=0"),
         (b"1 2\n3\n", 1, "line 2 has 1 columns, counted from 0"),
         (b"1\n", -1, "line 1 has 1 columns, counted from 0"),
         (b"1\n0\n", None, r"line 2: '0' is not an integer in \[1, 3\]"),
@@ -242,7 +242,7 @@ MOST = int(np.diff(random_data(5).indptr).max())
 @pytest.mark.parametrize(
     ("rows", "width", "pad_id", "match"),
     [
-        ([0, FULLEST], MOST - 1, 300, f"row {FULLEST} has {MOST} ids; write width=.* droppe"),
+        ([0, FULLEST], MOST - 1, 300, f"row {FULLEST} has {MOST} ids; pass width=.* droppe"),
         ([61], 9, 300, r"row 61 is outside \[0, 60\]"),
         ([1], 9, 40, r"pad_id=40\): the largest id is"),
     ],

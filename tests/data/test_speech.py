@@ -414,13 +414,13 @@ def test_bad_input_is_named(tmp_path):
         data.load_speech("mnist")
     with pytest.raises(ValueError, match="no such set"):
         data.load_speech("spoken_digit", labels="words")
-    with pytest.raises(ValueError, match="write split='train' or 'test'"):
+    with pytest.raises(ValueError, match="pass split='train' or 'test'"):
         data.load_speech("spoken_digit", "validation")
-    with pytest.raises(ValueError, match=r"LogMel\(num_mels=0\): write a positive integer"):
+    with pytest.raises(ValueError, match=r"LogMel\(num_mels=0\): pass a positive integer"):
         data.LogMel(num_mels=0)
     with pytest.raises(ValueError, match=r"LogMel\(window_ms=200\): longer"):
         data.LogMel(window_ms=200, duration_ms=100)
-    with pytest.raises(ValueError, match=r"float32\[\]; write real \[..., samples\]"):
+    with pytest.raises(ValueError, match=r"float32\[\]; pass real \[..., samples\]"):
         data.log_mel(np.float32(1), 8000)
     with pytest.raises(ValueError, match="sample_rate=0"):
         data.log_mel(np.zeros(8), 0)

@@ -179,14 +179,14 @@ GATES = {
 
 @pytest.mark.parametrize("name", GATES)
 def test_a_gate_that_sees_all_neurons_is_found(x64, name):
-    with pytest.raises(ValueError, match=r"are no sum over the subnets.*axis 'h'"):
+    with pytest.raises(ValueError, match=r"are not a sum over the subnets.*axis 'h'"):
         check_gate(GATES[name])
 
 
 def test_a_maximum_that_changes_nothing_at_the_given_weights_is_found(x64):
     largest = np.linalg.norm(np.tanh(normal(5, 7) @ normal(7, 6)))
     clipped = lambda h, v: (h * jnp.minimum(1, 1.001 * largest / jnp.linalg.norm(h))) @ v
-    with pytest.raises(ValueError, match=r"are no sum over the subnets.*axis 'h'"):
+    with pytest.raises(ValueError, match=r"are not a sum over the subnets.*axis 'h'"):
         check_gate(clipped)
 
 

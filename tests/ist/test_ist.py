@@ -404,7 +404,7 @@ def test_nothing_to_calibrate_is_refused():
 
 @pytest.mark.parametrize("shape", [(), (0, 5, 7)])
 def test_no_batch_to_calibrate_with_is_refused(shape):
-    with pytest.raises(ValueError, match=r"got shape .*; write \[K, B, ...\], K >= 1"):
+    with pytest.raises(ValueError, match=r"got shape .*; pass \[K, B, ...\], K >= 1"):
         psjax.ist.calibrate(NETS["1 layer"], {}, jnp.ones(shape))
 
 
@@ -568,7 +568,7 @@ def test_outside_interpolation_the_gradient_bias_does_not_vanish(x64):
 
 def test_no_selection_has_no_gradient_bias():
     params, _, _, batch = linear_network(1)
-    with pytest.raises(ValueError, match="no selection; give one for every draw"):
+    with pytest.raises(ValueError, match="there is no selection; pass one per draw"):
         psjax.ist.gradient_bias(squared_loss, squared_loss, params, [], batch)
 
 
@@ -602,7 +602,7 @@ def test_where_all_entries_take_all_steps_a_count_an_entry_is_adam(x64):
         ({"h3": 8}, 2, False, r"no parameter has an axis 'h3'; the named ones are \['h1'"),
         ({"h1": 7}, 0, False, "num_subnets=0"),
         ({"h1": 7}, -1, False, "num_subnets=-1"),
-        ({}, 2, False, "pass the name and the size of an axis"),
+        ({}, 2, False, "pass the name and size of every axis"),
         ({"h1": 7}, 2, True, "axis 'h1' has size 7, which 2 \\* 2 must divide"),
         ({"h1": 6}, 3, True, "axis 'h1' has size 6, which 3 \\* 3 must divide"),
     ],

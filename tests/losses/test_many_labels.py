@@ -311,27 +311,25 @@ def test_top_k_under_vmap_and_shard_map(x64):
 def test_bad_input_is_named():
     hidden, kernel, bias, labels = _case(dtype=np.float32)
     loss, top = losses.many_label_cross_entropy, losses.top_k_labels
-    with pytest.raises(ValueError, match=r"hidden has shape \(7, 4\) and kernel \(5, 23\); write"):
+    with pytest.raises(ValueError, match=r"hidden has shape \(7, 4\) and kernel \(5, 23\); pass"):
         loss(hidden[:, :4], kernel, bias, labels)
-    with pytest.raises(
-        ValueError, match=r"bias has shape \(22,\) and kernel \(5, 23\); write bias"
-    ):
+    with pytest.raises(ValueError, match=r"bias has shape \(22,\) and kernel \(5, 23\); pass bias"):
         loss(hidden, kernel, bias[1:], labels)
-    with pytest.raises(ValueError, match=r"labels have shape \(7,\) and hidden \(7, 5\); write"):
+    with pytest.raises(ValueError, match=r"labels have shape \(7,\) and hidden \(7, 5\); pass"):
         loss(hidden, kernel, bias, labels[:, 0])
     with pytest.raises(ValueError, match="at least one label"):
         loss(hidden, kernel[:, :0], None, labels)
-    with pytest.raises(ValueError, match="chunk_size=0; write at least 1"):
+    with pytest.raises(ValueError, match="chunk_size=0; pass 1 or more"):
         loss(hidden, kernel, bias, labels, chunk_size=0)
-    with pytest.raises(TypeError, match="labels are float32; write integers"):
+    with pytest.raises(TypeError, match="labels are float32; pass integers"):
         loss(hidden, kernel, bias, labels.astype(jnp.float32))
-    with pytest.raises(TypeError, match="dtypes are float32, bfloat16, float32; write one float"):
+    with pytest.raises(TypeError, match="dtypes are float32, bfloat16, float32; pass one float"):
         loss(hidden, kernel.astype(jnp.bfloat16), bias, labels)
-    with pytest.raises(TypeError, match="dtypes are int32, int32; write one floating dtype"):
+    with pytest.raises(TypeError, match="dtypes are int32, int32; pass one floating dtype"):
         top(hidden.astype(int), kernel.astype(int), None, 1)
-    with pytest.raises(ValueError, match="k=24 with 23 labels; write 1 <= k <= 23"):
+    with pytest.raises(ValueError, match="k=24 with 23 labels; k must be from 1 to 23"):
         top(hidden, kernel, bias, 24)
     with pytest.raises(ValueError, match="k=0 with 23 labels"):
         top(hidden, kernel, bias, 0)
-    with pytest.raises(ValueError, match="chunk_size=-1; write at least 1"):
+    with pytest.raises(ValueError, match="chunk_size=-1; pass 1 or more"):
         top(hidden, kernel, bias, 1, chunk_size=-1)

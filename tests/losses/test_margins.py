@@ -269,7 +269,7 @@ def test_what_has_no_weight_has_no_part_in_any_derivative(x64, form, name):
 @pytest.mark.usefixtures("any_type")
 def test_bad_input_is_named():
     loss = losses.psl_with_integer_labels
-    with pytest.raises(TypeError, match="labels are float32; write integers"):
+    with pytest.raises(TypeError, match="labels are float32; pass integers"):
         loss(jnp.zeros((2, 3)), jnp.zeros(2))
     with pytest.raises(ValueError, match=r"scores have shape \(3,\) and labels \(3,\)"):
         loss(jnp.zeros(3), jnp.zeros(3, int))
@@ -277,20 +277,20 @@ def test_bad_input_is_named():
         loss(jnp.zeros((2, 1)), jnp.zeros(2, int))
     with pytest.raises(ValueError, match=r"scores have shape \(2, 3\)"):
         losses.pair(jnp.zeros((2, 3)), jnp.zeros(2))
-    with pytest.raises(ValueError, match="write scores"):
+    with pytest.raises(ValueError, match="pass scores"):
         losses.block(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4)), jnp.zeros((2, 2)))
     for pairs in (jnp.zeros(3), jnp.zeros((2, 2, 3)), 1.0):
-        with pytest.raises(ValueError, match=r"pairs \(.*write scores .* pairs \[l, s\]"):
+        with pytest.raises(ValueError, match=r"pairs \(.*pass scores .* pairs \[l, s\]"):
             losses.block(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4)), pairs)
-    with pytest.raises(ValueError, match=r"weight \(2,\), pairs \(2, 3\); write"):
+    with pytest.raises(ValueError, match=r"weight \(2,\), pairs \(2, 3\); pass"):
         losses.block(jnp.zeros((2, 3)), jnp.zeros(2), jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match="l <= s"):
         losses.block(jnp.zeros((3, 4, 2)), jnp.zeros((3, 4)), jnp.zeros((3, 2)))
     for name in ("pls", "PSL"):
-        match = rf"\('{name}'\): no such loss; write one of .*\. Did you mean 'psl'\?"
+        match = rf"\('{name}'\): no such loss; pass one of .*\. Did you mean 'psl'\?"
         with pytest.raises(ValueError, match=match):
             losses.margin_function(name)
-    with pytest.raises(ValueError, match=r"write one of \[.*\]\.$"):
+    with pytest.raises(ValueError, match=r"pass one of \[.*\]\.$"):
         losses.margin_function("nothing alike")
     with pytest.raises(ValueError, match="this loss has no bound"):
         losses.margin_function("one-vs-each", 4.0)

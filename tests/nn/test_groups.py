@@ -144,5 +144,5 @@ def test_bad_input_is_named():
         psnn.conv(jnp.zeros((1, 4, 4, 1)), jnp.zeros((5, 5, 1, 1)))
     with pytest.raises(ValueError, match=r"x is \[batch, height, width, in\]"):
         psnn.conv(jnp.zeros((4, 4, 1)), jnp.zeros((3, 3, 1, 1)))
-    with pytest.raises(ValueError, match="write 'native', 'patches' or None"):
+    with pytest.raises(ValueError, match="pass 'native', 'patches' or None"):
         psnn.conv(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)), implementation="fft")

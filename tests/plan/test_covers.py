@@ -111,7 +111,7 @@ def test_any_integer_is_one():
 @pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("num_groups", [0, -3, np.int64(0), 7.0, np.float32(7), "7", None])
 def test_anything_but_a_positive_integer_is_refused(num_groups):
-    message = re.escape(f"difference_cover(num_groups={num_groups}): write a positive integer.")
+    message = re.escape(f"difference_cover(num_groups={num_groups}): pass a positive integer.")
     with pytest.raises(ValueError, match=message):
         difference_cover(num_groups)
 

@@ -354,7 +354,7 @@ def test_a_row_of_subnets_says_where_the_exchange_would_refuse_it():
     assert "refuses hidden_1 (6), which 4^2 must divide" in note(net, 4)
     assert "refuses" not in note(net.clone(hidden=(16, 48)), 4)
     assert "no hidden axis of 17 neurons or more" in note(net, 17)
-    assert "no row, for a narrower model is not model.clone(hidden=...)" in note(Named(), 4)
+    assert "no row, because model.clone(hidden=...) is not a narrower model" in note(Named(), 4)
 
 
 class Named(nn.Module):
@@ -400,11 +400,11 @@ def test_a_slow_network_chooses_less_traffic_and_a_slow_processor_fewer_operatio
     ("wrong", "message"),
     [
         ({"num_workers": 0}, "num_workers=0"),
-        ({"batch_size": 0}, "batch_size=0.*write 1 or more"),
-        ({"bandwidth": 0}, "bandwidth=0.*write a positive number"),
-        ({"flops": -1.0}, "flops=-1.0.*write a positive number"),
-        ({"moments": -1}, "moments=-1.*write 0 or more"),
-        ({"local_steps": 0}, "local_steps=0.*write 1 or more"),
+        ({"batch_size": 0}, "batch_size=0.*pass 1 or more"),
+        ({"bandwidth": 0}, "bandwidth=0.*pass a positive number"),
+        ({"flops": -1.0}, "flops=-1.0.*pass a positive number"),
+        ({"moments": -1}, "moments=-1.*pass 0 or more"),
+        ({"local_steps": 0}, "local_steps=0.*pass 1 or more"),
         ({"slots": 9}, "slots=9.*100 samples of 10 classes need 10 slots"),
     ],
 )

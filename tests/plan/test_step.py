@@ -407,7 +407,7 @@ def test_shards_and_plans_that_do_not_fit_are_refused():
     scores = psjax.baselines.score_exchange(
         lambda w, x: jnp.ones((3, 10)), lambda scores, x: jnp.mean(scores), store, "workers"
     )
-    with pytest.raises(ValueError, match=r"a worker has 2 of the 10 classes: write \[B, 2\]"):
+    with pytest.raises(ValueError, match=r"a worker has 2 of the 10 classes: pass \[B, 2\]"):
         jax.vmap(scores, axis_name="workers")(shards, jnp.ones((W, 3)))
     batch = {"x": jnp.ones((W, 1, plan.pairs.shape[2], 2, 5))}
     with pytest.raises(ValueError, match=r"a worker's shards have shapes"):
