@@ -15,7 +15,9 @@ each_module = pytest.mark.parametrize("name", PACKAGES)
 
 
 def test_the_public_modules_are_these():
-    names = "axes baselines cost data ist losses metrics models nn plan quasi_newton structure".split()
+    names = (
+        "axes baselines cost data ist losses metrics models nn plan quasi_newton structure".split()
+    )
     assert ["psjax", *(f"psjax.{name}" for name in names)] == PACKAGES
 
 
