@@ -129,7 +129,7 @@ def check_size(call: str, name: str, size: Any, found: Mapping[str, int]) -> Non
 
 
 def replicas(like: Any, num_elements: int) -> Selection:
-    """Make a `Selection` of which every element sees all parameters.
+    """Make a `Selection` in which every element sees all parameters.
 
     With `psjax.value_and_grad` it gives data parallelism, with `psjax.local_update` local SGD.
 

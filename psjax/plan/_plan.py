@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 `[W, T, l]`: the labels of the samples that a task sees, padded with C."""
+        """Labels of the samples that a task sees: int32 `[W, T, l]`, padded with C."""
         first = self.classes[:, :, : self.pairs.shape[2]]
         if self.pairs.shape[2] == 1:  # `by_label` pads runs with tasks that have no pair
             return first
