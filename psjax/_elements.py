@@ -103,7 +103,7 @@ def view(call: str, selection: Selection, in_axes: Any, params: Any, args: tuple
         hint = f" (nearest: {near!r})" if near else ""
         msg = (
             f"{call}: the selection has indices of {unused}, which neither a parameter nor "
-            f"in_axes={in_axes} names; every element would see everything. Name it in "
+            f"in_axes={in_axes} names; every element would see all of it. Name it in "
             f"in_axes=P({unused[0]!r}), or, if a dimension of the parameters was meant, name that "
             f"dimension in axes{hint}."
         )

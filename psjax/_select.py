@@ -44,10 +44,10 @@ def select(
         parameters with boxes both here and where the selection is used, or unbox in both places.
       sizes: sizes of axes that no parameter has; by default their largest index + 1. Sizes are
         static: pass them where index sets change between calls of a jitted function.
-      specialize: whether programs may exploit how these index sets repeat: elements with equal
-        rows that follow one another are computed once, and axes whose rows no two elements share
-        need no scatter. This structure is static: a jitted function compiles once for each. Pass
-        False where index sets are drawn anew for every call: one program then serves all of them.
+      specialize: whether programs may exploit the structure of these index sets. Computations that
+        consecutive elements share are then done once, and an axis of which no two elements share a
+        row needs no scatter. The structure is static: a jitted function compiles once for each.
+        Pass False if index sets are drawn anew for every call, so that one program serves all.
 
     Returns:
       A `Selection` of E elements. Its arrays are NumPy arrays.
@@ -129,7 +129,7 @@ def check_size(call: str, name: str, size: Any, found: Mapping[str, int]) -> Non
 
 
 def replicas(like: Any, num_elements: int) -> Selection:
-    """Make a `Selection` of which every element sees all parameters.
+    """Make a `Selection` in which every element sees all parameters.
 
     With `psjax.value_and_grad` it gives data parallelism, with `psjax.local_update` local SGD.
 

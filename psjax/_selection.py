@@ -97,7 +97,7 @@ class Selection:
     # -------------------------------------------------------------------------- the three matrices
 
     def gather(self, params: Params):
-        """$U_e w$ of every element: `[...] -> [E, ...]`.
+        """Take what each element sees, $U_e w$: `[...] -> [E, ...]`.
 
         Args:
           params: tree of arrays of the shapes that `select` was given.
@@ -119,13 +119,13 @@ class Selection:
         return _map(leaf, self.specs, self.masked(params))
 
     def scatter_add(self, stacked: Params, like: Params):
-        r"""$\sum_e U_e^\top g_e$, the transpose of `gather`: `[E, ...] -> [...]`.
+        r"""Add the elements' entries, $\sum_e U_e^\top g_e$: the transpose of `gather`.
 
         Sums are taken in float32 where the parameters are narrower, and rounded once. For a bool,
         the result is whether any element has True.
 
         Args:
-          stacked: tree of arrays `[E, ...]` as `gather` returns.
+          stacked: tree of arrays `[E, ...]` as `gather` returns, such as gradients.
           like: the parameters, or `jax.ShapeDtypeStruct`s of them.
         """
         self.check("Selection.scatter_add(stacked, like)", like)
@@ -139,13 +139,13 @@ class Selection:
         where: Bool[AnyArray, " E"] | None = None,
         axis_name: AxisName | None = None,
     ):
-        r"""$w + U^+(y - U w)$: put the elements' entries back, averaged where several have one.
+        r"""Put the elements' entries back, averaged where several have one: $w + U^+(y - U w)$.
 
         An element *holds* an entry that it sees and that no mask drops. An entry with one holder is
         set, with several it is averaged, and without any it keeps its bits.
 
         Args:
-          stacked: tree of arrays `[E, ...]`: the elements' own entries $y$.
+          stacked: tree of arrays `[E, ...]`, the elements' entries $y$, such as trained weights.
           params: the parameters $w$ before.
           where: `bool[E]`, the elements to use; None: all. The others may contain NaN.
           axis_name: name of a mapped axis (`pmap`, `shard_map`) over which elements are spread.

@@ -144,8 +144,8 @@ def check_element_state(call: str, optimizer: Any, params: Any, opt_state: Any) 
     if own != want:
         (path, shape), (_, other) = _first_difference(own, want)
         msg = (
-            f"{call}(optimizer=...): the optimizer decides by shapes. To an element its state "
-            f"{path} has shape {shape}, but optimizer.init of the element's own parameters gives "
+            f"{call}(optimizer=...): the optimizer decides by shapes. An element's state "
+            f"{path} has shape {shape}, but optimizer.init of its parameters gives "
             f"{other}. Pass an option that does not depend on sizes, such as "
             "optax.adafactor(factored=False), or other index sets."
         )

@@ -277,7 +277,7 @@ class SparseMLP(_Divided):
         labels: Integer[AnyArray, "B M"],
         train: bool = True,
     ):
-        """`psjax.losses.many_label_cross_entropy` of every row: `[B]`; `labels` int32 `[B, M]`."""
+        """The loss of every row, `[B]`; see `psjax.losses.many_label_cross_entropy`."""
         x = self._features(ids, values, train)
         return losses.many_label_cross_entropy(
             x, self.kernel, self.bias, labels, chunk_size=self.chunk_size

@@ -190,7 +190,7 @@ def _merged(name, one, two):
     if one.size != two.size or one.kind != two.kind:
         msg = (
             f"Axes.rename: {one.name!r} ({one.size}, {one.kind}) and {two.name!r} ({two.size}, "
-            f"{two.kind}) cannot both be {name!r}; they must have one size and kind."
+            f"{two.kind}) cannot both be {name!r}; they must have the same size and kind."
         )
         raise ValueError(msg)
     return dataclasses.replace(

@@ -47,8 +47,8 @@ def check_axes(
       ...     psjax.check_axes(apply, wrong, w, jnp.ones((5, 3)))
       ... except ValueError as error:
       ...     print(error)
-      check_axes: dimension 0 of ['out'] goes together with axis 'hidden', of 8 rows, and is not
-      named so.
+      check_axes: dimension 0 of ['out'] goes together with axis 'hidden', of 8 rows; it must have
+      the same name.
     """
     like = shapes_of(params)
     specs, paths, sizes = axis_sizes("check_axes", axes, like)
@@ -78,7 +78,7 @@ def _check_names(named, sizes):
             if own in seen:
                 msg = (
                     f"check_axes: {seen[own]!r} and {name!r} are one axis, of {sizes[name]} rows; "
-                    "give both one name."
+                    "give both the same name."
                 )
                 raise ValueError(msg)
             seen[own] = name
@@ -96,8 +96,8 @@ def _check_leaves(named, paths):
             if extra:
                 msg = (
                     f"check_axes: dimension {d} of {path} goes together with axis "
-                    f"{names_of[extra[0]]!r}, of {atoms.size(extra[0])} rows, and is not "
-                    "named so."
+                    f"{names_of[extra[0]]!r}, of {atoms.size(extra[0])} rows; it must have "
+                    "the same name."
                 )
                 raise ValueError(msg)
 

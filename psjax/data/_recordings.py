@@ -178,7 +178,8 @@ class Folders:
         if kind != (1, 2, self.sample_rate) or not samples or len(samples) % 2:
             msg = (
                 f"{self._call}: {name} has {kind[0]} channels of {8 * kind[1]} bits at {kind[2]} "
-                f"Hz and {len(samples)} bytes; it must be 1 of 16 at {self.sample_rate}, not empty."
+                f"Hz and {len(samples)} bytes; it must have 1 of 16 bits at {self.sample_rate} "
+                "Hz, and samples."
             )
             raise ValueError(msg)
         if len(samples) != 2 * count:

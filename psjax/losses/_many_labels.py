@@ -25,11 +25,12 @@ def many_label_cross_entropy(
     labels: Integer[AnyArray, "B K"],
     chunk_size: int = 8192,
 ):
-    r"""$\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$ of each sample, $s = h W + b$.
+    r"""Softmax cross entropy with very many labels, without ever making all scores.
 
-    This is the cross entropy between the softmax and the uniform distribution over $Y$, the
-    sample's list of labels. With one label per sample it is the negative log-likelihood. No array
-    `[B, L]` exists, and the kernel is neither padded nor copied.
+    For scores $s = h W + b$ and a sample's list of labels $Y$, it is
+    $\log \sum_l e^{s_l} - \frac1{|Y|} \sum_{y \in Y} s_y$: the cross entropy between the uniform
+    distribution over $Y$ and the softmax. With one label per sample it is the negative
+    log-likelihood. No array `[B, L]` exists, and the kernel is neither padded nor copied.
 
     The forward pass goes through the labels in chunks with a running maximum and a running sum
     (online softmax: M. Milakov, N. Gimelshein, *Online normalizer calculation for softmax*,

@@ -20,24 +20,23 @@ _BOUNDS = {"float64": 300.0, "float32": 40.0, "bfloat16": 40.0, "float16": 5.0}
 
 
 def exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
-    r"""$e^{\min(z, B)} (1 + \max(z - B, 0))$: $e^z$ up to $B$, its tangent beyond.
+    r"""The exponential without overflow: $e^z$ up to a bound $B$, and its tangent beyond.
 
-    This is the exponential without overflow: in float32 it is finite for margins up to 1e21. The
-    bound applies to each margin by itself, so that the loss stays partially separable. The first
-    derivative ($e^B$ beyond the bound) and the second (0 there) are right at every margin, infinite
-    ones included.
+    As a formula: $e^{\min(z, B)} (1 + \max(z - B, 0))$. In float32 it is finite for margins up to
+    1e21. The bound applies to each margin by itself, so that the loss stays partially separable.
+    The first derivative ($e^B$ beyond the bound) and the second (0 there) are right at every
+    margin, infinite ones included.
 
     Args:
       z: margins, any shape, floating.
-      bound: $B$. None: 40 in float32 and bfloat16, 300 in float64, 5 in float16. These only guard
-        against overflow: a training that converges does not reach them. For a low bound, see
-        `bounded_exponential`.
+      bound: $B$. None: 40 in float32 and bfloat16, 300 in float64, 5 in float16, to guard against
+        overflow. For a bound that is meant to change training, see `bounded_exponential`.
     """
     z = jnp.asarray(z)
     bound = _BOUNDS[jnp.result_type(z, jnp.float16).name] if bound is None else bound
-    # Where a branch is not taken its argument is 0, because multiplying its result by 0 would not
-    # do: beyond the bound, factors can be inf where the derivative is finite. NaN takes the
-    # exponential.
+    # With `where`, the branch that is not taken has a gradient of exactly 0. A product with a mask
+    # would not do: beyond the bound, its factors can be inf although the derivative is finite. NaN
+    # takes the branch of the exponential.
     beyond = z > bound
     below = jnp.exp(jnp.where(beyond, bound, z))
     slope = jnp.where(beyond, jnp.exp(bound), 1).astype(below.dtype)
@@ -45,7 +44,7 @@ def exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
 
 
 def squared_exponential(z: Float[ArrayLike, "*shape"], bound: float | None = None):
-    r"""$\varphi(z) = e^{2z}$, the loss that the paper's authors ran; bounded like `exponential`."""
+    r"""The loss that the paper's authors ran, $\varphi(z) = e^{2z}$, bounded like `exponential`."""
     return exponential(2 * z, bound)
 
 
@@ -61,12 +60,12 @@ def bounded_exponential(z: Float[ArrayLike, "*shape"], bound: float = 4.0):
 
 
 def softplus(z: Float[ArrayLike, "*shape"]):
-    r"""$\log(1 + e^z)$: one-vs-each (Titsias, 2016, arXiv:1609.07410), gradients in [0, 1]."""
+    r"""One-vs-each, $\log(1 + e^z)$ (Titsias, 2016, arXiv:1609.07410); gradients in [0, 1]."""
     return jax.nn.softplus(z)
 
 
 def squared_hinge(z: Float[ArrayLike, "*shape"]):
-    r"""$\max(0, 1 + z)^2$: the squared multiclass hinge of Weston and Watkins (1999)."""
+    r"""The squared multiclass hinge of Weston and Watkins (1999), $\max(0, 1 + z)^2$."""
     return jnp.square(jnp.maximum(1 + z, 0))
 
 
@@ -129,9 +128,9 @@ def nll_with_integer_labels(
 def one_vs_all_with_integer_labels(
     scores: Float[AnyArray, "*batch C"], labels: Integer[AnyArray, "*batch"]
 ):
-    r"""$\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$: C elements of one score each.
+    r"""One-vs-all: $\log(1 + e^{-c_y}) + \sum_{j \ne y} \log(1 + e^{c_j})$ of each sample.
 
-    This loss is fully separable: no two elements share the weights of a class.
+    It has C elements of one score each, and no two elements share the weights of a class.
 
     Arguments and errors are those of `psl_with_integer_labels`.
     """

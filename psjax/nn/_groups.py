@@ -191,6 +191,6 @@ class SeparableDense(nn.Module):
 
 
 def flatten_groups(x: Shaped[AnyArray, "batch height width groups features"]):
-    """`[batch, height, width, groups, features] -> [batch, groups, height * width * features]`."""
+    """`[B, height, width, groups, features] -> [B, groups, height * width * features]`."""
     x = jnp.moveaxis(x, -2, 1)
     return x.reshape(*x.shape[:2], -1)

@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 `[W, T, l]`: the labels of the samples that a task sees, padded with C."""
+        """Labels of the samples that a task sees: int32 `[W, T, l]`, padded with C."""
         first = self.classes[:, :, : self.pairs.shape[2]]
         if self.pairs.shape[2] == 1:  # `by_label` pads runs with tasks that have no pair
             return first
@@ -187,7 +187,7 @@ class Plan:
         if slots is None and self.shares[..., 1].max() > 1:
             msg = (
                 f"Plan.selection(): {self.num_workers} workers share the samples of "
-                f"{self.num_tasks} tasks; pass slots=..., those of one label in a batch."
+                f"{self.num_tasks} tasks; pass slots=..., the places per label in a batch."
             )
             raise ValueError(msg)
         rows = lambda x, end: np.ma.masked_equal(x.reshape(-1, x.shape[2]), end)
