@@ -1,0 +1,152 @@
+"""A round of training as an object: what it returns, and which entries somebody held."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from psjax._leaf import selected
+from psjax._selection import Selection
+from psjax._types import AxisName, Batch, OptState, Params
+
+
+class LocalMetrics(NamedTuple):
+    """What a round reports.
+
+    Attributes:
+      loss: `[E, J]`, loss of every local step; that of an element which is not valid means nothing.
+      finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
+        and state were left out: the entries it held are as before the round.
+      aux: with `has_aux`, what `loss_fn` returns besides, leaves `[E, J, ...]`; else None.
+    """
+
+    loss: jax.Array
+    finite: jax.Array
+    aux: Any = None
+
+
+class Held(NamedTuple):
+    """Which entries of the parameters somebody held in a round.
+
+    Attributes:
+      entries: a tree of bools like the parameters; a leaf `bool[]` stands for all its entries.
+      anybody: `bool[]`, whether any element took part. Leaves of `entries` that are this very
+        array are as the whole round.
+    """
+
+    entries: Any
+    anybody: jax.Array
+
+    @property
+    def uniform(self) -> bool:
+        """Whether either all entries were held or none, known while tracing."""
+        return all(x is self.anybody for x in jax.tree.leaves(self.entries))
+
+
+class Update:
+    """A round: `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)`.
+
+    What `psjax.local_update`, `psjax.ist.exchange`, `psjax.codec.compress` and `psjax.outer` return
+    is one, so that each can go around another.
+    """
+
+    mutable: tuple[str, ...] = ()
+
+    def init(self, params: Any) -> Any:
+        """The state for the first round."""
+        raise NotImplementedError
+
+    def with_held(self, params: Any, opt_state: Any, selection: Any, batches: Any) -> Any:
+        """A round, and which entries somebody held: `(params, opt_state, metrics, Held)`."""
+        raise NotImplementedError
+
+    def __call__(
+        self, params: Any, opt_state: Any, selection: Any, batches: Any
+    ) -> tuple[Any, Any, LocalMetrics]:
+        return self.with_held(params, opt_state, selection, batches)[:3]
+
+    def trained(self, params: Any) -> Any:
+        """The parameters without the entries that are overwritten and not trained."""
+        return split_mutable(params, self.mutable)[0]
+
+
+class LocalUpdate(Update):
+    """A round, as `local_update` returns it: `(params, opt_state, selection, batches) -> ...`.
+
+    Attributes:
+      optimizer: the optimizer that was given.
+      mutable: the names that were given.
+      axis_name: the mapped axis that was given.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        optimizer: Any,
+        mutable: tuple[str, ...],
+        axis_name: str | None = None,
+    ):
+        self._fn = fn
+        self.optimizer = optimizer
+        self.mutable = mutable
+        self.axis_name = axis_name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, LocalMetrics]:
+        return self._fn(*args, **kwargs)
+
+    def init(self, params: Any) -> Any:
+        """The optimizer's state for the parameters that are trained."""
+        return self.optimizer.init(self.trained(params))
+
+    def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
+        """A round, and which entries a finite element held, over the devices of `axis_name`."""
+        new, state, metrics = self._fn(params, opt_state, selection, batches)
+        return new, state, metrics, held_by(selection, params, metrics.finite, self.axis_name)
+
+
+def unwrapped(call: str, update: Any) -> Update:
+    """The `Update` itself, where `jax.jit` of it was passed.
+
+    Raises:
+      TypeError: a function that is none, and so cannot say which entries were held.
+    """
+    found = getattr(update, "__wrapped__", update)
+    if not isinstance(found, Update):
+        msg = (
+            f"{call}(update={update!r}): pass what psjax.local_update, psjax.ist.exchange, "
+            "psjax.codec.compress or psjax.outer returns, or jax.jit of it; it says which entries "
+            "were held."
+        )
+        raise TypeError(msg)
+    return found
+
+
+def held_by(
+    selection: Selection,
+    params: Params,
+    finite: Bool[Array, " E"],
+    axis_name: AxisName | None = None,
+):
+    """Which entries a valid and finite element holds."""
+    leaves, treedef = jax.tree.flatten(params)
+    number = jnp.sum(jnp.asarray(selection.valid) & finite, dtype=jnp.int32)
+    anybody = (number if axis_name is None else jax.lax.psum(number, axis_name)) > 0
+    masks = selection.keep or (None,) * len(leaves)
+    own = [
+        selected(spec, selection.indices) or mask is not None
+        for spec, mask in zip(selection.specs, masks, strict=True)
+    ]
+    counts = selection.counts(params, finite, axis_name) if any(own) else params
+    pairs = zip(own, jax.tree.leaves(counts), strict=True)
+    entries = [count > 0 if mine else anybody for mine, count in pairs]
+    return Held(treedef.unflatten(entries), anybody)
+
+
+def split_mutable(params: Params, mutable: tuple[str, ...]):
+    """What is trained and what is overwritten."""
+    if not mutable:
+        return params, {}
+    fixed = {name: params[name] for name in mutable}
+    return {name: x for name, x in params.items() if name not in mutable}, fixed
