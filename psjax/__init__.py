@@ -3,6 +3,7 @@
 from psjax import _public
 from psjax import axes as axes
 from psjax import baselines as baselines
+from psjax import codec as codec
 from psjax import cost as cost
 from psjax import data as data
 from psjax import ist as ist
@@ -15,6 +16,8 @@ from psjax import structure as structure
 from psjax._checks import check_elements as check_elements
 from psjax._devices import pmap as pmap
 from psjax._devices import shard as shard
+from psjax._fragments import Fragments as Fragments
+from psjax._fragments import fragments as fragments
 from psjax._local import local_update as local_update
 from psjax._masks import dropout_mask as dropout_mask
 from psjax._outer import OuterState as OuterState

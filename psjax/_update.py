@@ -123,16 +123,21 @@ def unwrapped(call: str, update: Any) -> Update:
     return found
 
 
-def held_by(
+def holders(
     selection: Selection,
     params: Params,
     finite: Bool[Array, " E"],
     axis_name: AxisName | None = None,
 ):
-    """Which entries a valid and finite element holds."""
-    leaves, treedef = jax.tree.flatten(params)
+    """How many valid and finite elements hold each entry.
+
+    Returns:
+      `(number, counts)`: of all elements, int32[]; and of every leaf, flat, int32 like the leaf, or
+      `number` itself where every element holds all of it.
+    """
+    leaves = jax.tree.leaves(params)
     number = jnp.sum(jnp.asarray(selection.valid) & finite, dtype=jnp.int32)
-    anybody = (number if axis_name is None else jax.lax.psum(number, axis_name)) > 0
+    number = number if axis_name is None else jax.lax.psum(number, axis_name)
     masks = selection.keep or (None,) * len(leaves)
     own = [
         selected(spec, selection.indices) or mask is not None
@@ -140,8 +145,20 @@ def held_by(
     ]
     counts = selection.counts(params, finite, axis_name) if any(own) else params
     pairs = zip(own, jax.tree.leaves(counts), strict=True)
-    entries = [count > 0 if mine else anybody for mine, count in pairs]
-    return Held(treedef.unflatten(entries), anybody)
+    return number, [count if mine else number for mine, count in pairs]
+
+
+def held_by(
+    selection: Selection,
+    params: Params,
+    finite: Bool[Array, " E"],
+    axis_name: AxisName | None = None,
+):
+    """Which entries a valid and finite element holds."""
+    number, counts = holders(selection, params, finite, axis_name)
+    anybody = number > 0
+    entries = [anybody if count is number else count > 0 for count in counts]
+    return Held(jax.tree.structure(params).unflatten(entries), anybody)
 
 
 def split_mutable(params: Params, mutable: tuple[str, ...]):
