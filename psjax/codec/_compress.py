@@ -129,7 +129,12 @@ class Compress(Update):
         more = {"rounds": state.rounds + 1}
         if isinstance(self.update, Exchange):
             new, inner, metrics, held, residual = self.update.over(
-                wire, params, state.inner, selection, batches, state.residual
+                None if wire.exact else wire,
+                params,
+                state.inner,
+                selection,
+                batches,
+                state.residual,
             )
         else:
             params = jax.tree.map(jnp.asarray, params)
