@@ -45,9 +45,13 @@ class Outer(Update):
         self.optimizer = optimizer
         self.mutable = update.mutable
 
-    def init(self, params: Any) -> OuterState:
-        """Both states for the first round."""
-        return OuterState(self.update.init(params), self.optimizer.init(self.trained(params)))
+    def init_one(self, params: Any) -> OuterState:
+        """Both states."""
+        return OuterState(self.update.init_one(params), self.optimizer.init(self.trained(params)))
+
+    def layout(self, own: Any, shared: Any) -> OuterState:
+        """The outer state is shared."""
+        return OuterState(self.update.layout(own, shared), shared)
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, an update by what it changed, and which entries somebody held."""

@@ -54,8 +54,34 @@ class Update:
 
     mutable: tuple[str, ...] = ()
 
-    def init(self, params: Any) -> Any:
-        """The state for the first round."""
+    def init(self, params: Any, num_workers: int | None = None) -> Any:
+        """The state for the first round; with `num_workers`, what is each worker's own `[n, ...]`.
+
+        Args:
+          params: the parameters.
+          num_workers: of the mapped axis.
+        """
+        state = self.init_one(params)
+        if num_workers is None:
+            return state
+        parts, treedef = jax.tree.flatten(self.layout(True, False))
+        repeat = lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x)))
+        trees = [
+            jax.tree.map(repeat, tree) if own else tree
+            for own, tree in zip(parts, treedef.flatten_up_to(state), strict=True)
+        ]
+        return treedef.unflatten(trees)
+
+    def init_one(self, params: Any) -> Any:
+        """The state of one worker."""
+        raise NotImplementedError
+
+    def layout(self, own: Any, shared: Any) -> Any:
+        """A prefix of the state: `own` for what is each worker's own, `shared` for the rest.
+
+        `layout(P("workers"), P())` are specs for `jax.shard_map`, `layout(0, None)` are `in_axes`
+        for `jax.vmap` and `jax.pmap`.
+        """
         raise NotImplementedError
 
     def with_held(self, params: Any, opt_state: Any, selection: Any, batches: Any) -> Any:
@@ -96,9 +122,13 @@ class LocalUpdate(Update):
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, LocalMetrics]:
         return self._fn(*args, **kwargs)
 
-    def init(self, params: Any) -> Any:
+    def init_one(self, params: Any) -> Any:
         """The optimizer's state for the parameters that are trained."""
         return self.optimizer.init(self.trained(params))
+
+    def layout(self, own: Any, shared: Any) -> Any:
+        """The state is shared with `axis_name`, and the worker's own without."""
+        return own if self.axis_name is None else shared
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, and which entries a finite element held, over the devices of `axis_name`."""

@@ -31,7 +31,10 @@ from psjax.ist._exchange import Exchange
 )
 @dataclasses.dataclass(frozen=True)
 class CompressState:
-    """The state of `psjax.codec.compress`; a worker's own, except under `psjax.ist.exchange`.
+    """The state of `psjax.codec.compress`.
+
+    Each worker has `inner`, `residual` and `own` of its own, except that under
+    `psjax.ist.exchange` they are shards of one; all share `rounds`, `sent` and `arrives`.
 
     Attributes:
       inner: the state of the update inside.
@@ -100,12 +103,12 @@ class Compress(Update):
     def _about(self):
         return f"{self.codec!r}, {self.fragments!r}" if self.fragments else repr(self.codec)
 
-    def init(self, params: Any) -> CompressState:
-        """One worker's state for the first round; of `psjax.ist.exchange` all workers' together."""
+    def init_one(self, params: Any) -> CompressState:
+        """One worker's state; under `psjax.ist.exchange` all workers' together."""
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         late = self.fragments is not None and self.fragments.delay > 0
         return CompressState(
-            self.update.init(params),
+            self.update.init_one(params),
             jnp.zeros((), jnp.int32),
             zeros() if isinstance(self.codec, ErrorFeedback) else None,
             None if self.fragments is None else jax.tree.map(jnp.asarray, params),
@@ -113,6 +116,18 @@ class Compress(Update):
             jnp.zeros(self.fragments.num_fragments, bool) if late and self.fragments else None,
             self._about,
         )
+
+    def layout(self, own: Any, shared: Any) -> CompressState:
+        """The number of rounds and what is on its way are shared."""
+        state = CompressState(
+            self.update.layout(own, shared), shared, own, own, shared, shared, self._about
+        )
+        empty = {} if isinstance(self.codec, ErrorFeedback) else {"residual": None}
+        if self.fragments is None:
+            empty["own"] = None
+        if self.fragments is None or not self.fragments.delay:
+            empty |= {"sent": None, "arrives": None}
+        return dataclasses.replace(state, **empty)
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, and which entries somebody held."""
@@ -207,8 +222,7 @@ class Compress(Update):
         plan: Any = self.fragments
         _check_fragments(plan, params, selection)
         F, d = plan.num_fragments, plan.delay
-        # The same on all workers, as a `switch` with collectives needs.
-        now = jax.lax.pmax(state.rounds, wire.axis_name)
+        now = state.rounds
         before, treedef = jax.tree.flatten(params)
         own = jax.tree.leaves(vary(state.own, (selection, batches, state.inner)))
         arrived = jnp.where(now > d, (now - 1 - d) % F, -1)  # in the round before, at its end
@@ -304,9 +318,11 @@ def compress(
 
     Returns:
       A round `(params, state, selection, batches) -> (params, state, LocalMetrics)` for the inside
-      of the mapped axis: `selection` and `batches` are this worker's own, `params` are shared, and
-      `state` is this worker's own `CompressState`. `compress(...).init(params)` makes one worker's;
-      stack n of them for the mapped axis. With `psjax.outer` around, the outer state is shared.
+      of the mapped axis: `selection`, `batches` and the metrics are this worker's own, `params` are
+      shared. Of the `CompressState`, `compress(...).layout(P("workers"), P())` says what is the
+      worker's own and what is shared, and `compress(...).init(params, num_workers)` makes it, the
+      former `[n, ...]`; `psjax.outer` around has both methods too. Under `psjax.ist.exchange`
+      `init(params)` makes it, and all but `rounds` lies in shards.
 
     Raises:
       TypeError: an `update` that is a function of your own; at the call, a state of another kind.
@@ -322,10 +338,10 @@ def compress(
       >>> local = psjax.local_update(loss_fn, optax.sgd(0.5))
       >>> update = psjax.codec.compress(local, psjax.codec.int8(block=2), "workers")
       >>> w, batches = jnp.zeros(2), jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
-      >>> states = jax.tree.map(lambda x: jnp.stack([x, x]), update.init(w))
+      >>> state, where = update.init(w, num_workers=2), update.layout(0, None)
       >>> mine = psjax.replicas(w, 1)  # of each worker
-      >>> round = jax.vmap(update, (None, 0, None, 0), (None, 0, 0), axis_name="workers")
-      >>> round(w, states, mine, batches)[0]
+      >>> axes = {"in_axes": (None, where, None, 0), "out_axes": (None, where, 0)}
+      >>> jax.vmap(update, **axes, axis_name="workers")(w, state, mine, batches)[0]
       Array([1., 1.], dtype=float32)
     """
     found: Any = unwrapped("compress", update)

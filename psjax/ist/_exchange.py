@@ -56,9 +56,17 @@ class Exchange(Update):
         self.axis_name = axis_name
         self._local = local
 
-    def init(self, params: Any) -> Any:
+    def init_one(self, params: Any) -> Any:
         """The optimizer's state for the parameters that are trained."""
-        return self._local.init(params)
+        return self._local.init_one(params)
+
+    def layout(self, own: Any, shared: Any) -> Any:
+        """Not known here: the state lies as `store_specs` says, shard by shard."""
+        msg = (
+            "layout: under psjax.ist.exchange the state lies in shards; pass "
+            "psjax.ist.store_specs(psjax.ist.state_axes(optimizer, axes, like), sizes, axis_name)."
+        )
+        raise ValueError(msg)
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, and which entries of this worker's shards somebody held."""

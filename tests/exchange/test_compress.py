@@ -44,40 +44,35 @@ def targets_of(number, n=N):
     return np.random.default_rng(number).normal(size=(n, J))
 
 
-def stacked(state, n):
-    """A state of n workers; with an outer optimizer, only what is inside is each worker's own."""
-    spread = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), tree)
-    if isinstance(state, psjax.OuterState):
-        return state._replace(inner=spread(state.inner))
-    return spread(state)
-
-
-def mapped(update, how, n, outer=False):
-    """A round of n workers: parameters and outer state are shared, the rest is each one's own."""
+def mapped(update, how, n):
+    """A round of n workers; the parameters are shared, and of the state what `layout` says."""
     devices = jax.devices()[:n]
-    own = psjax.OuterState(0, None) if outer else 0
+    own = update.layout(0, None)
     axes = dict(in_axes=(None, own, 0, 0), out_axes=(None, own, 0), axis_name="w")
     if how == "vmap":
         return jax.jit(jax.vmap(lambda p, s, sel, b: update(p, s, sel[:], b), **axes))
     if how == "pmap":
         return jax.pmap(update, **axes, devices=devices)
     mesh = jax.make_mesh((n,), ("w",), axis_types=(AxisType.Auto,), devices=devices)
-    spec = psjax.OuterState(P("w"), P()) if outer else P("w")
+    specs = update.layout(P("w"), P())
+
+    def of_own(fn, state):
+        parts, treedef = jax.tree.flatten(update.layout(True, False))
+        trees = zip(parts, treedef.flatten_up_to(state), strict=True)
+        return treedef.unflatten([jax.tree.map(fn, x) if own else x for own, x in trees])
 
     def body(params, state, selection, batches):
-        drop = functools.partial(jax.tree.map, lambda x: x[0])
-        mine = state._replace(inner=drop(state.inner)) if outer else drop(state)
-        params, mine, metrics = update(params, mine, drop(selection), drop(batches))
-        add = functools.partial(jax.tree.map, lambda x: x[None])
-        mine = mine._replace(inner=add(mine.inner)) if outer else add(mine)
-        return params, mine, add(metrics)
+        drop, add = (lambda x: x[0]), (lambda x: x[None])
+        mine = of_own(drop, state), *jax.tree.map(drop, (selection, batches))
+        params, state, metrics = update(params, *mine)
+        return params, of_own(add, state), jax.tree.map(add, metrics)
 
     return jax.jit(
         jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(P(), spec, P("w"), P("w")),
-            out_specs=(P(), spec, P("w")),
+            in_specs=(P(), specs, P("w"), P("w")),
+            out_specs=(P(), specs, P("w")),
             check_vma="False" not in how,
         )
     )
@@ -99,18 +94,10 @@ def test_the_identity_gives_the_bits_of_a_round_without_a_codec(how, subnets):
     parts, batches = selection.split(N), jnp.asarray(targets_of(0), jnp.float32)[:, None]
     local = psjax.local_update(quadratic, INNER)
     update = codec.compress(local, codec.identity(), "w")
-    state = stacked(update.init(params), N)
+    state = update.init(params, N)
     new, _, metrics = mapped(update, how, N)(params, state, parts, batches)
     today = psjax.local_update(quadratic, INNER, axis_name="w")
-
-    def own(params, state, selection, batches):  # its state is shared
-        params, _, metrics = today(params, state, selection, batches)
-        return params, jnp.zeros(()), metrics
-
-    state = stacked(local.init(params), N)
-    if how == "shard_map":
-        how = "shard_map, check_vma=False"
-    expected, _, other = mapped(own, how, N)(params, state, parts, batches)
+    expected, _, other = mapped(today, how, N)(params, today.init(params, N), parts, batches)
     jax.tree.map(np.testing.assert_array_equal, (new, metrics.loss), (expected, other.loss))
 
 
@@ -132,7 +119,7 @@ def test_rounds_with_error_feedback_are_those_of_plain_loops(name, how, case, ou
     expected = plain.Workers(flat(params), N, encode_decode, block)
     update = codec.compress(psjax.local_update(quadratic, INNER), codec.error_feedback(own), "w")
     update = psjax.outer(update, NESTEROV) if outer else update
-    state, step = stacked(update.init(params), N), mapped(update, how, N, outer)
+    state, step = update.init(params, N), mapped(update, how, N)
     trace = np.zeros_like(expected.w)
     for number in range(4):
         targets, rows = targets_of(number), SUBNETS[number % 2]
@@ -171,7 +158,7 @@ def test_error_feedback_moves_what_the_codec_alone_never_sends():
     parts, far = psjax.replicas(params, n).split(n), []
     for own in (codec.error_feedback(codec.top_k(0.5)), codec.top_k(0.5)):
         update = codec.compress(psjax.local_update(loss_fn, optax.sgd(0.005)), own, "w")
-        step, state, w = mapped(update, "vmap", n), stacked(update.init(params), n), params
+        step, state, w = mapped(update, "vmap", n), update.init(params, n), params
         for _ in range(500):
             w, state, _ = step(w, state, parts, batches)
         far.append(np.abs(w["w"][jnp.array([1, 3])] - 1).max())
@@ -184,7 +171,7 @@ def test_a_round_sends_the_packed_bits_and_the_scales(n):
     """Beside them, the number of finite workers."""
     params = {"a": jnp.ones((40, 30)), "b": jnp.ones(7)}
     update = codec.compress(psjax.local_update(quadratic, INNER), codec.int4(32), "w")
-    arguments = params, stacked(update.init(params), n), psjax.replicas(params, n).split(n)
+    arguments = params, update.init(params, n), psjax.replicas(params, n).split(n)
     lowered = mapped(update, "shard_map", n).lower(*arguments, jnp.ones((n, 1, J)))
     ledger = cost.ledger(lowered.compile())
     shard = 32 * (-(-1207 // (32 * n)))
