@@ -25,6 +25,11 @@ class Codec:
     def block(self) -> int:
         return 1
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is encoded and nothing lost."""
+        return False
+
     def encode(self, key: Any, x: Any) -> tuple[Array, ...]:
         """The packed arrays of an array of floats, of any shape.
 
@@ -74,9 +79,16 @@ class Codec:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Identity(Codec):
     """Nothing is encoded."""
+
+    def __repr__(self) -> str:
+        return "identity()"
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     def _encode(self, key: Any, x: Array):
         del key
@@ -86,11 +98,14 @@ class Identity(Codec):
         return packed[0].astype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Cast(Codec):
     """Another dtype of floats, sent as whole numbers of its size: no compiler widens these."""
 
     dtype: str
+
+    def __repr__(self) -> str:
+        return f"cast({self.dtype})"
 
     def _encode(self, key: Any, x: Array):
         del key
@@ -101,12 +116,15 @@ class Cast(Codec):
         return jax.lax.bitcast_convert_type(packed[0], self.dtype).astype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Integers(Codec):
     """Whole numbers of few bits, with a scale for each block."""
 
     bits: int
     size: int
+
+    def __repr__(self) -> str:
+        return f"int{self.bits}({self.size})"
 
     @property
     def block(self) -> int:
@@ -136,11 +154,14 @@ class Integers(Codec):
         return (steps * scale[:, None]).reshape(-1).astype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TopK(Codec):
     """The entries that are largest in absolute value, and where they are."""
 
     fraction: float
+
+    def __repr__(self) -> str:
+        return f"top_k({self.fraction})"
 
     def _encode(self, key: Any, x: Array):
         del key
@@ -155,11 +176,14 @@ class TopK(Codec):
         return jnp.zeros(size, dtype).at[places].set(values.astype(dtype), unique_indices=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ErrorFeedback(Codec):
     """Another codec, rounding to the nearest; what it loses is kept and added to the next array."""
 
     codec: Codec
+
+    def __repr__(self) -> str:
+        return f"error_feedback({self.codec!r})"
 
     @property
     def block(self) -> int:

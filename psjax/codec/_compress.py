@@ -144,7 +144,7 @@ class Compress(Update):
         more = {"rounds": state.rounds + 1}
         if isinstance(self.update, Exchange):
             new, inner, metrics, held, residual = self.update.over(
-                None if wire.exact else wire,
+                None if self.codec.exact else wire,
                 params,
                 state.inner,
                 selection,
@@ -183,7 +183,7 @@ class Compress(Update):
         number, all_of_them = holders(selection, params, metrics.finite, wire.axis_name)
         anybody = number > 0
         held = [anybody if n is number else n > 0 for n in all_of_them]
-        coded = set() if wire.exact else self._coded(params)
+        coded = set() if self.codec.exact else self._coded(params)
         found = {}
         for i in set(range(len(before))) - coded:
             some = jnp.any(metrics.finite & jnp.asarray(selection.valid))

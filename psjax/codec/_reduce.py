@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from psjax._placement import varying
 from psjax._sums import wide
-from psjax.codec._codecs import Codec, ErrorFeedback, Identity
+from psjax.codec._codecs import Codec, ErrorFeedback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,6 @@ class Wire:
     axis_name: str
     key: Any
 
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is lost, so that sums need no shards."""
-        return isinstance(self.codec, Identity)
-
     def total(self, shares: Sequence[Array], divide: int = 1):
         """The sum over the workers, and what each of them has lost.
 
@@ -49,7 +44,7 @@ class Wire:
           `(sums, lost)`, both like `shares`. The sums over the workers of `sums * divide` and of
           `lost` add up to that of `shares`: what the owner of a shard loses is its own.
         """
-        if self.exact or not shares:
+        if self.codec.exact or not shares:
             sums = jax.lax.psum(list(shares), self.axis_name)
             sums = [x / divide for x in sums] if divide > 1 else sums
             return sums, [jnp.zeros_like(x) for x in shares]
@@ -77,7 +72,7 @@ class Wire:
           `(received, decoded)`, arrays `[worker, ...]`: of every worker the row for this one, and
           this worker's own rows as the others decode them.
         """
-        if self.exact or not differences:
+        if self.codec.exact or not differences:
             swap = lambda x: jax.lax.all_to_all(x, self.axis_name, 0, 0)
             return [swap(x) for x in differences], list(differences)
         dtype = _together(differences)

@@ -256,7 +256,15 @@ def test_the_compiled_program_sends_the_packed_bits_and_the_scales(how, n):
         ledger = cost.ledger(mapped(fn, how, n).lower(x).compile(), metrics_below=1)
         shard = own.block * math.ceil(math.ceil(1000 / n) / own.block)
         assert ledger.bytes_per_device == 2 * (n - 1) * own.bytes((shard,), jnp.float32)
+        assert ledger.bytes == cost.encoded_mean(1000, n, own)
         assert {c.kind for c in ledger.collectives} <= {"all-to-all", "all-gather"}
+
+
+def test_the_formula_of_the_identity_is_a_ring_all_reduce():
+    x = jnp.asarray(normal(4, 1000))
+    fn = lambda x: codec.mean(x, "workers", codec.identity())
+    ledger = cost.ledger(mapped(fn, "shard_map", 4).lower(x).compile())
+    assert ledger.bytes == cost.encoded_mean(1000, 4, codec.identity()) == 2 * 3 * 4000
 
 
 # ------------------------------------------------------------------------------ what is refused
@@ -268,6 +276,7 @@ def test_the_compiled_program_sends_the_packed_bits_and_the_scales(how, n):
         (lambda: codec.int8(0), r"int8\(block=0\): pass a positive number"),
         (lambda: codec.int4(7), r"int4\(block=7\): pass a multiple of 2, for as many numbers"),
         (lambda: codec.int2(6), r"int2\(block=6\): pass a multiple of 4"),
+        (lambda: cost.encoded_mean(0, 2, codec.int8()), r"encoded_mean\(num_floats=0\)"),
         (lambda: codec.top_k(0.0), r"top_k\(fraction=0.0\): pass a fraction .* above 0"),
         (lambda: codec.top_k(1.5), r"top_k\(fraction=1.5\)"),
         (lambda: codec.int8(8).encode(None, np.zeros(12, np.float32)), "12 entries is not a whole"),
@@ -305,8 +314,7 @@ def test_a_residual_and_error_feedback_belong_together(residual):
 
 def test_codecs_of_equal_numbers_are_equal():
     assert codec.int4(64) == codec.int4(64) != codec.int4(32)
-    assert repr(codec.error_feedback(codec.top_k(0.5))) == (
-        "ErrorFeedback(codec=TopK(fraction=0.5))"
-    )
+    names = "identity() cast(bfloat16) cast(float16) int8(8) int4(8) int2(8) top_k(0.3)".split()
+    assert [repr(own) for own in ALL] == [*names, "error_feedback(int2(8))"]
     assert isinstance(codec.int2(4), psjax.codec.Codec)
     assert len({*ALL, *ALL}) == len(ALL)
