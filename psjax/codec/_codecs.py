@@ -15,14 +15,11 @@ from psjax._sums import wide
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """An array of floats as a tuple of packed arrays, and back. Made by a function of this module.
-
-    Attributes:
-      block: what the number of entries must be a multiple of.
-    """
+    """An array of floats as a tuple of packed arrays, and back. Made by a function of this module."""
 
     @property
     def block(self) -> int:
+        """What the number of entries must be a multiple of."""
         return 1
 
     @property
