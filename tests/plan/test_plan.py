@@ -361,7 +361,7 @@ def test_a_codec_adds_rows_of_what_sends_encoded_differences_and_is_not_chosen()
     plain = named["independent subnets, J = 10"]
     subnets = named["independent subnets, J = 10, int8(64)"]
     assert subnets.down == plain.down  # fetched as they are
-    assert 0.62 < subnets.up / plain.up < 0.64  # a weight's quarter, and its momentum
+    assert 0.62 < subnets.up / plain.up < 0.65  # a quarter and scales of a weight, and its momentum
     asked = best_for_digits(codec=own, **SPEED)
     assert asked.best == best_for_digits(**SPEED).best
     assert "data parallel, int8(64)" in str(asked)
