@@ -7,7 +7,7 @@ Training*, arXiv:1910.02120. With replicas it is local SGD.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,38 +30,7 @@ from psjax._traps import (
     check_steps,
 )
 from psjax._types import AxisName, Batch, Mask, OptState, Params
-
-
-class LocalMetrics(NamedTuple):
-    """What a round reports.
-
-    Attributes:
-      loss: `[E, J]`, the loss of every local step; meaningless for elements that are not valid.
-      finite: `bool[E]`; False for an element whose loss or weights became NaN or Inf. Its weights
-        and state are left out of the mean: entries that no other element holds are unchanged.
-      aux: with `has_aux`, the `aux` that `loss_fn` returned, leaves `[E, J, ...]`; else None.
-    """
-
-    loss: jax.Array
-    finite: jax.Array
-    aux: Any = None
-
-
-class LocalUpdate:
-    """The function that `local_update` returns: `(params, opt_state, selection, batches) -> ...`.
-
-    Attributes:
-      optimizer: the optimizer that was given.
-      mutable: the names that were given.
-    """
-
-    def __init__(self, fn: Callable[..., Any], optimizer: Any, mutable: tuple[str, ...]):
-        self._fn = fn
-        self.optimizer = optimizer
-        self.mutable = mutable
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, LocalMetrics]:
-        return self._fn(*args, **kwargs)
+from psjax._update import LocalMetrics, LocalUpdate, split_mutable
 
 
 def local_update(
@@ -184,7 +153,7 @@ def local_update(
         params, opt_state = placed(new, given)
         return params, opt_state, metrics
 
-    return LocalUpdate(update, optimizer, mutable)
+    return LocalUpdate(update, optimizer, mutable, axis_name)
 
 
 def routes_home(
@@ -199,7 +168,7 @@ def routes_home(
     """How every leaf of `(params, opt_state)` is put back; the state is of what is trained."""
     keep = _keep(selection)
     leaves, treedef = jax.tree.flatten(params)
-    numbers = _split(treedef.unflatten(range(len(leaves))), mutable)[0]
+    numbers = split_mutable(treedef.unflatten(range(len(leaves))), mutable)[0]
     own = lambda spec: selected(spec, selection.indices)
     routes = [
         Route(spec, k, not (jnp.issubdtype(jnp.result_type(x), jnp.inexact) or own(spec)))
@@ -209,21 +178,13 @@ def routes_home(
     return routes + state_routes(
         call,
         optimizer,
-        _split(params, mutable)[0],
+        split_mutable(params, mutable)[0],
         opt_state,
         [selection.specs[i] for i in trained],
         [keep[i] for i in trained],
         divided=lambda name: own(P(name)),
-        like=None if like is None else _split(like, mutable)[0],
+        like=None if like is None else split_mutable(like, mutable)[0],
     )
-
-
-def _split(params: Params, mutable: tuple[str, ...]):
-    """What is trained and what is overwritten."""
-    if not mutable:
-        return params, {}
-    fixed = {name: params[name] for name in mutable}
-    return {name: x for name, x in params.items() if name not in mutable}, fixed
 
 
 def _of_routes(selection: Selection, tree: PyTree, routes: Sequence[Route]):
@@ -241,7 +202,7 @@ def _check_optimizer(
     padded: Sequence[str],
 ):
     """Check, on the host, what the optimizer does on the shapes that an element sees."""
-    check_low_precision("local_update", optimizer, _split(params, mutable)[0])
+    check_low_precision("local_update", optimizer, split_mutable(params, mutable)[0])
     if not any(selected(spec, held.indices) for spec in held.specs):
         return
     leaves, treedef = jax.tree.flatten((params, opt_state))
@@ -249,7 +210,7 @@ def _check_optimizer(
     def element(selection: Selection):
         see = lambda xs: selection.map(lambda *ys: list(ys), xs)
         params, opt_state = treedef.unflatten(jax.eval_shape(see, leaves))
-        return _split(params, mutable)[0], opt_state
+        return split_mutable(params, mutable)[0], opt_state
 
     one = dataclasses.replace(held, keep=None)[0]
     own = element(one)
@@ -362,7 +323,7 @@ def _step(
 
     def step(carry: tuple[Params, OptState], batch: Batch):
         params, opt_state = carry
-        trained, fixed = _split(params, mutable)
+        trained, fixed = split_mutable(params, mutable)
 
         def fn(trained: Params):
             out: Any = loss_fn({**trained, **fixed} if mutable else trained, batch)

@@ -95,7 +95,7 @@ def _key_name(entry: Any):
     return jax.tree_util.keystr((entry,), simple=True)
 
 
-def kept(keep: Mask | bool, x: ArrayLike, other: Any = 0):
+def kept(keep: Mask | bool, x: ArrayLike, other: Any = 0) -> Any:
     """`x` where `keep` is True, `other` where a weight is dropped; `x` itself without a mask."""
     if keep is None:
         return x

@@ -16,8 +16,8 @@ from jaxtyping import Bool, PyTree
 
 from psjax._holders import holders_of
 from psjax._leaf import gather_leaf, selected
-from psjax._masks import both, broadcasts, kept, masks_of
-from psjax._notation import size_of
+from psjax._like import check_like
+from psjax._masks import both, kept, masks_of
 from psjax._placement import placed, whole
 from psjax._runs import cut, cut_each, length_of, on_host, part_of_run
 from psjax._seen import over, see
@@ -167,10 +167,23 @@ class Selection:
         counts = self._counts(params, valid, axis_name)
         return placed(mean_of(sums, whole(stacked), whole(params), counts), params)
 
-    def counts(self, params: Params):
-        """How many elements hold each entry: a tree like `params`, int32."""
+    def counts(
+        self,
+        params: Params,
+        where: Bool[AnyArray, " E"] | None = None,
+        axis_name: AxisName | None = None,
+    ):
+        """How many elements hold each entry: a tree like `params`, int32.
+
+        Args:
+          params: tree of arrays of the shapes that `select` was given.
+          where: `bool[E]`, elements to count; None for all.
+          axis_name: name of a mapped axis over which elements are spread.
+        """
         self.check("Selection.counts(params)", params)
-        counts = self._counts(params, jnp.asarray(self.valid))
+        valid = jnp.asarray(self.valid)
+        valid = valid if where is None else valid & where
+        counts = self._counts(params, valid, axis_name)
         return jax.tree.map(lambda n, x: jnp.broadcast_to(n, x.shape), counts, params)
 
     # --------------------------------------------------------------------- some of the elements
@@ -419,32 +432,3 @@ def along(valid: Bool[AnyArray, "..."], y: AnyArray):
 def repeat(x: Any, n: int):
     """`[...] -> [n, ...]`; a NumPy array stays one."""
     return (np if on_host(x) else jnp).broadcast_to(x, (n, *x.shape))
-
-
-def check_like(call: str, selection: Selection, params: Params):
-    """Raise if `select` was given other parameters: a wrong size would gather zeros."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = tuple(keystr(path) for path, _ in leaves)
-    if paths != selection.paths:
-        odd = sorted(set(paths) ^ set(selection.paths)) or list(paths)
-        msg = (
-            f"{call}: the parameters are not the tree that select(like=...) was given; they differ "
-            f"in {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
-        )
-        raise ValueError(msg)
-    for (path, x), spec in zip(leaves, selection.specs):
-        for d, entry in enumerate(spec or ()):
-            size = size_of(entry, selection.sizes) if entry is not None else None
-            if size is not None and (d >= jnp.ndim(x) or jnp.shape(x)[d] != size):
-                msg = (
-                    f"{call}: {keystr(path)} has shape {tuple(jnp.shape(x))}, but axis {entry!r} "
-                    f"(dimension {d}) had size {size} in select(like=...)."
-                )
-                raise ValueError(msg)
-    for (path, x), keep in zip(leaves, selection.keep or ()):
-        if keep is not None and not broadcasts(keep.shape, x.shape):
-            msg = (
-                f"{call}: the mask that Selection.drop got for {keystr(path)} has shape "
-                f"{tuple(keep.shape)}, which does not broadcast to the leaf's {tuple(x.shape)}."
-            )
-            raise ValueError(msg)

@@ -135,6 +135,49 @@ def state_routes(
     return routes
 
 
+def where_held(
+    call: str, optimizer: Any, params: Any, old: Any, new: Any, held: Any, anybody: Any
+) -> Any:
+    """The state after an update in which only some entries of the parameters took part.
+
+    Args:
+      call: the name of the public function, for messages.
+      optimizer: an `optax.GradientTransformation`.
+      params: the parameters that it trains.
+      old: its state before.
+      new: its state after an update of all entries.
+      held: which entries took part, flat; `bool[]` for all entries of a parameter.
+      anybody: whether any did: for what has no entry per weight, such as Adam's count.
+
+    Raises:
+      ValueError: a state that is reduced over entries of which some took part and some did not.
+    """
+    leaves = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    names = [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = jax.tree_util.tree_leaves_with_path(new)
+    origins = _origins(call, optimizer, params)
+    _check_state(call, origins, leaves, found)
+    before, chosen = jax.tree.leaves(old), []
+    for (path, x), (_, own), was in zip(found, origins, before, strict=True):
+        owners = sorted({d[0] for d in own if isinstance(d, tuple)})
+        owners = range(len(leaves)) if _MIXED in own else owners
+        mask = anybody
+        if len(owners) == 1 and _is_complete(own, owners[0], leaves):
+            mask = jnp.asarray(held[owners[0]])
+        elif partly := [names[i] for i in owners if jnp.ndim(held[i])]:
+            msg = (
+                f"{call}(optimizer=...): the optimizer's state {keystr(path)}, of shape "
+                f"{jnp.shape(x)}, is reduced over {', '.join(partly[:3])}, of which a round may "
+                "hold a part; the rest must keep its state. Pass an optimizer with a state per "
+                "entry, such as optax.sgd with momentum, or optax.adam."
+            )
+            raise ValueError(msg)
+        elif len(owners) == 1:
+            mask = jnp.asarray(held[owners[0]])
+        chosen.append(jnp.where(mask, x, was))
+    return jax.tree.structure(new).unflatten(chosen)
+
+
 def check_element_state(call: str, optimizer: Any, params: Any, opt_state: Any) -> None:
     """Raise unless `optimizer.init` on an element's parameters gives the state it sees."""
     shapes = lambda tree: [

@@ -17,6 +17,7 @@ from sphinx_psjax import examples
 MODULES = (
     "psjax",
     "psjax.axes",
+    "psjax.codec",
     "psjax.ist",
     "psjax.plan",
     "psjax.losses",

@@ -17,6 +17,7 @@ the program needs on a device.
 from psjax import _public
 from psjax.cost._formulas import Cost as Cost
 from psjax.cost._formulas import data_parallel as data_parallel
+from psjax.cost._formulas import encoded_mean as encoded_mean
 from psjax.cost._formulas import independent_subnets as independent_subnets
 from psjax.cost._formulas import local_sgd as local_sgd
 from psjax.cost._formulas import printed_data_parallel as printed_data_parallel

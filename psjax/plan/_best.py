@@ -37,6 +37,7 @@ def best(
     slots: int | None = None,
     moments: int = 2,
     local_steps: int = 10,
+    codec: Any = None,
 ) -> Table:
     """The plan with the shortest predicted step that fits into the memory.
 
@@ -57,6 +58,8 @@ def best(
       slots: as in `table`.
       moments: as in `table`.
       local_steps: as in `table`.
+      codec: as in `table`. The rows that it adds are no plans, and are not chosen; that they may
+        be faster is what the table then shows.
 
     Returns:
       A `Table` with the chosen plan and one row per other kind. Its attribute `best` is the chosen
@@ -90,7 +93,7 @@ def best(
 
     kinds = candidates(num_classes, num_workers)
     plans = [_fastest(kind, row_of, least, memory) for kind in kinds.values()]
-    costs = table(work, plans, memory=memory, slots=each, **numbers)
+    costs = table(work, plans, memory=memory, slots=each, codec=codec, **numbers)
     rows = [row for row in costs.rows if row.plan is not None]
     if costs.best is None:
         small = min(rows, key=lambda row: row.memory)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from psjax import structure
 from psjax._partition import random_partition
 from psjax._types import Params, Sizes, Struct
+from psjax.cost import encoded_mean
 from psjax.plan._plan import Plan
 from psjax.plan._routes import Routes
 from psjax.plan._store import Store
@@ -167,6 +168,7 @@ def table(
     slots: int | None = None,
     moments: int = 2,
     local_steps: int = 10,
+    codec: Any = None,
 ) -> Table:
     """Predict the costs of plans, and of data parallelism, score exchange and independent subnets.
 
@@ -183,6 +185,10 @@ def table(
         `psjax.data.most_of_a_label`, which is about twice as many if a label has 10 on average.
       moments: optimizer moments per weight: 0 for SGD, 1 for momentum, 2 for Adam.
       local_steps: J, steps of independent subnets between two exchanges.
+      codec: a `psjax.codec.Codec`, such as `psjax.codec.int4(64)`: rows are added of what sends
+        encoded differences, data parallelism (`psjax.codec.mean` of the gradients), local SGD and
+        independent subnets (`psjax.codec.compress`; what a subnet fetches and its moments are not
+        encoded). They lose precision; no other row does. None: no such rows.
 
     Returns:
       A `Table`. Its bytes are those that the compiled step sends, including padding.
@@ -203,10 +209,13 @@ def table(
     store = Store(work.axes, work.like, num_workers)
     each = slots_of("table", slots, batch_size, store.num_classes)
     rows = [plan_row(work, plan, store, batch_size, each, moments) for plan in plans]
-    rows.append(_data_parallel(work, store, batch_size, moments))
+    whole = _data_parallel(work, store, batch_size, moments)
+    rows.append(whole)
     rows.append(_score_exchange(work, store, batch_size, moments))
     subnets, note = _subnets(work, store, batch_size, moments, local_steps)
     rows += [subnets] if subnets is not None else []
+    if codec is not None:
+        rows += _encoded(work, store, codec, whole, subnets, moments, local_steps)
     note = f"plans: operations of {each} slots for every label of a batch\n{note}"
     timed = (row._replace(seconds=seconds_of(row, flops, bandwidth)) for row in rows)
     return Table(tuple(timed), note, memory)
@@ -319,6 +328,33 @@ def _data_parallel(work: Workload, store: Store, batch_size: int, moments: int):
     flops = each * (work.common_flops + store.num_classes * work.class_flops)
     memory = work.itemsize * n * (2 + moments)
     return Prediction("data parallel", None, memory, ring, ring, flops, 1, each, W, math.nan)
+
+
+def _encoded(
+    work: Workload,
+    store: Store,
+    codec: Any,
+    whole: Prediction,
+    subnets: Prediction | None,
+    moments: int,
+    local_steps: int,
+):
+    """Rows of what sends encoded differences, from those that send the same as it is."""
+    W, J, floats = store.num_workers, local_steps, work.common + store.num_classes * work.private
+    dtype = jax.tree.leaves(work.like)[0].dtype
+    mean = encoded_mean(floats, W, codec, dtype) / (2 * W)
+    rows = [
+        whole._replace(name=f"{whole.name}, {codec!r}", down=mean, up=mean),
+        whole._replace(name=f"local SGD, J = {J}, {codec!r}", down=mean / J, up=mean / J),
+    ]
+    if subnets is not None and W > 1:
+        weights = subnets.up / (1 + moments)
+        entries = round(weights * J * W / (W - 1) / work.itemsize)
+        row = codec.block * math.ceil(entries / W / codec.block)
+        packed = (W - 1) * codec.bytes((row,), dtype) / J
+        name = f"{subnets.name}, {codec!r}"
+        rows.append(subnets._replace(name=name, up=subnets.up - weights + packed))
+    return rows
 
 
 def _score_exchange(work: Workload, store: Store, batch_size: int, moments: int):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psjax._like import check_like
 from psjax._masks import kept
 from psjax._select import axis_sizes, replicas, selection_of
-from psjax._selection import check_like
 from psjax._types import Axes, Params
 from psjax.structure._overlap import num_weights
 

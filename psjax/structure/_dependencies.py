@@ -17,8 +17,8 @@ from flax.core import meta
 from jax.tree_util import keystr
 from jaxtyping import Bool, PyTree
 
+from psjax._like import check_like
 from psjax._select import replicas
-from psjax._selection import check_like
 from psjax._types import Params
 from psjax.structure._count import WeightCounts
 from psjax.structure._from_program import Reading

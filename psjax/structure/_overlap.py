@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from psjax._selection import Selection, check_like
+from psjax._like import check_like
+from psjax._selection import Selection
 from psjax._types import Params
 
 

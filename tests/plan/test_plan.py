@@ -345,6 +345,28 @@ def test_subnets_compute_what_the_narrower_model_does():
     assert rows["independent subnets"].holders == pytest.approx(held / (fan_out + hidden + last))
 
 
+def test_a_codec_adds_rows_of_what_sends_encoded_differences_and_is_not_chosen():
+    """Only when asked; data parallel with int8 sends a quarter and its scales."""
+    work, own = plans.workload(DIGITS, 10, IMAGE), psjax.codec.int8(64)
+    rows, more = (
+        plans.table(work, [], num_workers=8, **SPEED, moments=1, codec=c).rows for c in (None, own)
+    )
+    assert more[: len(rows)] == rows
+    named = {row.name: row for row in more}
+    whole, encoded = named["data parallel"], named["data parallel, int8(64)"]
+    floats = work.common + 10 * work.private
+    assert encoded.up == psjax.cost.encoded_mean(floats, 8, own) / (2 * 8)
+    assert 0.25 < encoded.up / whole.up < 0.28
+    assert named["local SGD, J = 10, int8(64)"].up == pytest.approx(encoded.up / 10)
+    plain = named["independent subnets, J = 10"]
+    subnets = named["independent subnets, J = 10, int8(64)"]
+    assert subnets.down == plain.down  # fetched as they are
+    assert 0.62 < subnets.up / plain.up < 0.65  # a quarter and scales of a weight, and its momentum
+    asked = best_for_digits(codec=own, **SPEED)
+    assert asked.best == best_for_digits(**SPEED).best
+    assert "data parallel, int8(64)" in str(asked)
+
+
 def test_a_row_of_subnets_says_where_the_exchange_would_refuse_it():
     def note(net, num_workers):
         work = plans.workload(net, 2, IMAGE)
