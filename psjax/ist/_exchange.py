@@ -203,7 +203,8 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Exchange:
     who all draw the same subnets from `(seed, round_number)`. Worker s fetches subnet s from all
     owners by one `all_to_all` per leaf, trains it, and returns it by another; shared leaves are
     averaged. The traffic is that of `psjax.cost.independent_subnets`, which a test holds to the
-    last byte.
+    last byte. `psjax.codec.compress` around it encodes what returns, and `psjax.outer` keeps its
+    own state in the same shards.
 
     Args:
       update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`; its optimizer says how
