@@ -19,12 +19,12 @@ class Kind(NamedTuple):
 
     Attributes:
       fn: `fn(u, data) -> scalar`, of what an element sees.
-      index: `[E, m]`, the variables it sees.
+      rows: `[E, m]`, the variables it sees.
       data: `[E, d]`, its constants.
     """
 
     fn: Callable
-    index: np.ndarray
+    rows: np.ndarray
     data: np.ndarray
 
 
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
     def selections(self, params):
         """The index sets of all kinds."""
-        return [psjax.select(P("i"), {"i": k.index}, like=params) for k in self.kinds]
+        return [psjax.select(P("i"), {"i": k.rows}, like=params) for k in self.kinds]
 
     def arguments(self):
         """The constants of all kinds, as the further argument of their functions."""
@@ -53,15 +53,15 @@ class Problem(NamedTuple):
         """The whole function, of any array library's `x[index]`."""
         total = self.constant
         for k in self.kinds:
-            u, d = x[k.index], jnp.asarray(k.data, x.dtype)
+            u, d = x[k.rows], jnp.asarray(k.data, x.dtype)
             total = total + jnp.sum(k.fn(jnp.moveaxis(u, -1, 0), jnp.moveaxis(d, -1, 0)))
         return total
 
 
 def _kind(fn, *columns, data=()):
-    index = np.stack(np.broadcast_arrays(*columns), axis=1)
-    empty = np.zeros((len(index), 0))
-    return Kind(fn, index, np.stack(data, axis=1) if len(data) else empty)
+    rows = np.stack(np.broadcast_arrays(*columns), axis=1)
+    empty = np.zeros((len(rows), 0))
+    return Kind(fn, rows, np.stack(data, axis=1) if len(data) else empty)
 
 
 def _chain(n):

@@ -288,22 +288,22 @@ def compress(
     r"""A round in which workers exchange, encoded, what their local steps changed.
 
     Around `psjax.local_update`, every worker trains its own elements from the shared parameters
-    $w$ to $y$, and $y - w$ is sent by `psjax.codec.mean`'s way; an entry's mean is over those who
-    held it. The inner optimizer's state stays with its worker and is not exchanged, as in DiLoCo
-    (arXiv:2311.08105): it is another one on every worker. `identity()` sends weights, by one
-    `psum`, and gives the bits of `local_update(..., axis_name=...)`.
+    $w$ to $y$, and $y - w$ is sent as `psjax.codec.mean` does. The mean of an entry is taken over
+    those who held it. The inner optimizer's state stays with its worker, as in DiLoCo
+    (arXiv:2311.08105), and differs between workers. `identity()` sends weights by one `psum` and
+    gives the bits of `local_update(..., axis_name=...)`.
 
     Around `psjax.ist.exchange`, weights are fetched as they are, and what a subnet changed is
-    encoded on its way back to the owners. Moments travel as they are, for a rounded second moment
-    may be negative.
+    encoded on its way back to the owners. Moments are not encoded: a rounded second moment may be
+    negative.
 
-    With `error_feedback`, a worker keeps what its sending has lost, entry by entry, and adds it
-    when the entry is exchanged next, whoever holds the entry then. Under `psjax.ist.exchange` it
-    lies with the entry's owner and travels with the entry, exact, as a moment does; that costs as
-    much as a moment, more than the codec saves.
+    With `error_feedback`, a worker keeps what its encoding has lost, entry by entry, and adds it
+    the next time that anybody holds the entry. Under `psjax.ist.exchange` the residual lies with
+    the entry's owner and travels with the entry, unrounded, as a moment does. That costs more bytes
+    than the codec saves.
 
     An entry that nobody held keeps its bits. What is not trained (`mutable` of `local_update`) and
-    whole numbers are sent as they are.
+    integers are sent as they are.
 
     Args:
       update: `psjax.local_update(loss_fn, optimizer)` without `axis_name`, or what

@@ -101,17 +101,17 @@ class Wire:
 
 
 def mean(tree: Any, axis_name: str, codec: Codec, key: Any = None, residual: Any = None) -> Any:
-    r"""The mean over the workers of a mapped axis, of which only encoded parts travel.
+    r"""The mean over the workers of a mapped axis, sent in encoded parts.
 
-    All leaves lie end to end and are cut into a shard for each worker, padded to whole blocks.
-    Every worker sends each shard to its owner, encoded, by one `all_to_all` for each packed array;
-    the owner decodes, takes the mean, encodes it and sends it to all by `all_gather`. All workers
-    get the same bits. With B the codec's bytes of a shard, each of n workers sends $2 (n-1) B$. The
-    identity is one `psum`, and exact.
+    Call it inside `jax.pmap`, `jax.shard_map` or `jax.vmap(..., axis_name=...)`, on the gradients
+    of data parallelism or on what local steps changed. Do not encode weights: the scale of a block
+    is set by its largest entry, and a change is much smaller.
 
-    For the inside of `jax.pmap`, `jax.shard_map` or `jax.vmap(..., axis_name=...)`: the gradients
-    of data parallelism, or the difference of weights after local steps. Never encode weights
-    themselves: a scale is as large as the largest.
+    All leaves are joined end to end and cut into one shard per worker, padded to whole blocks.
+    Every worker sends each shard to its owner, encoded, by one `all_to_all` per packed array. The
+    owner decodes, takes the mean, encodes it and sends it to all by `all_gather`. All workers get
+    the same bits. With B the codec's bytes of a shard, each of n workers sends $2 (n-1) B$. The
+    identity is one exact `psum`.
 
     Args:
       tree: arrays of floats, other ones on every worker.

@@ -4,6 +4,7 @@ T. Steihaug, *The conjugate gradient method and trust regions in large scale opt
 Ph. L. Toint, 1981. Algorithm 7.2 of Nocedal and Wright, *Numerical Optimization*.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ class _Carry(NamedTuple):
 
 def inner(a: PyTree, b: PyTree) -> Array:
     """Inner product of two trees."""
-    first, *rest = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
-    return sum(rest, first)
+    products = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+    return functools.reduce(jnp.add, products)
 
 
 def plus(a: PyTree, factor: ArrayLike, b: PyTree) -> PyTree:

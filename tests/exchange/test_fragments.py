@@ -25,6 +25,9 @@ from tests.exchange.test_compress import (
 SHAPES = {"a": (4, 2), "b": (3,), "c": (5,), "d": (2, 3)}
 
 
+NAN = [(1, 2), *((2, e) for e in range(N))]  # rounds and workers
+
+
 def start(dtype=np.float64):
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in SHAPES.items()}
@@ -72,15 +75,15 @@ def plain_rounds(w, plan, rounds, encode_decode, block, bad, outer):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("how", ["vmap", "shard_map"])
 @pytest.mark.parametrize(
-    ("plan", "feedback", "outer", "bad"),
+    ("how", "plan", "feedback", "outer", "bad"),
     [
-        (dict(num_fragments=2), False, False, ()),
-        (dict(num_fragments=3, delay=1, mixing=0.5), True, True, ()),
-        (dict(num_fragments=4, delay=3), False, True, [(1, 2), *((2, e) for e in range(N))]),
+        ("vmap", dict(num_fragments=2), False, False, ()),
+        ("pmap", dict(num_fragments=2, delay=1), False, True, ()),
+        ("shard_map", dict(num_fragments=3, delay=1, mixing=0.5), True, True, ()),
+        ("vmap", dict(num_fragments=4, delay=3), False, True, NAN),
     ],
-    ids=["two", "three, late by one, half mixed, int4, outer", "four, late by three, some NaN"],
+    ids=["two", "two, late", "three, late, half mixed, int4, outer", "four, late by 3, some NaN"],
 )
 def test_streaming_rounds_are_those_of_plain_loops(how, plan, feedback, outer, bad):
     """Outer optimizer, codec and fragments around one local update, in one compiled round."""
@@ -104,7 +107,8 @@ def test_streaming_rounds_are_those_of_plain_loops(how, plan, feedback, outer, b
         close(flat(jax.tree.map(lambda x, e=e: x[e], inner.own)), owns[e])
         if feedback:
             close(flat(jax.tree.map(lambda x, e=e: x[e], inner.residual)), residuals[e])
-    assert step._cache_size() <= 2  # the first arguments lie elsewhere
+    if how != "pmap":
+        assert step._cache_size() <= 2  # the first arguments lie elsewhere
 
 
 @pytest.mark.usefixtures("x64")
@@ -139,7 +143,7 @@ def test_a_round_in_the_middle_of_which_all_is_nan_leaves_weights_and_outer_stat
         np.testing.assert_array_equal(after.inner.own[name], expected)
 
 
-@pytest.mark.parametrize("fragments", [1, 2, 4])
+@pytest.mark.parametrize("fragments", [1, 4])
 def test_the_peak_of_the_bytes_falls_with_the_fragments_and_resident_bytes_are_as_said(fragments):
     """A round sends at most the largest fragment; a worker holds one more copy of the weights.
 

@@ -169,8 +169,8 @@ def test_gradient_descent_of_rate_one_is_the_round_itself():
     params = jax.tree.map(jnp.asarray, start())
     selection = psjax.random_partition(jax.random.key(0), AXES, {"h": H}, num_elements=N)
     targets = jnp.asarray(np.random.default_rng(0).normal(size=(N, J)))
-    plain, inner, _ = local(params, local.init(params), selection, targets)
-    new, state, _ = update(params, update.init(params), selection, targets)
+    plain, inner, _ = jax.jit(local)(params, local.init(params), selection, targets)
+    new, state, _ = jax.jit(update)(params, update.init(params), selection, targets)
     for name in params:
         ulp = np.spacing(np.maximum(np.abs(params[name]), np.abs(plain[name])))
         assert (np.abs(new[name] - plain[name]) <= ulp).all()
@@ -183,9 +183,9 @@ def test_a_round_in_which_nobody_takes_part_changes_no_bit(optimizer):
     update = psjax.outer(psjax.local_update(quadratic, optax.sgd(0.1)), optimizer)
     params = jax.tree.map(jnp.asarray, start())
     selection, batches = psjax.replicas(params, N), jnp.ones((N, J))
-    params, state, _ = update(params, update.init(params), selection, batches)
-    nan = jnp.full((N, J), jnp.nan)
-    after = update(params, state, selection, nan)[:2]
+    step = jax.jit(update)
+    params, state, _ = step(params, update.init(params), selection, batches)
+    after = step(params, state, selection, jnp.full((N, J), jnp.nan))[:2]
     jax.tree.map(np.testing.assert_array_equal, after, (params, state))
 
 
@@ -204,7 +204,7 @@ def test_what_is_overwritten_goes_past_the_outer_optimizer():
     assert jax.tree.structure(state.outer) == jax.tree.structure(
         update.optimizer.init({"params": 0.0})
     )
-    new, _, _ = update(variables, state, psjax.replicas(variables, 2), batches)
+    new, _, _ = jax.jit(update)(variables, state, psjax.replicas(variables, 2), batches)
     assert (float(new["params"]), float(new["seen"])) == (0.5, 2.0)
 
 
@@ -247,16 +247,15 @@ def between_workers(n, update_of, params, rounds, targets):
     return mine, theirs
 
 
-@pytest.mark.parametrize("outer", [optax.sgd(0.7, momentum=0.9, nesterov=True), optax.adam(0.1)])
-def test_with_weights_in_shards_the_outer_state_lies_in_shards_and_the_numbers_are_the_same(outer):
-    """Entries between two divided layers are held by nobody in half of the rounds; one is NaN."""
+def test_with_weights_in_shards_the_outer_state_lies_in_shards_and_the_numbers_are_the_same():
+    """Adam outside. Entries between two divided layers are held by nobody in half of the rounds; one is NaN."""
     shapes = {"in": (8, 3), "between": (8, 4), "out": (4, 2), "bias": (2,)}
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
     targets = rng.normal(size=(3, 2, J))
     targets[1, 1] = np.nan
     mine, theirs = between_workers(
-        2, lambda local: psjax.outer(local, outer), params, 3, jnp.asarray(targets)
+        2, lambda local: psjax.outer(local, optax.adam(0.1)), params, 3, jnp.asarray(targets)
     )
     jax.tree.map(close, *map(list, (map(np.asarray, jax.tree.leaves(x)) for x in (mine, theirs))))
     for name, moment in zip(
