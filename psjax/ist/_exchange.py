@@ -199,35 +199,26 @@ class Exchange(Update):
 def exchange(update: Callable[..., Any], axis_name: str) -> Exchange:
     r"""A round of independent subnet training between workers that own the weights in shards.
 
-    <<<<<<< HEAD
-        There is no coordinator (section 4.4 of arXiv:1910.02120): each weight matrix is sharded over
-        the workers, and all workers draw the same subnets from `(seed, round_number)`. Worker s fetches
-        subnet s from its owners with one `all_to_all` per leaf, trains it, and returns it with another;
-        shared leaves are averaged. `psjax.cost.independent_subnets` gives the traffic, to the byte.
-    =======
-        Section 4.4 of arXiv:1910.02120: no coordinator; each weight matrix is sharded over the workers,
-        who all draw the same subnets from `(seed, round_number)`. Worker s fetches subnet s from all
-        owners by one `all_to_all` per leaf, trains it, and returns it by another; shared leaves are
-        averaged. The traffic is that of `psjax.cost.independent_subnets`, which a test holds to the
-        last byte. `psjax.codec.compress` around it encodes what returns, and `psjax.outer` keeps its
-        own state in the same shards.
-    >>>>>>> 7796985f1d35b779a1a794ffda033ee1667d1454
+    There is no coordinator (section 4.4 of arXiv:1910.02120): each weight matrix is sharded over
+    the workers, and all workers draw the same subnets from `(seed, round_number)`. Worker s fetches
+    subnet s from its owners with one `all_to_all` per leaf, trains it, and returns it with another;
+    shared leaves are averaged. `psjax.cost.independent_subnets` gives the traffic, to the byte.
 
-        Args:
-          update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`. The optimizer
-            determines how its state is exchanged.
-          axis_name: name of the mapped axis, whose size is the number of subnets.
+    Args:
+      update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`. The optimizer
+        determines how its state is exchanged.
+      axis_name: name of the mapped axis, whose size is the number of subnets.
 
-        Returns:
-          A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)` for
-          the inside of your `jax.shard_map`: `params` and `opt_state` are this worker's shards, as
-          `store_specs` lays them out; `selection` is the whole selection, replicated and drawn with
-          `stratified=True`; `batches` `[1, J, ...]` and the metrics are those of this worker.
+    Returns:
+      A function `(params, opt_state, selection, batches) -> (params, opt_state, LocalMetrics)` for
+      the inside of your `jax.shard_map`: `params` and `opt_state` are this worker's shards, as
+      `store_specs` lays them out; `selection` is the whole selection, replicated and drawn with
+      `stratified=True`; `batches` `[1, J, ...]` and the metrics are those of this worker.
 
-        Raises:
-          TypeError: `update` is not from `psjax.local_update`.
-          ValueError: at the call, the numbers of subnets and workers differ, the shards do not fit, or
-            a state of the optimizer cannot be divided.
+    Raises:
+      TypeError: `update` is not from `psjax.local_update`.
+      ValueError: at the call, the numbers of subnets and workers differ, the shards do not fit, or
+        a state of the optimizer cannot be divided.
     """
     local = getattr(update, "__wrapped__", update)
     if not isinstance(local, LocalUpdate):
