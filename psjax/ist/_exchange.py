@@ -203,6 +203,8 @@ def exchange(update: Callable[..., Any], axis_name: str) -> Exchange:
     the workers, and all workers draw the same subnets from `(seed, round_number)`. Worker s fetches
     subnet s from its owners with one `all_to_all` per leaf, trains it, and returns it with another;
     shared leaves are averaged. `psjax.cost.independent_subnets` gives the traffic, to the byte.
+    `psjax.codec.compress` around it encodes what is returned; `psjax.outer` keeps its own state in
+    the same shards.
 
     Args:
       update: `psjax.local_update(loss_fn, optimizer)`, without `axis_name`. The optimizer
