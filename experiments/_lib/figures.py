@@ -67,13 +67,13 @@ def learning_curve(
         own = label if len(columns) == 1 else f"{name}, {label}"
         values = 100 * series(rows, column)[1]
         band(right, epochs, values, color=colour, label=own, marker=marker)
-    panel(left, "Training loss", "epoch", f"loss (mean of a sample, over {over})")
+    panel(left, "Training loss", "epoch", f"loss per sample (mean over {over})")
     panel(right, f"Test accuracy{whose}", "epoch", "test accuracy (%)")
     if loss.min() > 0 and loss.max() > 50 * loss.min():
         left.set_yscale("log")
         left.set_ylim(bottom=0.8 * loss.mean(0).min())  # mean - std may well be negative
     for ax in (left, right):
         ax.legend(frameon=False)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.suptitle(title)
     save(figure, path)

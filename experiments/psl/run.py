@@ -37,7 +37,10 @@ def train(
     def make():
         program = training.build(config, data_dir)
         if config.compute != "fused":
-            report(f"slots per sample in batches by label: {program.batches.padding_factor():.2f}")
+            report(
+                f"padding: {program.batches.padding_factor():.2f} slots per sample "
+                "(batches sorted by label; 1.00 would be none)"
+            )
         return Epochs(config, program)
 
     return loop.train(config, folder, make, report=report, **how)

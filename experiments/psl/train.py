@@ -38,11 +38,13 @@ def main(args: Args) -> pathlib.Path:
     """Train, draw the learning curve, return the run folder."""
     command.begin(args)
     c = args.config
-    title = f"{c.model} on {c.dataset}, {c.loss} by {c.compute}"
+    title = f"{c.model} trained on {c.dataset}: loss {c.loss}, computed by {c.compute}"
     draw = lambda rows, path: figures.learning_curve(rows, path, title)
     words = "psl", c.dataset, c.model, c.loss, c.compute
     folder, rows = command.train_in_folder(args, run.train, draw, *words)
     print(f"test accuracy {mean_at_end(rows, 'test_accuracy')}; run folder {folder}")
+    print("Next: python -m experiments.ist.train trains the second paper's subnets;")
+    print("python -m experiments lists all programs.")
     return folder
 
 

@@ -197,7 +197,7 @@ HOW = ["vmap", "pmap", "shard_map", "shard_map, check_vma=False"]
     ("how", "n", "own", "plain"),
     [(how, 2, codec.int4(4), int4_plain) for how in HOW]
     + [("vmap", 8, codec.int4(4), int4_plain), ("shard_map", 4, codec.top_k(0.3), top_k_plain)],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", None) or repr(x),
 )
 def test_an_encoded_mean_is_that_of_plain_loops(how, n, own, plain):
     """Two leaves whose 19 entries no number of workers divides; rounded to the nearest."""

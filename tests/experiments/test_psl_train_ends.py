@@ -51,7 +51,7 @@ def test_interrupted_while_xla_compiles_it_ends_in_the_usual_way(tmp_path, kind,
     process = start("--out", tmp_path / "run")
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("slots per sample"):
+        if line.startswith("padding: "):
             break
     time.sleep(seconds)
     process.send_signal(kind)
