@@ -52,7 +52,7 @@ def local_update(
     Algorithm 2 of arXiv:1910.02120 with any optax optimizer in place of SGD.
 
     Optimizer state is gathered and put back with the weights. psjax traces the optimizer's own
-    `init` for other sizes to learn which dimension of the state belongs to which of a parameter:
+    `init` for other sizes to learn which dimensions of the state are dimensions of a parameter:
 
     - Moments and traces are gathered entry by entry; they may have extra leading dimensions.
     - A state that is reduced over some dimensions of a parameter (the rows and columns of

@@ -139,8 +139,8 @@ def both(path: str, a: Mask, b: Mask):
         return b if a is None else a
     if not broadcasts(a.shape, b.shape, either=True):
         msg = (
-            f"Selection.drop(keep): {path} has a mask of shape {b.shape}, and before one of "
-            f"shape {a.shape}; both must broadcast to the leaf."
+            f"Selection.drop(keep): {path} has a mask of shape {b.shape}, but one of shape "
+            f"{a.shape} already; both must broadcast to the leaf."
         )
         raise ValueError(msg)
     ndim = max(a.ndim, b.ndim)
