@@ -248,7 +248,7 @@ def between_workers(n, update_of, params, rounds, targets):
 
 
 def test_with_weights_in_shards_the_outer_state_lies_in_shards_and_the_numbers_are_the_same():
-    """Adam outside. Entries between two divided layers are held by nobody in half of the rounds; one is NaN."""
+    """Adam; entries between divided layers often have no holder, and one subnet is NaN."""
     shapes = {"in": (8, 3), "between": (8, 4), "out": (4, 2), "bias": (2,)}
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
