@@ -15,7 +15,7 @@ from psjax._sums import wide
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """An array of floats as a tuple of packed arrays, and back; made by this module's functions."""
+    """An array of floats as a tuple of packed arrays, and back; made by the functions here."""
 
     @property
     def block(self) -> int:

@@ -290,8 +290,9 @@ def compress(
     Around `psjax.local_update`, every worker trains its own elements from the shared parameters
     $w$ to $y$, and $y - w$ is sent as `psjax.codec.mean` does. The mean of an entry is taken over
     those who held it. The inner optimizer's state stays with its worker, as in DiLoCo
-    (arXiv:2311.08105), and differs between workers. `identity()` sends weights by one `psum` and
-    gives the bits of `local_update(..., axis_name=...)`.
+    (arXiv:2311.08105), and differs between workers; with subnets that change, moments do not follow
+    their entries here, as they do under `psjax.ist.exchange`. `identity()` sends weights by one
+    `psum` and gives the bits of `local_update(..., axis_name=...)`.
 
     Around `psjax.ist.exchange`, weights are fetched as they are, and what a subnet changed is
     encoded on its way back to the owners. Moments are not encoded: a rounded second moment may be

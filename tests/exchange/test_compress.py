@@ -166,6 +166,32 @@ def test_error_feedback_moves_what_the_codec_alone_never_sends():
     assert far[1] == 1
 
 
+@pytest.mark.parametrize("bad", [None, 0])
+def test_what_is_not_trained_is_sent_as_it_is(bad):
+    """`mutable`: the mean of floats over the finite workers, and the first one's integers."""
+
+    def loss_fn(variables, x):
+        moved = {"seen": variables["seen"] + x, "count": variables["count"] + x.astype(int)}
+        return 0.5 * jnp.sum((variables["params"] - x * jnp.arange(5.0)) ** 2), moved
+
+    variables = {"params": jnp.zeros(5), "seen": jnp.zeros(()), "count": jnp.array(3)}
+    options = dict(mutable=("seen", "count"))
+    today = psjax.local_update(loss_fn, INNER, axis_name="w", **options)
+    local = psjax.local_update(loss_fn, INNER, **options)
+    update = codec.compress(local, codec.error_feedback(codec.int2(4)), "w")
+    batches = jnp.arange(1.0, 1 + N * J).reshape(N, 1, J)
+    batches = batches if bad is None else batches.at[bad].set(jnp.nan)
+    found = []
+    for one in (today, update):
+        parts = psjax.replicas(variables, N).split(N)
+        new, _, _ = mapped(one, "vmap", N)(variables, one.init(variables, N), parts, batches)
+        found.append(new)
+    for name in ("seen", "count"):
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+        assert found[0][name].dtype == found[1][name].dtype
+    assert (found[0]["params"] != found[1]["params"]).any()
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_a_round_sends_the_packed_bits_and_the_scales(n):
     """Beside them, the number of finite workers."""
@@ -193,11 +219,12 @@ def sharded(update, n, like, optimizer):
     specs = psjax.ist.store_specs(NET, SIZES, "w")
     inner = psjax.ist.state_axes(optimizer, NET, like)
     inner = psjax.ist.store_specs(inner, SIZES, "w")
-    if isinstance(state, codec.CompressState):
-        feedback = state.residual is not None
-        inner = codec.CompressState(
-            inner, P(), specs if feedback else None, None, None, None, state.codec
-        )
+    own = state.inner if isinstance(state, psjax.OuterState) else state
+    if isinstance(own, codec.CompressState):
+        kept = None if own.residual is None else specs
+        inner = codec.CompressState(inner, P(), kept, None, None, None, own.codec)
+    if isinstance(state, psjax.OuterState):  # of `optax.sgd(1.0)`, which has none
+        inner = psjax.OuterState(inner, P())
     specs = specs, inner
 
     @jax.jit
@@ -256,6 +283,23 @@ def test_between_owners_what_was_delivered_and_what_is_kept_are_what_was_to_be_d
             np.testing.assert_array_equal(state.residual[name][out], residual[name][out])
     assert max(np.abs(x).max() for x in jax.tree.leaves(state.residual)) > 0
     assert {x.addressable_shards[0].data.shape for x in [state.residual["between"]]} == {(8, 16)}
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_outer_optimizer_goes_around_a_codec_between_owners():
+    """Gradient descent of rate 1 is the round itself; entries without a holder keep their bits."""
+    params, inner = net(np.float64), optax.sgd(0.1)
+    exchange = psjax.ist.exchange(psjax.local_update(quadratic, inner), "w")
+    update = codec.compress(exchange, codec.int4(4))
+    found = []
+    for one in (update, psjax.outer(update, optax.sgd(1.0))):
+        round, place = sharded(one, 2, params, inner)
+        found.append(round(*place(params, one.init(params)), 0, jnp.asarray(targets_of(0, 2)))[0])
+    jax.tree.map(close, *found)
+    draw = psjax.ist.membership(0, 0, NET, SIZES, 2, stratified=True)
+    out = np.asarray(draw.counts(params)["between"]) == 0
+    assert out.any()
+    np.testing.assert_array_equal(found[1]["between"][out], params["between"][out])
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -247,8 +247,8 @@ def between_workers(n, update_of, params, rounds, targets):
     return mine, theirs
 
 
-def test_with_weights_in_shards_the_outer_state_lies_in_shards_too():
-    """Adam outside. Nobody holds half of the entries between two divided layers; one is NaN."""
+def test_with_weights_in_shards_the_outer_state_lies_in_shards_and_the_numbers_are_the_same():
+    """Adam; entries between divided layers often have no holder, and one subnet is NaN."""
     shapes = {"in": (8, 3), "between": (8, 4), "out": (4, 2), "bias": (2,)}
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}

@@ -19,7 +19,7 @@ wait
 
 
 def test_two_processes_send_what_the_ledger_says_and_train_as_two_simulated_workers_do():
-    """To a hundredth, which is TCP's; 10 rounds of a million weights in int4."""
+    """To three hundredths, for TCP has headers and acknowledgements; a million weights in int4."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-rn", "true"], check=False).returncode:
         pytest.skip("no network namespace of one's own here")
@@ -38,5 +38,5 @@ def test_two_processes_send_what_the_ledger_says_and_train_as_two_simulated_work
     counted, said, far = map(float, run.stdout.split()[-3:])
     shard = 64 * -(-1_000_000 // (2 * 64))
     assert said == 2 * 2 * (shard // 2 + 4 * shard // 64)
-    assert said <= counted <= 1.01 * said
+    assert said <= counted <= 1.03 * said
     assert far < 1e-6
