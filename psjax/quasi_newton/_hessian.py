@@ -16,8 +16,9 @@ from psjax.quasi_newton._flat import Flat
 
 
 class SumOfSquares:
-    r"""The element function $\hat f(u) = \frac12 \lVert r(u) \rVert^2$.
+    r"""An element function that is half a sum of squares.
 
+    It is $\hat f(u) = \frac12 \lVert r(u) \rVert^2$ with residuals r.
     With this as `element_fn`, `minimize(..., update="gauss_newton")` uses $J^\top J$, with $J$ the
     Jacobian of r, in the place of the Hessian.
 
@@ -44,10 +45,10 @@ class SumOfSquares:
 def element_hessian(
     element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
 ) -> Callable[..., jax.Array]:
-    r"""The Hessian of every element, $\nabla^2 \hat f_e(U_e w)$.
+    r"""The Hessian of every element.
 
-    The Hessian of the sum is $\sum_e U_e^\top \nabla^2 \hat f_e U_e$; `operator` multiplies with
-    it.
+    It is $\nabla^2 \hat f_e(U_e w)$, and the Hessian of the sum is
+    $\sum_e U_e^\top \nabla^2 \hat f_e U_e$; `operator` multiplies with it.
 
     Args:
       element_fn: as in `psjax.value_and_grad`, twice differentiable.
@@ -76,7 +77,7 @@ def element_hessian(
 def element_gauss_newton(
     element_fn: SumOfSquares, in_axes: Any = None, chunk_size: int | None = None
 ) -> Callable[..., jax.Array]:
-    r"""$J_e^\top J_e$ of every element: the Hessian of a sum of squares without its second term.
+    r"""The Gauss–Newton matrix of every element, $J_e^\top J_e$ with the Jacobian of its residuals.
 
     Args:
       element_fn: a `SumOfSquares`.
@@ -145,8 +146,9 @@ def _of_elements(
 def hessian_operator(
     element_fn: Callable[..., Any], in_axes: Any = None, chunk_size: int | None = None
 ) -> Callable[..., Callable[[Any], Any]]:
-    r"""Products with the Hessian of the sum, $\sum_e U_e^\top \nabla^2 \hat f_e U_e$.
+    r"""Products with the Hessian of the sum.
 
+    It is $\sum_e U_e^\top \nabla^2 \hat f_e U_e$, from second derivatives of the elements.
     Forward over reverse: a product costs about two gradients, and no matrix is formed.
 
     Args:

@@ -58,7 +58,7 @@ class Info(NamedTuple):
       accepted: whether the step was taken.
       cg_steps: products with the model's Hessian.
       updated: share of the elements whose approximation was updated.
-      state: to go on from: `minimize(...)(w, selection, *args, state=info.state)`.
+      state: to go on from; pass it as `state` in the next call.
     """
 
     status: Int[Array, ""]
@@ -99,13 +99,14 @@ def minimize(
     axis_name: str | None = None,
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[Any, Info]]:
-    r"""Minimise $f(w) = \sum_e \hat f_e(U_e w)$ with an approximation of every element's Hessian.
+    r"""Minimise a sum of elements with an approximation of every element's Hessian.
 
-    A step minimises a quadratic model with the Hessian $\sum_e U_e^\top B_e U_e$ in a trust region,
-    by conjugate gradients. The small matrices $B_e$ are exact Hessians, or are updated by the
-    change of the element's own gradient. That needs fewer steps than one update of the whole
-    matrix, because all elements learn their curvature at once. A. Griewank, Ph. L. Toint,
-    *Partitioned variable metric updates for large structured optimization problems*, 1982.
+    The function is $f(w) = \sum_e \hat f_e(U_e w)$. A step minimises a quadratic model with the
+    Hessian $\sum_e U_e^\top B_e U_e$ in a trust region, by conjugate gradients. The small matrices
+    $B_e$ are exact Hessians, or are updated by the change of the element's own gradient. That needs
+    fewer steps than one update of the whole matrix, because all elements learn their curvature at
+    once. A. Griewank, Ph. L. Toint, *Partitioned variable metric updates for large structured
+    optimization problems*, 1982.
 
     It pays where elements are small. An element of a neural network sees thousands of weights;
     there use `memory`, and expect no gain over first-order methods.

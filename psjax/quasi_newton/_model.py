@@ -44,7 +44,9 @@ def approximation_bytes(
 def operator(
     approximation: Any, selection: Selection | Sequence[Selection], params: Params, update: str
 ) -> Callable[[Any], Any]:
-    r"""Products with the model's Hessian, $\sum_e U_e^\top B_e U_e$.
+    r"""Products with the model's Hessian.
+
+    It is $\sum_e U_e^\top B_e U_e$ with a matrix $B_e$ per element.
 
     Args:
       approximation: `state.approximation` of `minimize`; or matrices `[E, m, m]`, as
