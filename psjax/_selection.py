@@ -239,7 +239,8 @@ class Selection:
         if self.valid.ndim > 1:
             return jax.tree.map(lambda x: (x if host else jnp.asarray(x))[rows], self)
         rows = np.asarray(rows) if isinstance(rows, list) else rows
-        take = lambda x: (np if host and on_host(x) else jnp).asarray(x)[rows]
+        # With the ellipsis one number is an array, too.
+        take = lambda x: (np if host and on_host(x) else jnp).asarray(x)[rows, ...]
         indices = {name: take(index) for name, index in self.indices.items()}
         runs = {"run_length": 1, "run_axes": ()}
         if host and self.run_length > 1:

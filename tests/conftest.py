@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -21,6 +22,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # XLA warns of the tuning flags `prefer-no-gather` and `-scatter` once per program.
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 has no such flag
+    # Halves XLA's time for what these tests compile: 5.3 s to 2.8 in eight tests of test_state.py.
+    flags = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import jaxtyping
@@ -69,8 +74,7 @@ def strict():
 
 @pytest.fixture
 def any_type():
-    """No check of types: for tests that pass a wrong one and expect psjax's own error, or that
-    count calls."""
+    """No check of types: for tests of psjax's own errors on wrong ones, and that count calls."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Integer, Shaped
 
 from psjax._types import AnyArray
@@ -221,7 +222,9 @@ def _tfds_records(
 
 
 def take(
-    x: Shaped[AnyArray, "N ..."], indices: Integer[AnyArray, "..."], scale: float | None = None
+    x: Shaped[AnyArray, "N ..."],
+    indices: Integer[AnyArray, "..."],
+    scale: ArrayLike | None = None,
 ):
     """Rows of `x` on the device, zeros for empty slots: `[N, ...] -> [*indices.shape, ...]`.
 
