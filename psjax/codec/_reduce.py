@@ -1,8 +1,9 @@
 """Sums over workers whose parts are encoded: all_to_all, decode, add, encode, all_gather."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,11 @@ from psjax._sums import wide
 from psjax.codec._codecs import Codec, ErrorFeedback
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("key",),
+    meta_fields=("codec", "axis_name"),
+)
 @dataclasses.dataclass(frozen=True)
 class Wire:
     """A codec between the workers of a mapped axis, in one round.
@@ -29,6 +35,12 @@ class Wire:
     codec: Codec
     axis_name: str
     key: Any
+
+    def split(self, n: int) -> "Wire":
+        """Of n turns of a round, for `jax.lax.scan`: each with a key of its own."""
+        if self.key is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.split(jax.random.fold_in(self.key, n), n))
 
     def total(self, shares: Sequence[Array], divide: int = 1):
         """The sum over the workers, and what each of them has lost.
@@ -85,6 +97,28 @@ class Wire:
         own = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in differences]
         return tuple(list(jax.vmap(lambda y: _apart(y, own))(x)) for x in (arrived, kept))
 
+    def rows(self, sent: Sequence[Array], move: Callable[[list[Array]], list[Array]]):
+        """Arrays of one shape each, encoded, moved to other workers by `move`, and decoded.
+
+        Args:
+          sent: this worker's arrays.
+          move: a list of packed arrays to what arrives in their places.
+        """
+        if self.codec.exact:
+            return move(list(sent))
+        packed = []
+        for i, x in enumerate(sent):
+            flat = x.reshape(1, -1).astype(wide(x.dtype))
+            flat = jnp.pad(flat, ((0, 0), (0, _padded(x.size, self.codec.block) - x.size)))
+            packed.append([y[0] for y in self._encoded(3 + i, flat)[0]])
+        parts = [move(list(part)) for part in zip(*packed)]
+        found = []
+        for x, *arrived in zip(sent, *parts):
+            size = _padded(x.size, self.codec.block)
+            flat = jax.ShapeDtypeStruct((size,), wide(x.dtype))
+            found.append(_apart(self.codec.decode(arrived, flat), [x])[0])
+        return found
+
     def _encoded(self, use: int, rows: Array):
         """The packed arrays `[row, ...]`, and the rows as they are decoded."""
         keys = None
@@ -98,6 +132,21 @@ class Wire:
     def _decoded(self, packed: Sequence[Array], like: Array):
         row = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
         return jax.vmap(lambda one: self.codec.decode(one, row))(tuple(packed))
+
+
+def wire_of(codec: Codec | None, axis_name: str, key: Any) -> Wire | None:
+    """A wire for gradients, or None where nothing is to be encoded."""
+    return None if codec is None or codec.exact else Wire(codec, axis_name, key)
+
+
+def check_codec(call: str, codec: Codec | None):
+    """Raise where a codec keeps an error from step to step and there is no state for it."""
+    if isinstance(codec, ErrorFeedback):
+        msg = (
+            f"{call}(codec={codec!r}): this step keeps no error from call to call; pass a codec "
+            "that rounds stochastically, such as psjax.codec.int8(), and a key at every step."
+        )
+        raise ValueError(msg)
 
 
 def mean(tree: Any, axis_name: str, codec: Codec, key: Any = None, residual: Any = None) -> Any:

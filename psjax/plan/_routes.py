@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +75,22 @@ class Routes:
         return _add_rows(zeros, moved, tables, "put")
 
     def give_back(
-        self, tables: Sequence[Rows], grads: Array, total: Array, axis_name: AxisName | None
+        self,
+        tables: Sequence[Rows],
+        grads: Array,
+        total: Array,
+        axis_name: AxisName | None,
+        wire: Any = None,
     ):
-        """The transpose: add the task's gradients `[s, p]` to `[m, p]` at their owners."""
+        """The transpose: add the task's gradients `[s, p]` to `[m, p]` at their owners.
+
+        A `psjax.codec` wire, if there is one, encodes them.
+        """
         sent = [gather_leaf(grads, ROW, {"row": table["put"]}, 0, {}) for table in tables]
-        return _add_rows(total, self._move(sent, axis_name, -1), tables, "send")
+        move = lambda xs: self._move(xs, axis_name, -1)
+        return _add_rows(
+            total, move(sent) if wire is None else wire.rows(sent, move), tables, "send"
+        )
 
     def _move(self, sent: Sequence[Array], axis_name: AxisName | None, direction: int):
         """Send the rows of each distance to the worker at that distance, or back."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from psjax._placement import vary
 from psjax._types import Batch, Params
+from psjax.codec._reduce import check_codec, wire_of
 from psjax.plan._store import Store
 
 
@@ -17,6 +18,7 @@ def score_exchange(
     loss_fn: Callable[..., Any],
     store: Store,
     axis_name: str,
+    codec: Any = None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
     r"""Value and gradient of any loss of all scores, with the classes spread over the workers.
 
@@ -30,18 +32,22 @@ def score_exchange(
       loss_fn: `loss_fn(scores, batch) -> scalar` of all scores `[B, C]`, a mean over the batch.
       store: the `psjax.plan.Store` of the weights.
       axis_name: name of the mapped axis, of size W.
+      codec: as in `psjax.plan.value_and_grad`, for the gradient of the common weights; scores are
+        not encoded.
 
     Returns:
-      A function `(shards, batch) -> (value, grads)` for the inside of your `jax.shard_map`,
-      `jax.pmap` or `jax.vmap`, like that of `psjax.plan.value_and_grad`, except that every
-      worker gets the same whole `batch`. The loss is the **sum** of the workers' values: add them
-      with `jax.lax.psum`.
+      A function `(shards, batch, key=None) -> (value, grads)` for the inside of your
+      `jax.shard_map`, `jax.pmap` or `jax.vmap`, like that of `psjax.plan.value_and_grad`, except
+      that every worker gets the same whole `batch`. The loss is the **sum** of the workers' values:
+      add them with `jax.lax.psum`.
 
     Raises:
-      ValueError: at the call, the shards do not fit the store, or the scores have another shape.
+      ValueError: the codec has error feedback. At the call: the shards do not fit the store, or the
+        scores have another shape.
     """
+    check_codec("score_exchange", codec)
 
-    def fn(shards: Params, batch: Batch):
+    def fn(shards: Params, batch: Batch, key: Any = None):
         store.check("score_exchange", shards)
         me = jax.lax.axis_index(axis_name)
         W, m = store.rows.shape
@@ -68,7 +74,9 @@ def score_exchange(
         value, back = jax.value_and_grad(whole)(everyone)
         (grads,) = vjp(jax.lax.dynamic_index_in_dim(back, me, 0, keepdims=False))
         out = store.return_common(
-            [None if x is None else g for x, g in zip(common, grads)], axis_name
+            [None if x is None else g for x, g in zip(common, grads)],
+            axis_name,
+            wire_of(codec, axis_name, key),
         )
         for i in store.class_leaves:
             out[i] = store.by_class(i, grads[i], m)

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from psjax._placement import vary
 from psjax._types import AxisName, Batch, Params
+from psjax.codec._reduce import check_codec, wire_of
 from psjax.plan._pack import pack, unpack
 from psjax.plan._plan import Plan
 from psjax.plan._routes import Routes
@@ -16,7 +17,7 @@ from psjax.plan._store import Store
 
 
 def value_and_grad(
-    element_fn: Callable[..., Any], plan: Any, store: Store, axis_name: str
+    element_fn: Callable[..., Any], plan: Any, store: Store, axis_name: str, codec: Any = None
 ) -> Callable[..., tuple[jax.Array, Any]]:
     r"""Value and gradient of a partially-separable loss by a plan, with the weights in shards.
 
@@ -34,16 +35,20 @@ def value_and_grad(
       plan: a `Plan`.
       store: a `Store` for the same numbers of workers and classes.
       axis_name: name of the mapped axis, of size W.
+      codec: a `psjax.codec.Codec` in which gradients return, such as `psjax.codec.int8()`; the
+        weights that a task fetches are not encoded. None: gradients as they are.
 
     Returns:
-      A function `(shards, batch) -> (value, grads)` for the inside of your `jax.shard_map`,
-      `jax.pmap` or `jax.vmap`: `shards` are this worker's rows of the store's arrays, `batch` its
-      part `[T, l, S, ...]` of `Plan.batches`, `grads` the whole gradient of this worker's rows.
-      `value` is the sum over **this worker's** tasks: `jax.lax.psum` it.
+      A function `(shards, batch, key=None) -> (value, grads)` for the inside of your
+      `jax.shard_map`, `jax.pmap` or `jax.vmap`: `shards` are this worker's rows of the store's
+      arrays, `batch` its part `[T, l, S, ...]` of `Plan.batches`, and `grads` the whole gradient of
+      its rows. `value` is the sum over **this worker's** tasks: `jax.lax.psum` it. The key is for a
+      codec's stochastic rounding, another one in every step; None rounds to the nearest.
 
     Raises:
-      ValueError: plan and store differ in the number of workers or classes. At the call: the
-        mapped axis has another size, or the batches do not begin with `[T, l]`.
+      ValueError: plan and store differ in the number of workers or classes, or the codec has error
+        feedback. At the call: the mapped axis has another size, or the batches do not begin with
+        `[T, l]`.
     """
     if (plan.num_workers, plan.num_classes) != (store.num_workers, store.num_classes):
         msg = (
@@ -52,9 +57,11 @@ def value_and_grad(
             f"{store.num_classes}; make both for the same."
         )
         raise ValueError(msg)
+    check_codec("plan.value_and_grad", codec)
     routes = Routes(plan, store)
 
-    def fn(shards: Params, batch: Batch):
+    def fn(shards: Params, batch: Batch, key: Any = None):
+        wire = wire_of(codec, axis_name, key)
         _check_call(plan, store, shards, batch, axis_name)
         me = jax.lax.axis_index(axis_name)
         leaves, treedef = jax.tree.flatten(shards)
@@ -70,7 +77,7 @@ def value_and_grad(
 
         def turn(carry: PyTree, xs: PyTree):
             value, totals, common_totals = carry
-            tables, pairs, batch = xs
+            tables, pairs, batch, turn_wire = xs
             held = [routes.fetch(tables, x, axis_name) for x in own]
             operands = list(common)
             for i, x in zip(places, unpack(held, task_like)):
@@ -79,20 +86,22 @@ def value_and_grad(
                 lambda operands: element_fn(treedef.unflatten(operands), batch, pairs)
             )(operands)
             back = pack([store.by_class(i, grads[i], plan.block_size) for i in places])
-            totals = [routes.give_back(tables, g, x, axis_name) for g, x in zip(back, totals)]
+            give = lambda g, x: routes.give_back(tables, g, x, axis_name, turn_wire)
+            totals = [give(g, x) for g, x in zip(back, totals)]
             common_totals = [
                 None if total is None else total + g for total, g in zip(common_totals, grads)
             ]
             return (value + loss, totals, common_totals), None
 
         tables = jax.tree.map(lambda x: jnp.take(jnp.asarray(x), me, axis=1), routes.tables)
-        xs = (tables, jnp.asarray(plan.pairs)[me], batch)
+        wires = None if wire is None else wire.split(plan.num_turns)
+        xs = (tables, jnp.asarray(plan.pairs)[me], batch, wires)
         if plan.num_turns == 1:
             carry, _ = turn(init, jax.tree.map(lambda x: x[0], xs))
         else:
             carry, _ = jax.lax.scan(turn, init, xs)
         value, totals, common_totals = carry
-        grads = store.return_common(common_totals, axis_name)
+        grads = store.return_common(common_totals, axis_name, wire)
         for i, g in zip(places, unpack(totals, shards_like)):
             grads[i] = g
         return value, treedef.unflatten(grads)

@@ -170,10 +170,13 @@ class Store:
                 out[places[i]] = x.reshape(-1)[: int(np.prod(shape))].reshape(shape)
         return out
 
-    def return_common(self, grads: list[jax.Array | None], axis_name: str) -> list:
+    def return_common(
+        self, grads: list[jax.Array | None], axis_name: str, wire: Any = None
+    ) -> list:
         """Sum such leaves over the workers; each share of the sum returns to its owner.
 
-        It is an all-to-all and a sum, which sends as much as a reduce-scatter.
+        It is an all-to-all and a sum, which sends as much as a reduce-scatter. A `psjax.codec` wire,
+        if there is one, encodes it.
         """
         W = self.num_workers
         out: list[jax.Array | None] = [None] * len(grads)
@@ -188,7 +191,10 @@ class Store:
         for group in by_dtype([flat[i] for i in keys]):
             group = [keys[i] for i in group]
             packed = jnp.concatenate([flat[i] for i in group], axis=1)
-            total = jnp.sum(jax.lax.all_to_all(packed, axis_name, 0, 0), axis=0)
+            swap = lambda x: jax.lax.all_to_all(x, axis_name, 0, 0)
+            total = jnp.sum(
+                swap(packed) if wire is None else wire.to_owners([packed])[0][0], axis=0
+            )
             ends = np.cumsum([flat[i].shape[1] for i in group])[:-1]
             for i, x in zip(group, jnp.split(total, ends)):
                 out[i] = x

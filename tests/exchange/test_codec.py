@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import psjax
 from psjax import codec, cost
+from tests import separable_model as model
 
 INTEGERS = {"int8": (codec.int8, 127, 8), "int4": (codec.int4, 7, 4), "int2": (codec.int2, 1, 2)}
 each_integer = pytest.mark.parametrize("name", INTEGERS)
@@ -319,3 +320,60 @@ def test_codecs_of_equal_numbers_are_equal():
     assert [repr(own) for own in ALL] == [*names, "error_feedback(int2(8))"]
     assert isinstance(codec.int2(4), psjax.codec.Codec)
     assert len({*ALL, *ALL}) == len(ALL)
+
+
+# ------------------------------------------------------------------- gradients of plans and scores
+
+
+def plan_step(kind, own, key=None):
+    """A step of a plan, or of score exchange, over 8 workers, and its arguments."""
+    C, W = 10, 8
+    plan = {"cyclic": psjax.plan.cyclic, "elements": psjax.plan.elements}.get(kind)
+    w = model.init(C, jnp.float32)
+    store = psjax.plan.Store(model.AXES, w, W)
+    shards = store.shard(w)
+    specs = store.specs(shards, "workers")
+    x, labels = model.make_data(C, 40, jnp.float32)
+    if plan is None:
+        scores = lambda w, batch: model.scores(w, batch["x"])
+        loss = lambda scores, batch: jnp.mean(
+            jax.nn.logsumexp(scores, axis=1)
+            - jnp.take_along_axis(scores, batch["label"][:, None], axis=1)[:, 0]
+        )
+        body = psjax.baselines.score_exchange(scores, loss, store, "workers", own)
+        batch, where = {"x": x, "label": jnp.asarray(labels)}, P()
+    else:
+        plan = plan(C, W)
+        rows = plan.batches(labels, 40)
+        x = np.pad(x, [(0, 1), (0, 0)])  # the empty slot
+        batch = {"x": x[rows.indices[0]], "weight": jnp.asarray(rows.weights[0], jnp.float32)}
+        body = psjax.plan.value_and_grad(model.element, plan, store, "workers", own)
+        where = P("workers")
+
+    def step(shards, batch):
+        batch = batch if plan is None else jax.tree.map(lambda x: x[0], batch)
+        return body(shards, batch, key)[1]
+
+    mesh = jax.make_mesh((W,), ("workers",), axis_types=(AxisType.Auto,))
+    fn = jax.shard_map(step, mesh=mesh, in_specs=(specs, where), out_specs=specs)
+    return jax.jit(fn).lower(shards, batch).compile(), (shards, batch)
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "elements", "scores"])
+def test_gradients_of_plans_and_scores_return_encoded(kind):
+    """Near those that return as they are, in fewer bytes; weights and scores go as they are."""
+    exact, arguments = plan_step(kind, None)
+    encoded, _ = plan_step(kind, codec.int8(8), jax.random.key(0))
+    pairs = list(zip(*(jax.tree.leaves(f(*arguments)) for f in (exact, encoded)), strict=True))
+    for a, b in pairs:
+        assert np.abs(a - b).max() < 0.1 * np.abs(a).max() + 1e-6
+    assert any((a != b).any() for a, b in pairs)
+    sent = [cost.ledger(program).bytes for program in (exact, encoded)]
+    assert 0.5 < sent[1] / sent[0] < 0.99
+
+
+def test_a_plan_has_no_place_for_error_feedback():
+    with pytest.raises(
+        ValueError, match=r"plan.value_and_grad\(codec=error_feedback.*keeps no err"
+    ):
+        plan_step("cyclic", ALL[-1])
