@@ -175,8 +175,8 @@ class Store:
     ) -> list:
         """Sum such leaves over the workers; each share of the sum returns to its owner.
 
-        It is an all-to-all and a sum, which sends as much as a reduce-scatter. A `psjax.codec` wire,
-        if there is one, encodes it.
+        It is an all-to-all and a sum, which sends as much as a reduce-scatter. A `psjax.codec`
+        wire, if there is one, encodes it.
         """
         W = self.num_workers
         out: list[jax.Array | None] = [None] * len(grads)
