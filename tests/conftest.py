@@ -48,10 +48,11 @@ if "TFDS_DATA_DIR" not in os.environ and _shared.is_dir():
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `tests/slow.txt` names."""
+    """Marks what `tests/slow.txt` names: files, and tests of others."""
     slow = set((_here / "tests" / "slow.txt").read_text().split())
     for item in items:
-        if item.nodeid.partition("[")[0] in slow:
+        name = item.nodeid.partition("[")[0]
+        if not slow.isdisjoint((name, name.partition("::")[0])):
             item.add_marker("slow")
 
 
