@@ -270,4 +270,6 @@ def test_slow_tests_exist():
     for name in names:
         path, _, function = name.partition("::")
         assert (ROOT / path).exists()
-        assert not function or function in {f.name for f in ast.walk(tree(ROOT / path)) if hasattr(f, "name")}
+        assert not function or function in {
+            f.name for f in ast.walk(tree(ROOT / path)) if hasattr(f, "name")
+        }
