@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from psjax._selection import Selection, along
+from psjax._selection import Selection
 from psjax._types import Params
 
 
@@ -61,8 +61,3 @@ class Flat:
         """False for padding, for what is dropped, and for elements that are not valid."""
         ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), self.like)
         return self.gather(ones) != 0
-
-    def clean(self, vectors: Float[Array, "E m"]) -> Float[Array, "E m"]:
-        """Zero for elements that are not valid, NaN or not."""
-        valid = along(jnp.asarray(self.selection.valid), vectors)
-        return jnp.where(valid, vectors, jnp.zeros_like(vectors))

@@ -336,9 +336,8 @@ class _Loop:
         rejected = jnp.where(accepted, 0, c.rejected + 1)
         if self.restart is not None and approximation:
             again = (rejected > 0) & (rejected % self.restart == 0)
-            fresh = [_updates.start(g, self.memory) for g in at.of_elements]
-            pick = lambda a, b: jnp.where(again, a, b)
-            approximation = jax.tree.map(pick, fresh, approximation)
+            fresh = lambda _: [_updates.start(g, self.memory) for g in at.of_elements]
+            approximation = jax.lax.cond(again, fresh, lambda b: b, approximation)
         norm = jnp.where(accepted, trial_norm, norm)
         status = self._status(norm, info.steps + 1)
         status = jnp.where((status == _RUNNING) & unseen & ~accepted, 2, status)

@@ -58,7 +58,9 @@ class Total:
             return value, gradient, None
         values, gradients = element_value_and_grad(fn, *self.options)(params, selection, *args)
         gradient = selection.scatter_add(gradients, params)
-        return jnp.sum(values), gradient, flat.clean(flat.vectors(gradients))
+        vectors = flat.vectors(gradients)
+        own = jnp.where(flat.real(), vectors, jnp.zeros_like(vectors))
+        return jnp.sum(values), gradient, own
 
     def start(self, at: Point, memory: int | None, start: str) -> list[Any]:
         """Approximations to begin with."""

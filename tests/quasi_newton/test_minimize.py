@@ -195,6 +195,15 @@ def test_padding_and_elements_that_are_not_valid_change_nothing():
     same(found, want)
 
 
+def test_gradients_at_padding_teach_nothing():
+    """The padded entry of [2, 3] has a gradient that changes from point to point."""
+    fn = lambda u: (jnp.sum(u) - 1) ** 2 + jnp.cos(jnp.sum(u**2))
+    w, rows = start(), [[0, 1, 2], [2, 3], [4, 5, 6], [7], [8, 9, 10], [10, 11]]
+    want, _ = run("sr1", 8, w, [chain(w, [r]) for r in rows], fn=[fn] * len(rows))
+    found, _ = run("sr1", 8, w, chain(w, rows), fn=fn)
+    same(found, want)
+
+
 def test_what_is_dropped_stays_zero_for_the_elements_and_is_not_moved():
     w = start()
     selection = chain(w).drop(jnp.arange(N) != 3)
