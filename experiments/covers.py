@@ -8,8 +8,8 @@ For every modulus W a line of the table is printed as soon as it is done, with t
 lower bound: the smallest k with k (k - 1) >= W - 1, because every residue but 0 is the difference
 of a pair. The last line names the moduli whose covers are not proved to be the smallest.
 
-The search itself is `psjax/plan/_search.py`. A size that it gives up on, after `--max-sets`, leaves
-the entry unproved.
+The search itself is `experiments/cover_search.py`. A size that it gives up on, after `--max-sets`,
+leaves the entry unproved.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments._lib.command import run_script
+from experiments.cover_search import LARGEST, anneal, exhaust, is_cover, lower_bound
 from psjax.plan import difference_cover
-from psjax.plan._search import LARGEST, anneal, exhaust, is_cover, lower_bound
 
 
 @dataclasses.dataclass

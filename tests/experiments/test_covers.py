@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import covers as search
+from experiments.cover_search import is_cover
 from psjax.plan import difference_cover
-from psjax.plan._search import is_cover
 
 
 def test_the_search_makes_the_tables_sizes_again():
