@@ -17,7 +17,7 @@ from psjax._masks import kept
 from psjax._selection import Selection
 from psjax._state import where_held
 from psjax._types import Batch, OptState, Params
-from psjax._update import Update, unwrapped
+from psjax._update import Update, check_state, unwrapped
 
 
 class OuterState(NamedTuple):
@@ -55,12 +55,7 @@ class Outer(Update):
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, an update by what it changed, and which entries somebody held."""
-        if not isinstance(opt_state, OuterState):
-            msg = (
-                f"outer: the state is a {type(opt_state).__name__}; pass outer(update, "
-                "optimizer).init(params), and after a round the state that it returned."
-            )
-            raise TypeError(msg)
+        check_state("outer(update, optimizer)", OuterState, opt_state)
         params = jax.tree.map(jnp.asarray, params)
         new, inner, metrics, held = self.update.with_held(
             params, opt_state.inner, selection, batches

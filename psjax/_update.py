@@ -153,6 +153,16 @@ def unwrapped(call: str, update: Any) -> Update:
     return found
 
 
+def check_state(call: str, kind: type, state: Any) -> None:
+    """Raise unless a state is that of the update `call`, such as "outer(update, optimizer)"."""
+    if not isinstance(state, kind):
+        msg = (
+            f"{call.partition('(')[0]}: the state is a {type(state).__name__}; pass {call}"
+            ".init(params), and after a round the state that it returned."
+        )
+        raise TypeError(msg)
+
+
 def holders(
     selection: Selection,
     params: Params,

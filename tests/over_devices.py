@@ -7,6 +7,8 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import psjax
+
 
 def over_devices(inner, wrapper, devices):
     """`inner`, with `axis_name="workers"`, as a call on `split` selections and divided batches.
@@ -50,3 +52,25 @@ def divided(batches, devices):
     each = -(-n // devices)
     rows = np.minimum(np.arange(devices * each), n - 1).reshape(devices, each)
     return jax.tree.map(lambda x: x[rows], batches)
+
+
+def over_owners(body, mesh, specs, axes, sizes):
+    """A jitted round between workers that own the weights in shards, of subnets drawn by number.
+
+    Args:
+      body: `(params, state, selection, batches) -> params, state, metrics` of one worker.
+      mesh: of one axis, "w".
+      specs: of the parameters and of the state.
+      axes: of the whole parameters.
+      sizes: of the divided axes.
+    """
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(*specs, P(), P("w")), out_specs=(*specs, P("w"))
+    )
+    def round(params, state, number, batches):
+        selection = psjax.ist.membership(0, number, axes, sizes, mesh.size, stratified=True)
+        return body(params, state, selection, batches)
+
+    return round

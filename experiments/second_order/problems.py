@@ -98,12 +98,15 @@ def by_psjax(problem: Problem, tolerance: float, limit: float, options: dict[str
             **options,
         )
     )
-    _, info = fit(x, selections, constants)  # compiles
-    jax.block_until_ready(fit(x, selections, constants, state=info.state))  # and from a state
-    state, steps, products, start = None, 0, 0, time.perf_counter()
+    first = fit.lower(x, selections, constants).compile()
+    _, like = jax.eval_shape(fit, x, selections, constants)
+    more = fit.lower(x, selections, constants, state=like.state).compile()
+    info, steps, products, start = None, 0, 0, time.perf_counter()
     while True:
-        x, info = fit(x, selections, constants, state=state)
-        state = info.state
+        if info is None:
+            x, info = first(x, selections, constants)
+        else:
+            x, info = more(x, selections, constants, state=info.state)
         steps += int(info.steps)
         products += int(info.cg_steps.sum())
         seconds = time.perf_counter() - start

@@ -18,7 +18,7 @@ from psjax._placement import vary
 from psjax._selection import Selection
 from psjax._sums import wide
 from psjax._types import Batch, OptState, Params
-from psjax._update import Held, LocalUpdate, Update, holders, unwrapped
+from psjax._update import Held, LocalUpdate, Update, check_state, holders, unwrapped
 from psjax.codec._codecs import Codec, ErrorFeedback
 from psjax.codec._reduce import Wire
 from psjax.ist._exchange import Exchange
@@ -131,12 +131,7 @@ class Compress(Update):
 
     def with_held(self, params: Params, opt_state: OptState, selection: Selection, batches: Batch):
         """A round, and which entries somebody held."""
-        if not isinstance(opt_state, CompressState):
-            msg = (
-                f"compress: the state is a {type(opt_state).__name__}; pass compress(update, "
-                "codec).init(params), and after a round the state that it returned."
-            )
-            raise TypeError(msg)
+        check_state("compress(update, codec)", CompressState, opt_state)
         _check_codec(opt_state.codec, self._about)
         state = opt_state
         key = jax.random.fold_in(jax.random.key(self.seed), state.rounds)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import psjax
 from psjax import codec, cost
 from tests.exchange import plain
+from tests.over_devices import over_owners
 
 H, J, N = 6, 2, 4  # rows, local steps, workers
 AXES = {"rows": P("h"), "shared": P()}
@@ -227,13 +228,7 @@ def sharded(update, n, like, optimizer):
         inner = psjax.OuterState(inner, P())
     specs = specs, inner
 
-    @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(*specs, P(), P("w")), out_specs=(*specs, P("w"))
-    )
-    def round(params, state, number, batches):
-        draw = psjax.ist.membership(0, number, NET, SIZES, n, stratified=True)
-        return update(params, state, draw, batches)
+    round = over_owners(update, mesh, specs, NET, SIZES)
 
     place = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     return round, lambda *trees: jax.device_put(trees, place)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import psjax
-from tests.over_devices import over_devices
+from tests.over_devices import over_devices, over_owners
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -225,13 +225,7 @@ def between_workers(n, update_of, params, rounds, targets):
     axes = type(state)(of(local.optimizer), of(body.optimizer))
     specs = [psjax.ist.store_specs(tree, SHARDED, "w") for tree in (NET, axes)]
 
-    @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(*specs, P(), P("w")), out_specs=(*specs, P("w"))
-    )
-    def sharded(params, state, number, targets):
-        draw = psjax.ist.membership(0, number, NET, SHARDED, n, stratified=True)
-        return body(params, state, draw, targets)
+    sharded = over_owners(body, mesh, specs, NET, SHARDED)
 
     @jax.jit
     def whole(params, state, number, targets):

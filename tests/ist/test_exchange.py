@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import psjax
 from psjax import cost
+from tests.over_devices import over_owners
 
 N0, CLASSES, BATCH, STEPS = 6, 5, 4, 3
 AXES = {
@@ -56,13 +57,7 @@ def sharded_round(n, sizes, optimizer, like):
     specs = tuple(psjax.ist.store_specs(axes, sizes, "w") for axes in (AXES, state))
     body = psjax.ist.exchange(psjax.local_update(loss_fn, optimizer), "w")
 
-    @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(*specs, P(), P("w")), out_specs=(*specs, P("w"))
-    )
-    def round(params, state, number, batches):
-        selection = psjax.ist.membership(0, number, AXES, sizes, n, stratified=True)
-        return body(params, state, selection, batches)
+    round = over_owners(body, mesh, specs, AXES, sizes)
 
     return round, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
 
